@@ -1,0 +1,86 @@
+// Contract of the gated delta rule, per value head with state S [K, V]:
+//   S <- e^g S;  S <- S + beta k (v - k^T S)^T;  o = scale q^T S.
+// The only header shared by bindings and kernels: POD parameters, raw pointers, an opaque stream.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+#include "common/status.h"
+
+namespace lt2::gdn {
+
+// [B, T, heads, D] with a contiguous last axis (or [B, T, heads] scalars); strides in elements.
+struct Strided {
+  void* data;
+  int64_t batch, token, head;
+};
+
+// Sequence n is batch row n, or tokens [cu_seqlens[n], cu_seqlens[n + 1]) of the only row.
+struct Inputs {
+  Dtype dtype;  // of q, k, v, the output and their gradients
+  int64_t batch, tokens, sequences;
+  int heads, value_heads, key_dim, value_dim;  // value head h uses query/key head h / (value_heads / heads)
+  float scale;
+  bool qk_l2norm;     // q, k <- x rsqrt(sum x^2 + 1e-6)
+  bool beta_sigmoid;  // beta is raw; doubled with neg_eigval
+  bool neg_eigval;
+  bool state_v_first;  // states are [.., V, K]
+  Strided q, k, v;
+  Strided g, beta;              // fp32; data null: no decay, ones
+  float const* A_log;           // [HV]; not null: g is raw a, the decay is -exp(A_log) softplus(a + dt_bias)
+  float const* dt_bias;         // [HV]
+  float const* initial_state;   // [N, HV, K, V] or null
+  void const* cu_seqlens;       // [N + 1] or null
+  bool cu_seqlens_int64;
+};
+
+struct ForwardParams : Inputs {
+  bool recurrent;  // token by token instead of by chunks
+  Strided o;
+  float* final_state;  // [N, HV, K, V] or null
+};
+
+// Gradients of inputs that are null (g, beta, A_log, initial_state) are null as well.
+struct BackwardParams : Inputs {
+  Strided dout;
+  float const* dfinal_state;  // or null
+  Strided dq, dk, dv, dg, dbeta;
+  float *dA_log, *ddt_bias;  // [N, HV]: one partial per sequence, the caller adds them up
+  float* dinitial_state;
+};
+
+// In-place decode of `tokens` tokens per row on a pool of states; the gate, beta and l2norm are computed inside.
+struct StepParams {
+  Dtype dtype, gate_dtype;
+  int64_t batch, slots;
+  int tokens, heads, value_heads, key_dim, value_dim;
+  float scale;
+  bool qk_l2norm, neg_eigval, state_v_first;
+  Strided q, k, v, a, b, o;
+  float const *A_log, *dt_bias;
+  float* state;                       // element [slot, head, i, j] at slot * state_slot + head * state_head + i * state_row + j
+  int64_t state_slot, state_head, state_row;
+  int64_t const* slot_ids;  // [B] or null (row b is slot b); negative or out of range: o = 0, nothing is written
+};
+
+namespace cpu {
+// Floats of workspace, to be passed to the call with the same parameters and pool.
+int64_t forward_workspace(ForwardParams const& p, ThreadPool const& pool);
+int64_t backward_workspace(BackwardParams const& p, ThreadPool const& pool);
+void forward(ForwardParams const& p, float* workspace, ThreadPool const& pool);
+void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool);
+void step(StepParams const& p, ThreadPool const& pool);
+}  // namespace cpu
+
+// Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.
+namespace portable {
+Status supports(Inputs const& p);
+int64_t backward_workspace(BackwardParams const& p);
+Status forward(ForwardParams const& p, void* cuda_stream);
+Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);
+Status step(StepParams const& p, void* cuda_stream);
+}  // namespace portable
+
+}  // namespace lt2::gdn
