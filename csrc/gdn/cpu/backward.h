@@ -25,8 +25,8 @@ struct Kept {
 
   Kept(Arena& arena, Geometry const& g)
       : s_t(arena.panels(g.value_padded, g.key_padded)),
-        r(arena.panels(kChunk, g.value_padded)),
-        inverse(arena.panels(kChunk, kChunk)) {}
+        r(arena.panels(kBackwardChunk, g.value_padded)),
+        inverse(arena.panels(kBackwardChunk, kBackwardChunk)) {}
 };
 
 struct BackwardBuffers {
@@ -39,22 +39,22 @@ struct BackwardBuffers {
   float state_dot;                    // e^{G_last} <S, dS'>
 
   BackwardBuffers(Arena& arena, Geometry const& g)
-      : chunk(arena, g.key_padded),
+      : chunk(arena, g.key_padded, kBackwardChunk),
         s(arena.panels(g.key_padded, g.value_padded)),
-        y(arena.panels(kChunk, g.value_padded)),
-        u(arena.panels(kChunk, g.value_padded)),
-        d_o(arena.panels(kChunk, g.value_padded)),
-        u_t(arena.panels(g.value_padded, kChunk)),
+        y(arena.panels(kBackwardChunk, g.value_padded)),
+        u(arena.panels(kBackwardChunk, g.value_padded)),
+        d_o(arena.panels(kBackwardChunk, g.value_padded)),
+        u_t(arena.panels(g.value_padded, kBackwardChunk)),
         ds_t(arena.panels(g.value_padded, g.key_padded)),
-        ou(arena.panels(kChunk, kChunk)),
-        yu(arena.panels(kChunk, kChunk)),
-        dq(arena.panels(kChunk, g.key_padded)),
-        dk(arena.panels(kChunk, g.key_padded)),
-        dk2(arena.panels(kChunk, g.key_padded)),
-        dG(arena.floats(kChunk)),
-        carried(arena.floats(kChunk)),
-        dot(arena.floats(kChunk)),
-        dbeta(arena.floats(kChunk)) {}
+        ou(arena.panels(kBackwardChunk, kBackwardChunk)),
+        yu(arena.panels(kBackwardChunk, kBackwardChunk)),
+        dq(arena.panels(kBackwardChunk, g.key_padded)),
+        dk(arena.panels(kBackwardChunk, g.key_padded)),
+        dk2(arena.panels(kBackwardChunk, g.key_padded)),
+        dG(arena.floats(kBackwardChunk)),
+        carried(arena.floats(kBackwardChunk)),
+        dot(arena.floats(kBackwardChunk)),
+        dbeta(arena.floats(kBackwardChunk)) {}
 };
 
 // R = U / beta; where beta is (nearly) zero R_i = beta-free residual y_i - sum_{j < i} E_ij (k_i . k_j) u_j.
@@ -88,8 +88,8 @@ void first_pass(BackwardParams const& p, Span span, int head, BackwardBuffers& b
                 Geometry const& g) {
   Chunk& c = b.chunk;
   c.direction = 1;
-  for (int64_t t = span.begin; t < span.end; t += kChunk) {
-    int const tokens = static_cast<int>(span.end - t < kChunk ? span.end - t : kChunk);
+  for (int64_t t = span.begin; t < span.end; t += kBackwardChunk) {
+    int const tokens = static_cast<int>(span.end - t < kBackwardChunk ? span.end - t : kBackwardChunk);
     Kept const kept(kept_arena, g);
     c.inverse = kept.inverse;
     prepare_chunk<T>(p, span.row, head, t, tokens, false, false, c);
@@ -108,7 +108,7 @@ inline void score_gradients(float scale, BackwardBuffers& b) {
   for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<float>(j);
   for (int i = 0; i < c.rows; ++i) {
     Vec row_sum{};
-    for (int column = 0; column < kChunk; column += kLanes) {
+    for (int column = 0; column < kBackwardChunk; column += kLanes) {
       int const panel = column / kPanel, j = column % kPanel;
       float *const ou = b.ou.row(i, panel) + j, *const yu = b.yu.row(i, panel) + j;
       if (column > i) {
@@ -144,12 +144,12 @@ inline void normalise_backward(Panels const& x, Panels const& unit, float const*
   }
 }
 
-// x <- y - x.
-inline void subtract(Panels const& y, Panels const& x, int rows) {
+// x <- x + y.
+inline void add_rows(Panels const& x, Panels const& y, int rows) {
   for (int panel = 0; panel < x.panels(); ++panel) {
     for (int i = 0; i < rows * kPanel; i += kLanes) {
       float* const out = x.row(0, panel) + i;
-      store(out, load(y.row(0, panel) + i) - load(out));
+      store(out, load(out) + load(y.row(0, panel) + i));
     }
   }
 }
@@ -223,12 +223,13 @@ void chunk_backward(BackwardParams const& p, Span span, int head, Kept const& ke
   transpose(u, b.u_t, c.rows);
   multiply<false, Triangle::kLowerOut>(b.d_o, b.u_t, b.ou, c.rows, b.u_t.rows, 0.f);
   multiply<false, Triangle::kLowerOut>(dy, b.u_t, b.yu, c.rows, b.u_t.rows, 0.f);
-  __builtin_memset(b.dG, 0, kChunk * sizeof(float));
+  __builtin_memset(b.dG, 0, kBackwardChunk * sizeof(float));
   score_gradients(p.scale, b);
 
-  scale_rows(b.d_o, c.gamma, c.rows);
-  for (int64_t i = 0; i < b.d_o.size(); i += kLanes) store(b.d_o.data + i, load(b.d_o.data + i) * p.scale);
-  scale_rows(dy, c.gamma, c.rows);
+  for (int i = 0; i < c.rows; ++i) b.dot[i] = p.scale * c.gamma[i];
+  scale_rows(b.d_o, b.dot, c.rows);
+  for (int i = 0; i < c.rows; ++i) b.dot[i] = -c.gamma[i];
+  scale_rows(dy, b.dot, c.rows);
   multiply<false>(b.d_o, kept.s_t, b.dq, c.rows, kept.s_t.rows, 0.f);
   multiply<false>(dy, kept.s_t, b.dk, c.rows, kept.s_t.rows, 0.f);
   transpose(ds, b.ds_t, ds.rows);
@@ -238,18 +239,17 @@ void chunk_backward(BackwardParams const& p, Span span, int head, Kept const& ke
   row_dots(b.dq, c.q, b.dot, c.rows);
   for (int i = 0; i < c.tokens; ++i) b.dG[i] += b.dot[i];
   row_dots(b.dk, c.k, b.dot, c.rows);
-  for (int i = 0; i < c.tokens; ++i) b.dG[i] -= b.dot[i];
+  for (int i = 0; i < c.tokens; ++i) b.dG[i] += b.dot[i];
   row_dots(b.dk2, c.k, b.carried, c.rows);
   b.state_dot = c.last_decay * dot(kept.s_t.data, b.ds_t.data, b.ds_t.size());
 
   multiply<false, Triangle::kLowerA>(b.ou, c.k, b.dq, c.rows, c.rows, 1.f);
-  subtract(b.dk2, b.dk, c.rows);
+  add_rows(b.dk, b.dk2, c.rows);
   multiply<true, Triangle::kUpperA>(b.ou, c.q, b.dk, c.rows, c.rows, 1.f);
   multiply<false, Triangle::kLowerA>(b.yu, c.k, b.dk, c.rows, c.rows, 1.f);
   multiply<true, Triangle::kUpperA>(b.yu, c.k, b.dk, c.rows, c.rows, 1.f);
 
   multiply<true>(c.q, b.d_o, ds, ds.rows, c.rows, c.last_decay);
-  for (int64_t i = 0; i < dy.size(); i += kLanes) store(dy.data + i, -load(dy.data + i));
   multiply<true>(c.k, dy, ds, ds.rows, c.rows, 1.f);
 }
 
@@ -264,9 +264,9 @@ void second_pass(BackwardParams const& p, Span span, int head, float* sums, Back
   int64_t const kept_base = kept_arena.used;
   Arena counter{nullptr};
   Kept const counted(counter, g);
-  for (int64_t index = (span.length() + kChunk - 1) / kChunk - 1; index >= 0; --index) {
-    int64_t const t = span.begin + index * kChunk;
-    int const tokens = static_cast<int>(span.end - t < kChunk ? span.end - t : kChunk);
+  for (int64_t index = (span.length() + kBackwardChunk - 1) / kBackwardChunk - 1; index >= 0; --index) {
+    int64_t const t = span.begin + index * kBackwardChunk;
+    int const tokens = static_cast<int>(span.end - t < kBackwardChunk ? span.end - t : kBackwardChunk);
     kept_arena.used = kept_base + index * counter.used;
     Kept const kept(kept_arena, g);
     c.inverse = kept.inverse;
@@ -274,7 +274,7 @@ void second_pass(BackwardParams const& p, Span span, int head, float* sums, Back
     chunk_backward<T>(p, span, head, kept, b);
     gate_gradients(p, span, head, b, sums);
     if (group > 1) {
-      int64_t const offset = index * kChunk * g.key_padded;
+      int64_t const offset = index * kBackwardChunk * g.key_padded;
       accumulate(b.dq, group_dq + offset, c.rows, head % group == 0);
       accumulate(b.dk, group_dk + offset, c.rows, head % group == 0);
       if (head % group != group - 1) continue;
@@ -295,7 +295,7 @@ void backward_item(BackwardParams const& p, int64_t sequence, int head, float* w
   BackwardBuffers b(arena, g);
   Span const span = sequence_span(p, sequence);
   int const group = p.value_heads / p.heads;
-  int64_t const group_size = group > 1 ? (span.length() + kChunk) * g.key_padded : 0;
+  int64_t const group_size = group > 1 ? (span.length() + kBackwardChunk) * g.key_padded : 0;
   float *const group_dq = arena.floats(group_size), *const group_dk = arena.floats(group_size);
   for (int h = head * group; h < (head + 1) * group; ++h) {
     int64_t const index = sequence * p.value_heads + h, state = index * p.key_dim * p.value_dim;
@@ -322,12 +322,12 @@ int64_t backward_workspace(BackwardParams const& p, int64_t longest) {
   Geometry const g = geometry(p, {0, p.value_dim});
   BackwardBuffers const b(arena, g);
   if (p.value_heads > p.heads) {
-    arena.floats((longest + kChunk) * g.key_padded);
-    arena.floats((longest + kChunk) * g.key_padded);
+    arena.floats((longest + kBackwardChunk) * g.key_padded);
+    arena.floats((longest + kBackwardChunk) * g.key_padded);
   }
   Arena chunk{nullptr};
   Kept const kept(chunk, g);
-  return arena.used + (longest + kChunk - 1) / kChunk * chunk.used;
+  return arena.used + (longest + kBackwardChunk - 1) / kBackwardChunk * chunk.used;
 }
 
 }  // namespace

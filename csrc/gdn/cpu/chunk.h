@@ -1,4 +1,4 @@
-// One chunk of kChunk tokens of one value head: what forward and backward both need of it.
+// One chunk of tokens of one value head: what forward and backward both need of it.
 //
 // With G the inclusive sum of the log decays inside the chunk, gamma_i = e^{G_i}, delta_i = e^{G_last - G_i}
 // and E_ij = e^{G_i - G_j} for j <= i, else 0 (every exponent is <= 0):
@@ -16,7 +16,8 @@ namespace {
 
 using namespace ::lt2::LT2_ISA;
 
-constexpr int kChunk = 64;
+// Shorter chunks do less work inside a chunk, longer ones read and write the state less often.
+constexpr int kForwardChunk = 32, kBackwardChunk = 64;
 constexpr int kRowMultiple = 16;    // token rows are padded with zeros to this
 constexpr float kNoDecay = -200.f;  // e^g is 0 in fp32 from here on: -inf is an exact reset without inf - inf
 constexpr float kTinyBeta = 1e-20f;  // below, U / beta is not computed by division
@@ -43,6 +44,7 @@ struct Arena {
 
 // Everything about a chunk that does not depend on the state. [C, C] matrices are zero above the diagonal.
 struct Chunk {
+  int size;                // C
   Panels q, k;             // [C, K], normalised if asked for
   Panels k_t;              // [K, C]
   Panels kk, qk;           // [C, C] K K^T and Q K^T
@@ -57,21 +59,22 @@ struct Chunk {
   int tokens, rows;   // valid, and padded with zeros
   int direction = 1;  // the chunks are walked forward (1) or backward (-1)
 
-  Chunk(Arena& arena, int key_padded)
-      : q(arena.panels(kChunk, key_padded)),
-        k(arena.panels(kChunk, key_padded)),
-        k_t(arena.panels(key_padded, kChunk)),
-        kk(arena.panels(kChunk, kChunk)),
-        qk(arena.panels(kChunk, kChunk)),
-        decay(arena.panels(kChunk, kChunk)),
-        inverse(arena.panels(kChunk, kChunk)),
-        transfer(arena.panels(kChunk, kChunk)),
-        attention(arena.panels(kChunk, kChunk)),
-        q_norm(arena.floats(kChunk)),
-        k_norm(arena.floats(kChunk)),
-        gamma(arena.floats(kChunk)),
-        delta(arena.floats(kChunk)),
-        beta(arena.floats(kChunk)) {}
+  Chunk(Arena& arena, int key_padded, int chunk_size)
+      : size(chunk_size),
+        q(arena.panels(size, key_padded)),
+        k(arena.panels(size, key_padded)),
+        k_t(arena.panels(key_padded, size)),
+        kk(arena.panels(size, size)),
+        qk(arena.panels(size, size)),
+        decay(arena.panels(size, size)),
+        inverse(arena.panels(size, size)),
+        transfer(arena.panels(size, size)),
+        attention(arena.panels(size, size)),
+        q_norm(arena.floats(size)),
+        k_norm(arena.floats(size)),
+        gamma(arena.floats(size)),
+        delta(arena.floats(size)),
+        beta(arena.floats(size)) {}
 };
 
 template <class T>
@@ -122,7 +125,7 @@ void load_rows(Strided const& x, int64_t row, int head, Chunk const& c, int colu
                Panels const& out) {
   for (int i = 0; i < c.tokens; ++i) {
     T const* const src = token_row<T const>(x, row, c.begin + i, head) + column;
-    T const* const next = src + c.direction * kChunk * x.token;
+    T const* const next = src + c.direction * c.size * x.token;
     for (int j = 0; j < n; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(next + j, 0, 2);
     load_row(src, n, out, i);
   }
@@ -187,7 +190,7 @@ inline void normalise_rows(Panels const& x, float* norm, int rows, bool enabled)
 // Gates of the chunk: gamma, delta, beta and E. G is summed in fp64 and kept as a sum of two floats, so that
 // differences of large sums stay exact.
 inline void prepare_gates(Inputs const& p, int64_t row, int head, Chunk& c) {
-  alignas(64) float high[kChunk], low[kChunk];
+  alignas(64) float high[kBackwardChunk], low[kBackwardChunk];
   double sum = 0;
   for (int i = 0; i < c.rows; ++i) {
     if (i < c.tokens) {

@@ -12,19 +12,19 @@ struct ForwardBuffers {
   Panels s, y, u, o;
 
   ForwardBuffers(Arena& arena, Geometry const& g)
-      : chunk(arena, g.key_padded),
+      : chunk(arena, g.key_padded, kForwardChunk),
         s(arena.panels(g.key_padded, g.value_padded)),
-        y(arena.panels(kChunk, g.value_padded)),
-        u(arena.panels(kChunk, g.value_padded)),
-        o(arena.panels(kChunk, g.value_padded)) {}
+        y(arena.panels(kForwardChunk, g.value_padded)),
+        u(arena.panels(kForwardChunk, g.value_padded)),
+        o(arena.panels(kForwardChunk, g.value_padded)) {}
 };
 
 template <class T>
 void forward_chunks(ForwardParams const& p, Span span, int head, ValueSlice slice, ForwardBuffers& b) {
   Chunk& c = b.chunk;
   int const n = slice.end - slice.begin;
-  for (int64_t t = span.begin; t < span.end; t += kChunk) {
-    int const tokens = static_cast<int>(span.end - t < kChunk ? span.end - t : kChunk);
+  for (int64_t t = span.begin; t < span.end; t += kForwardChunk) {
+    int const tokens = static_cast<int>(span.end - t < kForwardChunk ? span.end - t : kForwardChunk);
     prepare_chunk<T>(p, span.row, head, t, tokens, true, false, c);
     expect_rows<T>(p.o, span.row, head, c, slice.begin, n);
     compute_writes<T>(p, span.row, head, c, b.s, slice.begin, n, b.y, b.u);
