@@ -142,8 +142,10 @@ class CMakeBuild(build_ext):
                      f"-DLT2_CUDA_ARCHS={os.environ.get('LT2_CUDA_ARCHS', '90a-real;80-virtual')}"]
         if shutil.which("ccache"):
             args += [f"-DCMAKE_{lang}_COMPILER_LAUNCHER=ccache" for lang in ("CXX", "CUDA")]
-        subprocess.run(["cmake", "-GNinja", "-S", ROOT, "-B", build, *args], check=True)
-        subprocess.run(["cmake", "--build", build, "--target", "_C", "-j", str(jobs())], check=True)
+        for command in (["-GNinja", "-S", ROOT, "-B", build, *args],
+                        ["--build", build, "--target", "_C", "-j", str(jobs())]):
+            if subprocess.run(["cmake", *command]).returncode:
+                raise SystemExit("lt2_ext: the compilation failed, the messages above say why.")
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy2(next(build.glob("_C.*.so")), out)
 
