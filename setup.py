@@ -11,6 +11,7 @@ MAX_JOBS.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_MIN = (2, 11)
+NVCC_MIN = (12, 0)  # the first that knows sm_90a
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 
 
@@ -33,6 +35,8 @@ def site_dirs() -> list[Path]:
     hides it from sys.path, but not from sysconfig)."""
     dirs = [p for p in sys.path if p]
     dirs += [sysconfig.get_path(k) for k in ("purelib", "platlib")] + site.getsitepackages()
+    if site.ENABLE_USER_SITE:
+        dirs.append(site.getusersitepackages())
     return [Path(d) for d in dict.fromkeys(dirs)]
 
 
@@ -62,10 +66,18 @@ def find_nvcc() -> str | None:
     return None
 
 
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if release is None:
+        raise SystemExit(f"lt2_ext: {nvcc} --version names no release. Set CUDACXX, or build with LT2_CUDA=OFF.")
+    return int(release[1]), int(release[2])
+
+
 def cuda_wanted() -> bool:
     mode = os.environ.get("LT2_CUDA", "AUTO").upper()
     if mode not in ("ON", "OFF", "AUTO"):
-        raise SystemExit(f"LT2_CUDA must be ON, OFF or AUTO, not {mode!r}")
+        raise SystemExit(f"lt2_ext: LT2_CUDA must be ON, OFF or AUTO, got {mode!r}.")
     return mode == "ON" or (mode == "AUTO" and find_nvcc() is not None)
 
 
@@ -79,28 +91,40 @@ def jobs() -> int:
 
 def require_tools() -> None:
     """One sentence for each thing that a compilation would trip over later with a page of output."""
+
+    def require(condition: bool, sentence: str) -> None:
+        if not condition:
+            raise SystemExit(f"lt2_ext: {sentence}")
+
     compiler = os.environ.get("CXX", "g++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("c++") is None:
-        raise SystemExit(f"lt2_ext: no C++ compiler ({compiler}) found. Install one (Debian: apt-get install g++).")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        raise SystemExit("lt2_ext: no Python headers (Python.h) found. Install them (Debian: apt-get install python3-dev).")
-    if find_torch() is None:
-        need = ".".join(map(str, TORCH_MIN))
-        raise SystemExit(f"lt2_ext: no torch>={need} found. Install torch first, or point LT2_TORCH_DIR at it.")
-    if cuda_wanted() and find_nvcc() is None:
-        raise SystemExit("lt2_ext: LT2_CUDA=ON but no nvcc was found. Set CUDACXX or CUDA_HOME, or build with LT2_CUDA=OFF.")
-    if cuda_wanted() and find_cutlass() is None:
-        raise SystemExit(f"lt2_ext: CUDA kernels need the CUTLASS headers: pip install --no-deps {CUTLASS}, "
-                         "or set LT2_CUTLASS_DIR, or build CPU-only with LT2_CUDA=OFF.")
+    require(shutil.which(compiler) is not None or ("CXX" not in os.environ and shutil.which("c++") is not None),
+            f"no C++ compiler ({compiler}) found. Install one (Debian: apt-get install g++).")
+    require((Path(sysconfig.get_path("include")) / "Python.h").is_file(),
+            "no Python headers (Python.h) found. Install them (Debian: apt-get install python3-dev).")
+    absent = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    absent += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    require(not absent, f"{', '.join(absent)} not found. Without isolation, first: pip install {' '.join(absent)}.")
+    require(find_torch() is not None,
+            f"no torch>={'.'.join(map(str, TORCH_MIN))} found. Install torch first, or point LT2_TORCH_DIR at it.")
+    if cuda_wanted():
+        nvcc = find_nvcc()
+        require(nvcc is not None, "LT2_CUDA=ON but no nvcc found. Set CUDACXX or CUDA_HOME, or LT2_CUDA=OFF.")
+        require(nvcc_version(nvcc) >= NVCC_MIN,
+                f"{nvcc} is older than CUDA {'.'.join(map(str, NVCC_MIN))}. Set CUDACXX, or build with LT2_CUDA=OFF.")
+        require(find_cutlass() is not None,
+                f"no CUTLASS headers for the CUDA kernels found. First: pip install --no-deps {CUTLASS}, "
+                "or set LT2_CUTLASS_DIR, or build with LT2_CUDA=OFF.")
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # tools of an environment that is not active
         require_tools()
         import pybind11  # a build requirement: importable here, not when pip only asks for the metadata
 
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        kind = "strict" if os.environ.get("LT2_STRICT", "OFF").upper() == "ON" else "release"
+        strict = os.environ.get("LT2_STRICT", "OFF").upper() == "ON"
+        kind = f"{'cuda' if cuda_wanted() else 'cpu'}{'-strict' if strict else ''}"
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}"
         # The build directory outlives pip's throw-away environments, so every path that points into one is
         # passed again on each configure instead of being left to the CMake cache.
@@ -110,7 +134,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLT2_TORCH_DIR={find_torch()}",
-            f"-DLT2_STRICT={'ON' if kind == 'strict' else 'OFF'}",
+            f"-DLT2_STRICT={'ON' if strict else 'OFF'}",
             f"-DLT2_CUDA={'ON' if cuda_wanted() else 'OFF'}",
         ]
         if cuda_wanted():
@@ -124,16 +148,18 @@ class CMakeBuild(build_ext):
         shutil.copy2(next(build.glob("_C.*.so")), out)
 
 
+# Only where a PEP 517 frontend asks: under a direct `python setup.py` setuptools would go and download them.
 dynamic_build_requires = []
-if find_torch() is None:
-    dynamic_build_requires.append("torch>=" + ".".join(map(str, TORCH_MIN)))
-if cuda_wanted() and find_cutlass() is None:
-    dynamic_build_requires.append(CUTLASS)
+if "setuptools.build_meta" in sys.modules:
+    if find_torch() is None:
+        dynamic_build_requires.append("torch>=" + ".".join(map(str, TORCH_MIN)))
+    if cuda_wanted() and find_cutlass() is None:
+        dynamic_build_requires.append(CUTLASS)
 
+csrc = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())
 setup(
     # `depends` puts the sources into the sdist.
-    ext_modules=[Extension("lt2_ext._C", sources=[], depends=["CMakeLists.txt"] + sorted(
-        str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()))],
+    ext_modules=[Extension("lt2_ext._C", sources=[], depends=["CMakeLists.txt", *csrc])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=dynamic_build_requires,
 )

@@ -1,10 +1,10 @@
-// Every op schema of the package, in one place. Implementations register themselves in <family>.cpp; defaults,
-// documentation, fakes and autograd are in lt2_ext/ops/<family>.py.
+// Every op schema of the package, in one place. Implementations register themselves in <family>.cpp;
+// defaults, documentation, fakes and autograd are in lt2_ext/ops/<family>.py.
 #include <torch/csrc/stable/library.h>
 
-#define LT2_GDN_INPUTS                                                                                      \
-  "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? A_log, Tensor? dt_bias, "                 \
-  "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, "     \
+#define LT2_GDN_INPUTS                                                                                  \
+  "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? A_log, Tensor? dt_bias, "             \
+  "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, " \
   "bool allow_neg_eigval, bool state_v_first"
 
 STABLE_TORCH_LIBRARY(lt2, m) {
@@ -13,26 +13,33 @@ STABLE_TORCH_LIBRARY(lt2, m) {
   m.def("gdn_bwd(Tensor dout, Tensor? dfinal_state, " LT2_GDN_INPUTS
         ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "
         "Tensor dinitial_state)");
-  m.def("gdn_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, "
-        "Tensor dt_bias, Tensor? slots, float scale, bool use_qk_l2norm, bool allow_neg_eigval, "
-        "bool state_v_first) -> Tensor");
+  m.def(
+      "gdn_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, "
+      "Tensor dt_bias, Tensor? slots, float scale, bool use_qk_l2norm, bool allow_neg_eigval, "
+      "bool state_v_first) -> Tensor");
 
-  m.def("causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
-        "bool silu, bool output_final_state) -> (Tensor y, Tensor final_state)");
-  m.def("causal_conv1d_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
-        "Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, "
-        "Tensor dinitial_state)");
-  m.def("causal_conv1d_step_(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, Tensor? slots, "
-        "bool silu) -> Tensor");
+  m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "bool silu, bool output_final_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+      "Tensor dinitial_state)");
+  m.def(
+      "causal_conv1d_step_(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, Tensor? slots, "
+      "bool silu) -> Tensor");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");
-  m.def("loop_residual_rmsnorm_fwd(Tensor h, Tensor h_in, Tensor rho, Tensor weight, float eps) -> "
-        "(Tensor h_out, Tensor normed, Tensor rstd)");
-  m.def("loop_residual_rmsnorm_bwd(Tensor dh_out, Tensor dnormed, Tensor h_out, Tensor rstd, Tensor h_in, "
-        "Tensor rho, Tensor weight) -> (Tensor dh, Tensor dh_in, Tensor drho, Tensor dweight)");
-  m.def("loop_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? slots, "
-        "Tensor? loop_map, float scale) -> Tensor");
+  m.def(
+      "loop_residual_rmsnorm_fwd(Tensor h, Tensor h_in, Tensor rho, Tensor weight, float eps) -> "
+      "(Tensor h_out, Tensor normed, Tensor rstd)");
+  m.def(
+      "loop_residual_rmsnorm_bwd(Tensor dh_out, Tensor dnormed, Tensor h_out, Tensor rstd, Tensor h_in, "
+      "Tensor rho, Tensor weight) -> (Tensor dh, Tensor dh_in, Tensor drho, Tensor dweight)");
+  m.def(
+      "loop_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? slots, "
+      "Tensor? loop_map, float scale) -> Tensor");
   m.def("loop_state_zero_(Tensor(a!) state, Tensor slots) -> ()");
   m.def("loop_state_copy_(Tensor(a!) state, Tensor src, Tensor dst) -> ()");
 }

@@ -5,7 +5,8 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of lt2_ext; the operators live in torch.ops.lt2.";
-  m.def("cpu_isa", [] { return lt2::name(lt2::cpu_isa()); }, "Instruction set that the CPU kernels run with.");
+  m.def(
+      "cpu_isa", [] { return lt2::name(lt2::cpu_isa()); }, "Instruction set that the CPU kernels run with.");
   m.attr("cpu_isas") = LT2_CPU_ISAS;      // those built, separated by ';'
   m.attr("cuda_archs") = LT2_CUDA_ARCHS;  // "" when built without CUDA kernels
 }

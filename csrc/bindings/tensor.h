@@ -19,7 +19,7 @@
 // Only CUDA builds of libtorch define this symbol. A weak reference keeps one binary loadable by a
 // CPU-only libtorch. (TORCH_TARGET_VERSION >= 2.13 has accelerator::Stream::nativeHandle() instead.)
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                    void** stream);
+                                                                                   void** stream);
 
 namespace lt2 {
 
@@ -50,21 +50,31 @@ inline std::string shape_string(std::initializer_list<int64_t> sizes) {
 
 inline char const* dtype_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
   }
 }
 
 inline Dtype kernel_dtype(Tensor const& t) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      return Dtype::kFloat32;
   }
 }
 
@@ -74,11 +84,14 @@ inline Tensor empty(Tensor const& like, std::initializer_list<int64_t> sizes, Sc
 }
 
 inline Tensor with_unit_last_stride(Tensor const& t) {
-  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
+             ? t
+             : torch::stable::contiguous(t);
 }
 
 inline void* current_cuda_stream(Tensor const& t) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "lt2_ext: this torch was built without CUDA");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "lt2_ext: this torch was built without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
@@ -88,19 +101,21 @@ inline void* current_cuda_stream(Tensor const& t) {
 inline ThreadPool torch_pool() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t begin, int64_t end, int64_t grain, ThreadPool::Body body, void* context) {
-            torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(b, e, context); });
+            torch::stable::parallel_for(begin, end, grain,
+                                        [&](int64_t b, int64_t e) { body(b, e, context); });
           }};
 }
 
 }  // namespace lt2
 
-#define LT2_CHECK_DIM(op, t, n) \
-  STD_TORCH_CHECK((t).dim() == (n), op ": " #t " must have " #n " dimensions, got shape ", ::lt2::shape_string(t))
+#define LT2_CHECK_DIM(op, t, n)                                                            \
+  STD_TORCH_CHECK((t).dim() == (n), op ": " #t " must have " #n " dimensions, got shape ", \
+                  ::lt2::shape_string(t))
 // Names the rule in symbols and in numbers: "q must have shape [B, T, H, K] = [1, 8, 2, 4], got [1, 8, 4]".
-#define LT2_CHECK_SHAPE(op, t, rule, ...)                                                               \
-  STD_TORCH_CHECK(::lt2::has_shape(t, {__VA_ARGS__}), op ": " #t " must have shape " rule " = ",        \
+#define LT2_CHECK_SHAPE(op, t, rule, ...)                                                        \
+  STD_TORCH_CHECK(::lt2::has_shape(t, {__VA_ARGS__}), op ": " #t " must have shape " rule " = ", \
                   ::lt2::shape_string({__VA_ARGS__}), ", got ", ::lt2::shape_string(t))
-#define LT2_CHECK_DTYPE(op, t, ty)                                                     \
+#define LT2_CHECK_DTYPE(op, t, ty)                                                                    \
   STD_TORCH_CHECK((t).scalar_type() == (ty), op ": " #t " must be ", ::lt2::dtype_name(ty), ", got ", \
                   ::lt2::dtype_name((t).scalar_type()))
 #define LT2_CHECK_CONTIGUOUS(op, t) \

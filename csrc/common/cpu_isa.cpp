@@ -43,11 +43,16 @@ CpuIsa cpu_isa() {
 
 char const* name(CpuIsa isa) {
   switch (isa) {
-    case CpuIsa::kScalar: return "scalar";
-    case CpuIsa::kNeon: return "neon";
-    case CpuIsa::kAvx2: return "avx2";
-    case CpuIsa::kAvx512: return "avx512";
-    case CpuIsa::kAvx512Bf16: return "avx512_bf16";
+    case CpuIsa::kScalar:
+      return "scalar";
+    case CpuIsa::kNeon:
+      return "neon";
+    case CpuIsa::kAvx2:
+      return "avx2";
+    case CpuIsa::kAvx512:
+      return "avx512";
+    case CpuIsa::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }

@@ -19,19 +19,21 @@ char const* name(CpuIsa isa);
 #define LT2_FOR_EACH_ISA(X) X(scalar, kScalar)
 #endif
 
-// Defines `Kernels const& kernels()` in a family's namespace: the function table of the running instruction set,
-// out of the tables that its per-ISA translation units define as <isa>::kKernels.
+// Defines `Kernels const& kernels()` in a family's namespace: the function table of the running instruction
+// set, out of the tables that its per-ISA translation units define as <isa>::kKernels.
 #define LT2_DECLARE_ISA_KERNELS(isa, id) \
   namespace isa {                        \
   extern Kernels const kKernels;         \
   }
 #define LT2_CASE_ISA_KERNELS(isa, id) \
-  case CpuIsa::id: return isa::kKernels;
-#define LT2_DEFINE_KERNELS()                               \
-  LT2_FOR_EACH_ISA(LT2_DECLARE_ISA_KERNELS)                \
-  static Kernels const& kernels() {                        \
-    switch (cpu_isa()) {                                   \
-      LT2_FOR_EACH_ISA(LT2_CASE_ISA_KERNELS)               \
-      default: __builtin_unreachable();                    \
-    }                                                      \
+  case CpuIsa::id:                    \
+    return isa::kKernels;
+#define LT2_DEFINE_KERNELS()                 \
+  LT2_FOR_EACH_ISA(LT2_DECLARE_ISA_KERNELS)  \
+  static Kernels const& kernels() {          \
+    switch (cpu_isa()) {                     \
+      LT2_FOR_EACH_ISA(LT2_CASE_ISA_KERNELS) \
+      default:                               \
+        __builtin_unreachable();             \
+    }                                        \
   }

@@ -15,7 +15,9 @@ struct ThreadPool {
   // f(begin, end) over disjoint ranges that cover [begin, end).
   template <class F>
   void ranges(int64_t begin, int64_t end, int64_t grain, F const& f) const {
-    run(begin, end, grain, [](int64_t b, int64_t e, void* context) { (*static_cast<F const*>(context))(b, e); },
+    run(
+        begin, end, grain,
+        [](int64_t b, int64_t e, void* context) { (*static_cast<F const*>(context))(b, e); },
         const_cast<void*>(static_cast<void const*>(&f)));
   }
 

@@ -28,11 +28,11 @@ struct Inputs {
   bool neg_eigval;
   bool state_v_first;  // states are [.., V, K]
   Strided q, k, v;
-  Strided g, beta;              // fp32; data null: no decay, ones
-  float const* A_log;           // [HV]; not null: g is raw a, the decay is -exp(A_log) softplus(a + dt_bias)
-  float const* dt_bias;         // [HV]
-  float const* initial_state;   // [N, HV, K, V] or null
-  void const* cu_seqlens;       // [N + 1] or null
+  Strided g, beta;             // fp32; data null: no decay, ones
+  float const* A_log;          // [HV]; not null: g is raw a, the decay is -exp(A_log) softplus(a + dt_bias)
+  float const* dt_bias;        // [HV]
+  float const* initial_state;  // [N, HV, K, V] or null
+  void const* cu_seqlens;      // [N + 1] or null
   bool cu_seqlens_int64;
 };
 
@@ -51,7 +51,8 @@ struct BackwardParams : Inputs {
   float* dinitial_state;
 };
 
-// In-place decode of `tokens` tokens per row on a pool of states; the gate, beta and l2norm are computed inside.
+// In-place decode of `tokens` tokens per row on a pool of states; the gate, beta and l2norm are computed
+// inside.
 struct StepParams {
   Dtype dtype, gate_dtype;
   int64_t batch, slots;
@@ -60,9 +61,10 @@ struct StepParams {
   bool qk_l2norm, neg_eigval, state_v_first;
   Strided q, k, v, a, b, o;
   float const *A_log, *dt_bias;
-  float* state;                       // element [slot, head, i, j] at slot * state_slot + head * state_head + i * state_row + j
+  float* state;  // element [slot, head, i, j] at slot * state_slot + head * state_head + i * state_row + j
   int64_t state_slot, state_head, state_row;
-  int64_t const* slot_ids;  // [B] or null (row b is slot b); negative or out of range: o = 0, nothing is written
+  int64_t const*
+      slot_ids;  // [B] or null (row b is slot b); negative or out of range: o = 0, nothing is written
 };
 
 namespace cpu {

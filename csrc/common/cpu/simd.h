@@ -1,7 +1,7 @@
-// Vectors of one instruction set. For <family>_<isa>.cpp files only, which define LT2_ISA (a namespace) and get
-// their own -m flags. All of it has internal linkage: an inline function compiled with AVX-512 must never be
-// merged by the linker with the one of a lesser instruction set. For the same reason: no standard containers
-// and no <cmath> here or in kernel bodies (use __builtin_*).
+// Vectors of one instruction set. For <family>_<isa>.cpp files only, which define LT2_ISA (a namespace) and
+// get their own -m flags. All of it has internal linkage: an inline function compiled with AVX-512 must never
+// be merged by the linker with the one of a lesser instruction set. For the same reason: no standard
+// containers and no <cmath> here or in kernel bodies (use __builtin_*).
 #pragma once
 
 #include <cstdint>
@@ -45,12 +45,12 @@ inline Vec load(Bf16 const* p) {
   VecH h;
   __builtin_memcpy(&h, p, sizeof(h));
   VecU const bits = __builtin_convertvector(h, VecU) << 16;
-  return reinterpret_cast<Vec const&>(bits);
+  return reinterpret_cast<Vec>(bits);
 }
 
 // Round to nearest even; NaN stays NaN.
 inline void store(Bf16* p, Vec v) {
-  VecU const bits = reinterpret_cast<VecU const&>(v);
+  VecU const bits = reinterpret_cast<VecU>(v);
   VecU const rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   VecU const quiet = (bits >> 16) | 0x40u;
   VecH const h = __builtin_convertvector(v == v ? rounded : quiet, VecH);
@@ -63,9 +63,24 @@ inline void store_one(Bf16* p, float x) {
   *p = static_cast<Bf16>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
 
+// Sum over lanes, in halves: ((v0 + v8) + (v4 + v12)) + .. for 16 lanes.
 inline float sum(Vec v) {
-  float s = 0.f;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 4; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  for (int i = 0; kLanes > 4 && i < 4; ++i) lanes[i] += lanes[i + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+inline float dot(float const* a, float const* b, int64_t n) {
+  Vec acc{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) acc += load(a + i) * load(b + i);
+  float s = sum(acc);
+  for (; i < n; ++i) s += a[i] * b[i];
   return s;
 }
 
@@ -84,9 +99,8 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  VecI const bits = reinterpret_cast<VecI const&>(p) +
-                    (__builtin_convertvector(n == n ? n : Vec{}, VecI) << 23);
-  Vec const result = reinterpret_cast<Vec const&>(bits);
+  VecI const bits = reinterpret_cast<VecI>(p) + (__builtin_convertvector(n == n ? n : Vec{}, VecI) << 23);
+  Vec const result = reinterpret_cast<Vec>(bits);
   return x < lo ? Vec{} : (x == x ? result : x);
 }
 

@@ -1,0 +1,169 @@
+// Small fp32 matrix products on panels, the layout in which every operand streams from L1: [rows, cols] is
+// stored as panels of 32 columns, element (i, j) at (j / 32) * rows * 32 + i * 32 + j % 32. Column counts are
+// multiples of 32, row counts and depths multiples of 16; padding must be zero where it is summed over. See
+// simd.h for who may include this.
+#pragma once
+
+#include "common/cpu/simd.h"
+
+namespace lt2::LT2_ISA {
+namespace {
+
+constexpr int kPanel = 32;
+
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Panels {
+  float* data;
+  int rows, cols;
+
+  float* row(int i, int panel) const { return data + (static_cast<int64_t>(panel) * rows + i) * kPanel; }
+  float& at(int i, int j) const { return row(i, j / kPanel)[j % kPanel]; }
+  int panels() const { return cols / kPanel; }
+  int64_t size() const { return static_cast<int64_t>(rows) * cols; }
+};
+
+// A register tile is kTileRows x (2 vectors): 16 accumulators where there are 32 registers, else 8.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileCols = 2 * kLanes;
+static_assert(kPanel % kTileCols == 0);
+
+// c[r][:] = beta c[r][:] + sum over k in [begin, end) of A(r, k) b[k][:], b and c rows kPanel apart.
+// A(r, k) is a[r * kPanel + k], continued one panel (a_panel floats) further on every 32 k; transposed,
+// it is a[k * kPanel + r].
+template <bool kTransposed>
+inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t a_panel, float const* b,
+                                                         float* c, int begin, int end, float beta) {
+  Vec acc[kTileRows][2];
+  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = Vec{};
+  auto const step = [&](float const* a_k, int64_t a_stride, float const* b_k) __attribute__((always_inline)) {
+    Vec const b0 = load(b_k), b1 = load(b_k + kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      Vec const x = splat(a_k[r * a_stride]);
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+  };
+  if constexpr (kTransposed) {
+    for (int k = begin; k < end; ++k) step(a + k * kPanel, 1, b + k * kPanel);
+  } else {
+    for (int k = begin; k < end;) {
+      float const* const a_block = a + k / kPanel * a_panel - k / kPanel * kPanel;
+      int const stop = (k / kPanel + 1) * kPanel < end ? (k / kPanel + 1) * kPanel : end;
+      for (; k < stop; ++k) step(a_block + k, kPanel, b + k * kPanel);
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    float* const out = c + r * kPanel;
+    if (beta != 0.f) {
+      acc[r][0] += load(out) * beta;
+      acc[r][1] += load(out + kLanes) * beta;
+    }
+    store(out, acc[r][0]);
+    store(out + kLanes, acc[r][1]);
+  }
+}
+
+// What is known to be zero, or not wanted, of a square operand whose rows and columns are tokens.
+enum class Triangle {
+  kNone,
+  kLowerA,    // A(i, k) = 0 for k > i
+  kUpperA,    // A(i, k) = 0 for k < i
+  kLowerOut,  // only C(i, j) with j <= i is read afterwards
+};
+
+// C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
+// kTransposed. With beta = 0, C is not read.
+template <bool kTransposed, Triangle kTriangle = Triangle::kNone>
+void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int depth, float beta) {
+  for (int panel = 0; panel < c.panels(); ++panel) {
+    for (int i = 0; i < m; i += kTileRows) {
+      if (kTriangle == Triangle::kLowerOut && panel * kPanel > i + kTileRows - 1) continue;
+      int const begin = kTriangle == Triangle::kUpperA ? i : 0;
+      int const end = kTriangle == Triangle::kLowerA && i + kTileRows < depth ? i + kTileRows : depth;
+      float const* const a_rows = kTransposed ? a.row(0, i / kPanel) + i % kPanel : a.row(i, 0);
+      for (int j = 0; j < kPanel; j += kTileCols) {
+        multiply_tile<kTransposed>(a_rows, static_cast<int64_t>(a.rows) * kPanel, b.row(0, panel) + j,
+                                   c.row(i, panel) + j, begin, end, beta);
+      }
+    }
+  }
+}
+
+// Exchanges blocks of kStep rows with blocks of kStep columns; after all steps 1, 2, 4, .. rows is
+// transposed.
+template <int kStep>
+inline void exchange(Vec (&rows)[kLanes]) {
+  VecI low{}, high{};
+  for (int j = 0; j < kLanes; ++j) {
+    low[j] = j & kStep ? kLanes + j - kStep : j;
+    high[j] = j & kStep ? kLanes + j : j + kStep;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    Vec const a = rows[i], b = rows[i | kStep];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i | kStep] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (kStep * 2 < kLanes) exchange<kStep * 2>(rows);
+}
+
+// out[kLanes][kLanes] = in^T, rows in_stride and out_stride apart.
+inline void transpose_block(float const* in, int64_t in_stride, float* out, int64_t out_stride) {
+  Vec rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * in_stride);
+  exchange<1>(rows);
+  for (int i = 0; i < kLanes; ++i) store(out + i * out_stride, rows[i]);
+}
+
+// out(j, i) = in(i, j) for i < m.
+inline void transpose(Panels const& in, Panels const& out, int m) {
+  for (int panel = 0; panel < in.panels(); ++panel) {
+    for (int i = 0; i < m; i += kLanes) {
+      for (int j = 0; j < kPanel; j += kLanes) {
+        transpose_block(in.row(i, panel) + j, kPanel, out.row(panel * kPanel + j, i / kPanel) + i % kPanel,
+                        kPanel);
+      }
+    }
+  }
+}
+
+// row i of x times factor[i].
+inline void scale_rows(Panels const& x, float const* factor, int m) {
+  for (int panel = 0; panel < x.panels(); ++panel) {
+    for (int i = 0; i < m; ++i) {
+      float* const r = x.row(i, panel);
+      for (int j = 0; j < kPanel; j += kLanes) store(r + j, load(r + j) * factor[i]);
+    }
+  }
+}
+
+// out[i] = <x_i, y_i> over whole rows: kLanes rows at a time, so that one transpose sums all their lanes.
+inline void row_dots(Panels const& x, Panels const& y, float* out, int m) {
+  for (int i = 0; i < m; i += kLanes) {
+    Vec acc[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      Vec a{}, b{};
+      for (int panel = 0; panel < x.panels(); ++panel) {
+        float const *const x_row = x.row(i + r, panel), *const y_row = y.row(i + r, panel);
+        for (int j = 0; j < kPanel; j += 2 * kLanes) {
+          a += load(x_row + j) * load(y_row + j);
+          b += load(x_row + j + kLanes) * load(y_row + j + kLanes);
+        }
+      }
+      acc[r] = a + b;
+    }
+    exchange<1>(acc);
+    Vec total = acc[0];
+    for (int r = 1; r < kLanes; ++r) total += acc[r];
+    store(out + i, total);
+  }
+}
+
+}  // namespace
+}  // namespace lt2::LT2_ISA

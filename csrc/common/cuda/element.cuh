@@ -1,0 +1,46 @@
+// Elements of an operand that comes in several types; all arithmetic is fp32.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace lt2::cuda {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// For the odd scalar whose type is not worth a template.
+__device__ inline float load_element(Dtype dtype, void const* data, int64_t i) {
+  switch (dtype) {
+    case Dtype::kBFloat16: return to_float(static_cast<__nv_bfloat16 const*>(data)[i]);
+    case Dtype::kFloat16: return to_float(static_cast<__half const*>(data)[i]);
+    default: return static_cast<float const*>(data)[i];
+  }
+}
+
+__device__ inline float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+// log(1 + e^x), linear above 20 as in torch.
+__device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
+__device__ inline float softplus_derivative(float x) { return x > 20.f ? 1.f : sigmoid(x); }
+
+}  // namespace lt2::cuda

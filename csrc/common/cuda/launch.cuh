@@ -1,0 +1,40 @@
+// The only place that launches kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/status.h"
+
+namespace lt2::cuda {
+
+inline Status status(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return kOk;
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+      return "the build has no CUDA code for this GPU (rebuild with its architecture in LT2_CUDA_ARCHS)";
+    default: return cudaGetErrorString(error);
+  }
+}
+
+inline constexpr int kDefaultSharedBytes = 48 << 10;
+
+// Asynchronous; a grid of no blocks is a success. The attribute is set on every launch because it belongs to one
+// device, and costs next to nothing.
+template <class... Params, class... Args>
+Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, void* stream,
+              Args const&... args) {
+  if (blocks == 0) return kOk;
+  if (blocks > INT32_MAX) return "too many sequences, heads and chunks for one launch (2^31 - 1 blocks)";
+  if (shared_bytes > kDefaultSharedBytes) {
+    cudaError_t const error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return status(error);
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return status(cudaGetLastError());
+}
+
+}  // namespace lt2::cuda

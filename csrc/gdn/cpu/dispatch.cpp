@@ -1,0 +1,102 @@
+// Spreads sequences and heads over threads and picks the instruction set.
+#include <algorithm>
+#include <cstring>
+
+#include "common/cpu_isa.h"
+#include "gdn/cpu/kernels.h"
+
+namespace lt2::gdn {
+
+LT2_DEFINE_KERNELS()
+
+namespace cpu {
+namespace {
+
+constexpr int kSliceMultiple = 32;  // the kernels' panel width
+
+// Value columns are independent: with fewer heads than threads, they are split too.
+int slice_count(int64_t items, int value_dim, ThreadPool const& pool) {
+  int64_t const wanted = items == 0 ? 1 : (pool.num_threads + items - 1) / items;
+  int64_t const most = (value_dim + kSliceMultiple - 1) / kSliceMultiple;
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1)));
+}
+
+ValueSlice value_slice(int value_dim, int index, int count) {
+  int const panels = (value_dim + kSliceMultiple - 1) / kSliceMultiple;
+  int const width = (panels + count - 1) / count * kSliceMultiple;
+  return {std::min(index * width, value_dim), std::min((index + 1) * width, value_dim)};
+}
+
+int64_t longest_sequence(Inputs const& p) {
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.sequences; ++n) longest = std::max(longest, sequence_span(p, n).length());
+  return longest;
+}
+
+// Rows of x that belong to no sequence (before the first, after the last) are zero.
+void zero_outside(Inputs const& p, Strided const& x, int heads, int64_t row_bytes, int64_t element_bytes) {
+  if (p.cu_seqlens == nullptr || x.data == nullptr) return;
+  int64_t const first = p.sequences == 0 ? 0 : cu_seqlen(p, 0);
+  int64_t const last = p.sequences == 0 ? 0 : cu_seqlen(p, p.sequences);
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    if (t >= first && t < last) continue;
+    for (int h = 0; h < heads; ++h) {
+      std::memset(static_cast<char*>(x.data) + (t * x.token + h * x.head) * element_bytes, 0, row_bytes);
+    }
+  }
+}
+
+int64_t element_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+int64_t forward_workspace(ForwardParams const& p, ThreadPool const& pool) {
+  int64_t const heads = p.sequences * p.value_heads;
+  int const slices = slice_count(heads, p.value_dim, pool);
+  return kernels().forward_workspace(p, slices) * pool.lanes(heads * slices);
+}
+
+void forward(ForwardParams const& p, float* workspace, ThreadPool const& pool) {
+  int64_t const heads = p.sequences * p.value_heads, size = element_bytes(p.dtype);
+  int const slices = slice_count(heads, p.value_dim, pool);
+  int64_t const lane_floats = kernels().forward_workspace(p, slices);
+  zero_outside(p, p.o, p.value_heads, p.value_dim * size, size);
+  pool.items(heads * slices, [&](int64_t item, int lane) {
+    ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
+    if (slice.begin == slice.end) return;
+    int64_t const head = item / slices;
+    kernels().forward(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice,
+                      workspace + lane * lane_floats);
+  });
+}
+
+int64_t backward_workspace(BackwardParams const& p, ThreadPool const& pool) {
+  return kernels().backward_workspace(p, longest_sequence(p)) * pool.lanes(p.sequences * p.heads);
+}
+
+void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool) {
+  int64_t const size = element_bytes(p.dtype);
+  zero_outside(p, p.dq, p.heads, p.key_dim * size, size);
+  zero_outside(p, p.dk, p.heads, p.key_dim * size, size);
+  zero_outside(p, p.dv, p.value_heads, p.value_dim * size, size);
+  zero_outside(p, p.dg, p.value_heads, sizeof(float), sizeof(float));
+  zero_outside(p, p.dbeta, p.value_heads, sizeof(float), sizeof(float));
+  int64_t const lane_floats = kernels().backward_workspace(p, longest_sequence(p));
+  pool.items(p.sequences * p.heads, [&](int64_t item, int lane) {
+    kernels().backward(p, item / p.heads, static_cast<int>(item % p.heads), workspace + lane * lane_floats);
+  });
+}
+
+void step(StepParams const& p, ThreadPool const& pool) {
+  int64_t const heads = p.batch * p.value_heads;
+  int const slices = slice_count(heads, p.value_dim, pool);
+  pool.items(heads * slices, [&](int64_t item, int) {
+    ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
+    if (slice.begin == slice.end) return;
+    int64_t const head = item / slices;
+    kernels().step(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice);
+  });
+}
+
+}  // namespace cpu
+}  // namespace lt2::gdn

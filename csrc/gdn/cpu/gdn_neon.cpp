@@ -1,0 +1,2 @@
+#define LT2_ISA neon
+#include "gdn/cpu/gdn_kernels.h"

@@ -1,0 +1,2 @@
+#define LT2_ISA scalar
+#include "gdn/cpu/gdn_kernels.h"

@@ -1,0 +1,155 @@
+// One token on a state in memory: S <- decay S; u = beta (v - k^T S); S <- S + k u^T; o = scale q^T S.
+// Also the in-place decode op, which does this for a few tokens while a block of the state stays in L1.
+#pragma once
+
+#include "gdn/cpu/chunk.h"
+
+namespace lt2::gdn::LT2_ISA {
+namespace {
+
+constexpr int kMaxKeyDim = 256, kMaxValueDim = 512;
+constexpr int kMaxStepTokens = 8;
+
+// q, k [K] and v, o [V] in fp32.
+struct Token {
+  float const *q, *k, *v;
+  float* o;
+  float decay, beta, scale;
+};
+
+template <class T>
+void load_unit(T const* src, int n, bool normalise, float* dst) {
+  float squares = 0.f;
+  for (int i = 0; i < n; ++i) {
+    dst[i] = to_float(src[i]);
+    squares += dst[i] * dst[i];
+  }
+  if (!normalise) return;
+  float const norm = 1.f / __builtin_sqrtf(squares + 1e-6f);
+  for (int i = 0; i < n; ++i) dst[i] *= norm;
+}
+
+// Columns [0, kVecs * kLanes) of a state whose rows are keys, `stride` floats apart.
+// q^T S' = decay q^T S + (q . k) u needs no pass over S'.
+template <int kVecs>
+inline void update_columns(float* s, int64_t stride, int key_dim, Token const& t, int column, float qk) {
+  Vec ks[kVecs] = {}, qs[kVecs] = {}, u[kVecs];
+  for (int i = 0; i < key_dim; ++i) {
+    for (int l = 0; l < kVecs; ++l) {
+      Vec const x = load(s + i * stride + l * kLanes);
+      ks[l] += x * t.k[i];
+      qs[l] += x * t.q[i];
+    }
+  }
+  for (int l = 0; l < kVecs; ++l) {
+    u[l] = (load(t.v + column + l * kLanes) - ks[l] * t.decay) * t.beta;
+    store(t.o + column + l * kLanes, (qs[l] * t.decay + u[l] * qk) * t.scale);
+  }
+  for (int i = 0; i < key_dim; ++i) {
+    for (int l = 0; l < kVecs; ++l) {
+      float* const x = s + i * stride + l * kLanes;
+      store(x, load(x) * t.decay + u[l] * t.k[i]);
+    }
+  }
+}
+
+inline void update_column(float* s, int64_t stride, int key_dim, Token const& t, int column, float qk) {
+  float ks = 0.f, qs = 0.f;
+  for (int i = 0; i < key_dim; ++i) {
+    ks += s[i * stride] * t.k[i];
+    qs += s[i * stride] * t.q[i];
+  }
+  float const u = (t.v[column] - ks * t.decay) * t.beta;
+  t.o[column] = (qs * t.decay + u * qk) * t.scale;
+  for (int i = 0; i < key_dim; ++i) s[i * stride] = s[i * stride] * t.decay + u * t.k[i];
+}
+
+// State [K, V], rows `stride` apart, tokens in order. Blocks of columns are independent.
+inline void update_rows_k(float* s, int64_t stride, int key_dim, int value_dim, Token const* tokens,
+                          int count) {
+  constexpr int kVecs = 4;
+  float qk[kMaxStepTokens];
+  for (int t = 0; t < count; ++t) qk[t] = dot(tokens[t].q, tokens[t].k, key_dim);
+  int column = 0;
+  for (; column + kVecs * kLanes <= value_dim; column += kVecs * kLanes) {
+    for (int t = 0; t < count; ++t)
+      update_columns<kVecs>(s + column, stride, key_dim, tokens[t], column, qk[t]);
+  }
+  for (; column + kLanes <= value_dim; column += kLanes) {
+    for (int t = 0; t < count; ++t) update_columns<1>(s + column, stride, key_dim, tokens[t], column, qk[t]);
+  }
+  for (; column < value_dim; ++column) {
+    for (int t = 0; t < count; ++t) update_column(s + column, stride, key_dim, tokens[t], column, qk[t]);
+  }
+}
+inline void update_rows_k(float* s, int64_t stride, int key_dim, int value_dim, Token const& token) {
+  update_rows_k(s, stride, key_dim, value_dim, &token, 1);
+}
+
+// State [V, K]: every row is one value, updated for all tokens before the next.
+inline void update_rows_v(float* s, int64_t stride, int key_dim, int value_dim, Token const* tokens,
+                          int count) {
+  float qk[kMaxStepTokens];
+  for (int t = 0; t < count; ++t) qk[t] = dot(tokens[t].q, tokens[t].k, key_dim);
+  for (int v = 0; v < value_dim; ++v) {
+    float* const row = s + v * stride;
+    for (int t = 0; t < count; ++t) {
+      Token const& token = tokens[t];
+      float const ks = dot(row, token.k, key_dim), qs = dot(row, token.q, key_dim);
+      float const u = (token.v[v] - ks * token.decay) * token.beta;
+      token.o[v] = (qs * token.decay + u * qk[t]) * token.scale;
+      int i = 0;
+      for (; i + kLanes <= key_dim; i += kLanes) {
+        store(row + i, load(row + i) * token.decay + load(token.k + i) * u);
+      }
+      for (; i < key_dim; ++i) row[i] = row[i] * token.decay + token.k[i] * u;
+    }
+  }
+}
+
+template <class T, class G>
+void step_item(StepParams const& p, int64_t row, int head, ValueSlice slice) {
+  int const qk_head = head / (p.value_heads / p.heads), n = slice.end - slice.begin;
+  int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
+  if (slot < 0 || slot >= p.slots) {
+    for (int t = 0; t < p.tokens; ++t) {
+      T* const out = token_row<T>(p.o, row, t, head) + slice.begin;
+      for (int j = 0; j < n; ++j) store_one(out + j, 0.f);
+    }
+    return;
+  }
+  alignas(64) float q[kMaxStepTokens][kMaxKeyDim], k[kMaxStepTokens][kMaxKeyDim];
+  alignas(64) float v[kMaxStepTokens][kMaxValueDim], o[kMaxStepTokens][kMaxValueDim];
+  Token tokens[kMaxStepTokens];
+  for (int t = 0; t < p.tokens; ++t) {
+    load_unit(token_row<T const>(p.q, row, t, qk_head), p.key_dim, p.qk_l2norm, q[t]);
+    load_unit(token_row<T const>(p.k, row, t, qk_head), p.key_dim, p.qk_l2norm, k[t]);
+    load_unit(token_row<T const>(p.v, row, t, head) + slice.begin, n, false, v[t]);
+    float const a = to_float(*token_row<G const>(p.a, row, t, head));
+    float const b = to_float(*token_row<G const>(p.b, row, t, head));
+    float const g = -__builtin_expf(p.A_log[head]) * softplus(a + p.dt_bias[head]);
+    tokens[t] = {
+        q[t],   k[t], v[t], o[t], exp(g < kNoDecay ? kNoDecay : g), (p.neg_eigval ? 2.f : 1.f) * sigmoid(b),
+        p.scale};
+  }
+  float* const s = p.state + slot * p.state_slot + head * p.state_head;
+  if (p.state_v_first) {
+    update_rows_v(s + slice.begin * p.state_row, p.state_row, p.key_dim, n, tokens, p.tokens);
+  } else {
+    update_rows_k(s + slice.begin, p.state_row, p.key_dim, n, tokens, p.tokens);
+  }
+  for (int t = 0; t < p.tokens; ++t) {
+    T* const out = token_row<T>(p.o, row, t, head) + slice.begin;
+    for (int j = 0; j < n; ++j) store_one(out + j, o[t][j]);
+  }
+}
+
+void step(StepParams const& p, int64_t row, int head, ValueSlice slice) {
+  bool const bf16 = p.dtype == Dtype::kBFloat16, gate_bf16 = p.gate_dtype == Dtype::kBFloat16;
+  auto* const item = bf16 ? (gate_bf16 ? step_item<Bf16, Bf16> : step_item<Bf16, float>)
+                          : (gate_bf16 ? step_item<float, Bf16> : step_item<float, float>);
+  item(p, row, head, slice);
+}
+
+}  // namespace
+}  // namespace lt2::gdn::LT2_ISA

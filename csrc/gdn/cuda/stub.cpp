@@ -1,0 +1,16 @@
+#include "gdn/gdn.h"
+
+namespace lt2::gdn::portable {
+namespace {
+
+constexpr Status kNotBuilt = "lt2_ext was built without CUDA kernels (no nvcc at build time)";
+
+}  // namespace
+
+Status supports(Inputs const&) { return kNotBuilt; }
+int64_t backward_workspace(BackwardParams const&) { return 0; }
+Status forward(ForwardParams const&, void*) { return kNotBuilt; }
+Status backward(BackwardParams const&, float*, void*) { return kNotBuilt; }
+Status step(StepParams const&, void*) { return kNotBuilt; }
+
+}  // namespace lt2::gdn::portable

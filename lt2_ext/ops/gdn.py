@@ -1,0 +1,306 @@
+"""The gated delta rule: chunked, token by token, and one decode step in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import autocast, check, checks_enabled, no_double_backward
+
+_fwd = torch.ops.lt2.gdn_fwd.default
+_bwd = torch.ops.lt2.gdn_bwd.default
+_step = torch.ops.lt2.gdn_step_.default
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated delta rule (Gated DeltaNet, arXiv 2412.06464), parallel over chunks of tokens.
+
+    For every value head, with a state ``S`` of shape ``[K, V]`` and one token after the other::
+
+        S <- exp(g) S
+        S <- S + beta k (v - k^T S)^T
+        o  = scale q^T S
+
+    Value head ``h`` uses query/key head ``h // (HV // H)``. Differentiable once in every tensor but ``cu_seqlens``.
+    Under autocast q, k and v are cast to the autocast dtype. Results do not depend on the number of threads.
+
+    Args:
+        q: ``[B, T, H, K]`` float32 or bfloat16 (on CUDA also float16), ``1 <= K <= 256``. Any strides.
+        k: ``[B, T, H, K]``, dtype of q.
+        v: ``[B, T, HV, V]``, dtype of q, HV a multiple of H, ``1 <= V <= 512``.
+        g: ``[B, T, HV]``, any float dtype, the natural log of the decay, ``<= 0``; ``-inf`` resets the state.
+            None: no decay. With ``use_gate_in_kernel`` the raw gate ``a``.
+        beta: ``[B, T, HV]``, any float dtype, the writing strength. None: ones.
+        scale: of the output. None: ``K ** -0.5``.
+        initial_state: ``[N, HV, K, V]``, any float dtype, used as float32; N is B, or the number of sequences.
+            None: zeros.
+        output_final_state: return the state after the last token of each sequence too.
+        use_qk_l2norm_in_kernel: replace q and k by ``x * rsqrt(sum(x^2) + 1e-6)``.
+        use_gate_in_kernel: the decay is ``-exp(A_log) * softplus(g + dt_bias)`` (softplus linear above 20).
+        A_log: ``[HV]``, any float dtype; with ``use_gate_in_kernel`` only, and required there.
+        dt_bias: ``[HV]``, any float dtype; with ``use_gate_in_kernel`` only. None: zeros.
+        use_beta_sigmoid_in_kernel: beta is raw, its sigmoid is used.
+        allow_neg_eigval: use twice the sigmoid; needs ``use_beta_sigmoid_in_kernel``.
+        state_v_first: states are ``[N, HV, V, K]``.
+        cu_seqlens: ``[N + 1]`` int32 or int64, on the device of q: sequence n is tokens
+            ``cu_seqlens[n] : cu_seqlens[n + 1]`` of the only batch row (``B == 1``). A sequence may be empty: its state
+            passes through. Tokens of no sequence give zeros.
+        cu_seqlens_cpu: the same values on the CPU: data-dependent checks then need no synchronisation.
+
+    Returns:
+        ``o`` ``[B, T, HV, V]`` in the dtype of v, and the final state ``[N, HV, K, V]`` float32 or None.
+
+    Raises:
+        ValueError: dtypes or options that do not go together; under ``lt2_ext.set_checks(True)`` also ``g > 0`` or
+            invalid ``cu_seqlens`` (always checked on the CPU, as a RuntimeError).
+        RuntimeError: a shape, dtype or device that the operator rejects; double backward.
+    """
+    return _gated_delta_rule(
+        "chunk_gated_delta_rule", False, q, k, v, g, beta, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        state_v_first, cu_seqlens, cu_seqlens_cpu,
+    )  # fmt: skip
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated delta rule, token by token: for short sequences, and as a second opinion on the chunked form.
+
+    Arguments, results, errors and gradients are those of :func:`chunk_gated_delta_rule`.
+    """
+    return _gated_delta_rule(
+        "fused_recurrent_gated_delta_rule", True, q, k, v, g, beta, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+        state_v_first, cu_seqlens, cu_seqlens_cpu,
+    )  # fmt: skip
+
+
+def gated_delta_step_(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+) -> Tensor:
+    """Decode ``t`` tokens per row of the gated delta rule, updating a pool of states in place.
+
+    The recurrence of :func:`chunk_gated_delta_rule` with decay ``-exp(A_log) * softplus(a + dt_bias)`` and
+    ``beta = sigmoid(b)``. Inference only: there is no derivative, so inputs that require one are an error in grad mode.
+
+    Args:
+        state: ``[slots, HV, K, V]`` float32 (``[slots, HV, V, K]`` with ``state_v_first``), updated in place. Any
+            strides, but a contiguous last axis.
+        q, k: ``[B, t, H, K]`` float32 or bfloat16 (on CUDA also float16), ``1 <= t <= 8``, ``1 <= K <= 256``.
+        v: ``[B, t, HV, V]``, dtype of q, HV a multiple of H, ``1 <= V <= 512``.
+        a, b: ``[B, t, HV]`` raw gate and raw beta, float32 or bfloat16 (on CUDA also float16), of one dtype.
+        A_log, dt_bias: ``[HV]``, any float dtype.
+        slots: ``[B]`` int64, the state of each row, no valid one twice. A row whose slot is -1 (or not in the pool)
+            writes nothing and gives ``o = 0``. None: row b uses slot b.
+        scale: of the output. None: ``K ** -0.5``.
+        use_qk_l2norm_in_kernel: replace q and k by ``x * rsqrt(sum(x^2) + 1e-6)``.
+        allow_neg_eigval: beta is ``2 * sigmoid(b)``.
+        state_v_first: layout of ``state``.
+
+    Returns:
+        ``o`` ``[B, t, HV, V]`` in the dtype of v.
+
+    Raises:
+        ValueError: dtypes that do not go together; under ``lt2_ext.set_checks(True)`` also a slot used twice.
+        RuntimeError: a shape, dtype, stride or device that the operator rejects; inputs that require a gradient.
+    """
+    op = "gated_delta_step_"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (state, q, k, v, a, b, A_log, dt_bias)):
+        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
+    q, k, v = autocast(q, q, k, v)
+    _check_dtypes(op, q, k, v)
+    check(a.dtype == b.dtype, op, "b", f"have the dtype of a ({a.dtype})", b.dtype)
+    if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
+        used = slots[(slots >= 0) & (slots < state.shape[0])]
+        check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _step(
+        state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, allow_neg_eigval,
+        state_v_first,
+    )  # fmt: skip
+
+
+def _gated_delta_rule(
+    op: str,
+    recurrent: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm: bool,
+    use_gate: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    q, k, v = autocast(q, q, k, v)
+    _check_dtypes(op, q, k, v)
+    alone = allow_neg_eigval and not use_beta_sigmoid
+    check(not alone, op, "allow_neg_eigval", "come with use_beta_sigmoid_in_kernel", "allow_neg_eigval alone")
+    check(not use_beta_sigmoid or beta is not None, op, "use_beta_sigmoid_in_kernel", "come with beta", None)
+    if use_gate:
+        check(g is not None, op, "use_gate_in_kernel", "come with g (the raw a)", None)
+        check(A_log is not None, op, "use_gate_in_kernel", "come with A_log", None)
+        if dt_bias is None:
+            dt_bias = torch.zeros_like(A_log)
+    else:
+        check(A_log is None and dt_bias is None, op, "A_log and dt_bias", "come with use_gate_in_kernel", False)
+    if cu_seqlens_cpu is not None:
+        check(cu_seqlens is not None, op, "cu_seqlens_cpu", "come with cu_seqlens", None)
+        check(cu_seqlens_cpu.device.type == "cpu", op, "cu_seqlens_cpu", "be on the CPU", cu_seqlens_cpu.device)
+        check(cu_seqlens_cpu.shape == cu_seqlens.shape, op, "cu_seqlens_cpu", f"have shape {list(cu_seqlens.shape)}",
+              list(cu_seqlens_cpu.shape))  # fmt: skip
+    if checks_enabled() and not torch.compiler.is_compiling():
+        _check_values(op, None if use_gate else g, q.shape[1], cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, final_state = _fwd(
+        q, k, v, _float(g), _float(beta), _float(A_log), _float(dt_bias), _float(initial_state), cu_seqlens, scale,
+        use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, output_final_state, recurrent,
+    )  # fmt: skip
+    return o, final_state if output_final_state else None
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
+
+
+def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    on_cpu = q.device.type == "cpu"
+    known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
+    names = "float32 or bfloat16" if on_cpu else "float32, bfloat16 or float16"
+    check(q.dtype in known, op, "q", f"be {names} on {q.device.type}", q.dtype)
+    check(k.dtype == q.dtype, op, "k", f"have the dtype of q ({q.dtype})", k.dtype)
+    check(v.dtype == q.dtype, op, "v", f"have the dtype of q ({q.dtype})", v.dtype)
+
+
+def _check_values(op: str, g: Tensor | None, tokens: int, cu_seqlens: Tensor | None) -> None:
+    if g is not None and g.numel() > 0:
+        check(bool((g <= 0).all()), op, "g", "be <= 0 (the log of a decay)", f"a maximum of {g.max().item()}")
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        valid = offsets == sorted(offsets) and offsets[0] >= 0 and offsets[-1] <= tokens
+        check(valid, op, "cu_seqlens", f"not decrease and stay within 0..T = {tokens}", offsets)
+
+
+@torch.library.register_fake("lt2::gdn_fwd")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, A_log: Tensor | None,
+    dt_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    use_qk_l2norm: bool, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool,
+    output_final_state: bool, recurrent: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    torch._check(q.dim() == 4 and v.dim() == 4 and k.shape == q.shape and v.shape[:2] == q.shape[:2])
+    o = v.new_empty(v.shape)
+    if not output_final_state:
+        return o, v.new_empty(0, dtype=torch.float32)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    K, HV, V = q.shape[3], v.shape[2], v.shape[3]
+    shape = (sequences, HV, V, K) if state_v_first else (sequences, HV, K, V)
+    return o, v.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("lt2::gdn_bwd")
+def _(
+    dout: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
+    beta: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, use_qk_l2norm: bool, use_beta_sigmoid: bool,
+    allow_neg_eigval: bool, state_v_first: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    partials = (sequences, v.shape[2])
+
+    def optional(t: Tensor | None, shape: tuple[int, ...] | None = None) -> Tensor:
+        return q.new_empty((0,) if t is None else t.shape if shape is None else shape, dtype=torch.float32)
+
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), optional(g), optional(beta),
+        optional(A_log, partials), optional(A_log, partials), optional(initial_state),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("lt2::gdn_step_")
+def _(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+    slots: Tensor | None, scale: float, use_qk_l2norm: bool, allow_neg_eigval: bool, state_v_first: bool,
+) -> Tensor:  # fmt: skip
+    return v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(tensors[2])
+    dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state = _bwd(dout, dfinal_state, *tensors, *ctx.options)
+    # dA_log and ddt_bias come as one partial sum per sequence.
+    grads = (dq, dk, dv, dg, dbeta, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)
+    needed = ctx.needs_input_grad
+    return *(grad if needs else None for grad, needs in zip(grads, needed, strict=False)), *(None,) * 8
+
+
+torch.library.register_autograd("lt2::gdn_fwd", _backward, setup_context=_setup_context)
+no_double_backward("gdn_bwd")

@@ -1,0 +1,1 @@
+"""The oracles: plain PyTorch in any dtype, written like the equations. May import: torch only."""
