@@ -22,6 +22,11 @@ KINDS = {
     "output_gate": {"layer_pattern": "full", "attn_output_gate": True},
 }
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """Operators this small lose time to every further thread."""
+    threads(1)
+
 
 def make(kind: str, loops: int, seed: int = 0) -> LT2:
     """A small model in which nothing is left at zero."""

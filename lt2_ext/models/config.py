@@ -11,6 +11,8 @@ from .mixers import MIXERS
 
 MODEL_TYPE = "lt2"
 
+_COMPUTED: Any = None  # default of a size that follows from other fields
+
 # Largest value of each size. They keep a hostile config.json from building a model that no file could fill.
 _SIZES = {
     "vocab_size": 2**24,
@@ -66,8 +68,8 @@ class LT2Config:
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
+    num_key_value_heads: int = _COMPUTED
+    intermediate_size: int = _COMPUTED
     layer_pattern: str = "full"
     loop_count: int = 4
     use_loop_residual: bool = True
@@ -75,10 +77,10 @@ class LT2Config:
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    linear_num_key_heads: int | None = None
-    linear_num_value_heads: int | None = None
-    linear_key_head_dim: int | None = None
-    linear_value_head_dim: int | None = None
+    linear_num_key_heads: int = _COMPUTED
+    linear_num_value_heads: int = _COMPUTED
+    linear_key_head_dim: int = _COMPUTED
+    linear_value_head_dim: int = _COMPUTED
     linear_conv_kernel_dim: int = 4
 
     def __post_init__(self) -> None:

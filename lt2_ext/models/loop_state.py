@@ -13,7 +13,7 @@ from lt2_ext import ops
 
 if TYPE_CHECKING:
     from .config import LT2Config
-    from .lt2 import LT2
+    from .mixers import Mixer
 
 
 class LoopState:
@@ -29,17 +29,15 @@ class LoopState:
         lengths: Tokens seen by each sequence, int64 ``[batch_size]`` on the device of the model.
     """
 
-    def __init__(self, model: LT2, batch_size: int, max_length: int) -> None:
+    def __init__(self, config: LT2Config, mixers: Sequence[Mixer], batch_size: int, max_length: int) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"LoopState: {name} must be a positive integer, got {value!r}")
-        self.config: LT2Config = model.config
-        self.batch_size, self.max_length = batch_size, max_length
+        self.config, self.batch_size, self.max_length = config, batch_size, max_length
         self.layers: list[list[dict[str, Tensor]]] = [
-            [block.mixer.new_state(batch_size, max_length) for block in model.layers]
-            for _ in range(model.config.loop_count)
+            [mixer.new_state(batch_size, max_length) for mixer in mixers] for _ in range(config.loop_count)
         ]
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=model.embed_tokens.weight.device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=next(mixers[0].parameters()).device)
         self.host_lengths = [0] * batch_size  # the same numbers where reading them costs no synchronisation
 
     def advance(self, tokens: int) -> None:

@@ -28,7 +28,7 @@ from lt2_ext import ops
 
 from .config import LT2Config
 from .loop_state import LoopState, Tokens
-from .mixers import MIXERS
+from .mixers import MIXERS, Mixer
 
 
 class LT2Output(NamedTuple):
@@ -87,9 +87,11 @@ class LT2(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 truncated_normal(module.weight, self.config.hidden_size)
-        for block in self.layers:
-            truncated_normal(block.mlp.down_proj.weight, self.config.intermediate_size)
-            block.mixer.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                truncated_normal(module.down_proj.weight, self.config.intermediate_size)
+            elif isinstance(module, Mixer):
+                module.reset_parameters()
 
     def forward(
         self,
@@ -147,7 +149,8 @@ class LT2(nn.Module):
 
     def new_state(self, batch_size: int, max_length: int) -> LoopState:
         """Empty memory for ``batch_size`` sequences of up to ``max_length`` tokens, dtype and device of the weights."""
-        return LoopState(self, batch_size, max_length)
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        return LoopState(self.config, mixers, batch_size, max_length)
 
     @torch.no_grad()
     def generate(
@@ -273,6 +276,8 @@ class LT2(nn.Module):
                 b = cu_seqlens.tolist()
                 check(b[0] == 0 and b[-1] == shape[1] and b == sorted(b), "cu_seqlens", f"rise from 0 to {shape[1]}", b)
         if state is not None:
+            autocast = torch.is_autocast_enabled(input_ids.device.type)
+            check(not autocast, "state", "be used without autocast (move the model to a dtype instead)", "autocast")
             check(state.config == self.config, "state", "come from new_state of this model", "one for another config")
             check(shape[0] == state.batch_size, "input_ids", f"have the {state.batch_size} rows of the state", shape)
             used = max(state.host_lengths)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
+from ._mixer import Mixer
+
 if TYPE_CHECKING:
     from ..config import LT2Config
     from ..loop_state import Tokens
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 MAX_STEP = 8
 
 
-class FullAttention(nn.Module):
+class FullAttention(Mixer):
     def __init__(self, config: LT2Config) -> None:
-        super().__init__()
+        super().__init__(config)
         d, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=False)

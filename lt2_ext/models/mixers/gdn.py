@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
+from ._mixer import Mixer
+
 if TYPE_CHECKING:
     from ..config import LT2Config
     from ..loop_state import Tokens
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 MAX_STEP = 8
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """``q, k, v = silu(conv(W x))``, then per value head ``S <- e^g S; S <- S + beta k (v - k^T S)^T; o = q^T S`` with
     ``g = -exp(A_log) softplus(W_a x + dt_bias)`` and ``beta = sigmoid(W_b x)``, and last
     ``W_o (rmsnorm(o) * silu(W_z x))``.
@@ -29,7 +31,7 @@ class GatedDeltaNet(nn.Module):
     """
 
     def __init__(self, config: LT2Config) -> None:
-        super().__init__()
+        super().__init__(config)
         d, self.eps = config.hidden_size, config.rms_norm_eps
         self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
         self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
@@ -62,17 +64,34 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
-        if state is None:
-            qkv, _ = ops.causal_conv1d(qkv, self.conv_weight, cu_seqlens=tokens.cu_seqlens)
-            o, _ = self._scan(*self._heads(qkv), a, b, cu_seqlens=tokens.cu_seqlens)
-        elif x.shape[1] <= MAX_STEP:
+        if state is not None and x.shape[1] <= MAX_STEP:
             qkv = ops.causal_conv1d_step_(state["conv"], qkv, self.conv_weight)
             o = ops.gated_delta_step_(state["matrix"], *self._heads(qkv), a, b, self.A_log, self.dt_bias)
         else:
-            qkv, conv = ops.causal_conv1d(qkv, self.conv_weight, initial_state=state["conv"], output_final_state=True)
-            o, matrix = self._scan(*self._heads(qkv), a, b, initial_state=state["matrix"], output_final_state=True)
-            state["conv"].copy_(conv)
-            state["matrix"].copy_(matrix)
+            past, keep, cu_seqlens = state or {}, state is not None, tokens.cu_seqlens
+            qkv, conv = ops.causal_conv1d(
+                qkv,
+                self.conv_weight,
+                initial_state=past.get("conv"),
+                output_final_state=keep,
+                cu_seqlens=cu_seqlens,
+            )
+            o, matrix = ops.chunk_gated_delta_rule(
+                *self._heads(qkv),
+                g=a,
+                beta=b,
+                initial_state=past.get("matrix"),
+                output_final_state=keep,
+                use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True,
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                use_beta_sigmoid_in_kernel=True,
+                cu_seqlens=cu_seqlens,
+            )
+            if state is not None and conv is not None and matrix is not None:
+                state["conv"].copy_(conv)
+                state["matrix"].copy_(matrix)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
         o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
         return self.o_proj(o.to(x.dtype).flatten(-2))
@@ -82,15 +101,6 @@ class GatedDeltaNet(nn.Module):
         q, k, v = qkv.split(self.qkv_sizes, dim=-1)
         keys = (self.key_heads, self.key_dim)
         return q.unflatten(-1, keys), k.unflatten(-1, keys), v.unflatten(-1, (self.value_heads, self.value_dim))
-
-    def _scan(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, **state: object) -> tuple[Tensor, Tensor]:
-        return ops.chunk_gated_delta_rule(
-            q, k, v, a, b,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True, A_log=self.A_log, dt_bias=self.dt_bias,
-            use_beta_sigmoid_in_kernel=True,
-            **state,
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedDeltaNet:
         """Every ``.to()``, ``.half()``, ``.cuda()`` passes here: the decay parameters move, but stay fp32."""
