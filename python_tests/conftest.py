@@ -1,7 +1,11 @@
 """Every test runs per device, from one seed, with uninitialised memory filled with NaN."""
 
-import pytest
-import torch
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # many small operators: spinning threads would starve each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_generate_tests(metafunc):

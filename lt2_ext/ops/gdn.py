@@ -163,7 +163,7 @@ def gated_delta_step_(
     if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
         used = slots[(slots >= 0) & (slots < state.shape[0])]
         check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     return _step(
         state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, allow_neg_eigval,
         state_v_first,
@@ -210,7 +210,7 @@ def _gated_delta_rule(
               list(cu_seqlens_cpu.shape))  # fmt: skip
     if checks_enabled() and not torch.compiler.is_compiling():
         _check_values(op, None if use_gate else g, q.shape[1], cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     o, final_state = _fwd(
         q, k, v, _float(g), _float(beta), _float(A_log), _float(dt_bias), _float(initial_state), cu_seqlens, scale,
         use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, output_final_state, recurrent,

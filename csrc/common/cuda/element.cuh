@@ -10,6 +10,23 @@
 
 namespace lt2::cuda {
 
+template <Dtype>
+struct ElementOf;
+template <>
+struct ElementOf<Dtype::kFloat32> {
+  using Type = float;
+};
+template <>
+struct ElementOf<Dtype::kBFloat16> {
+  using Type = __nv_bfloat16;
+};
+template <>
+struct ElementOf<Dtype::kFloat16> {
+  using Type = __half;
+};
+template <Dtype kDtype>
+using Element = typename ElementOf<kDtype>::Type;
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -32,9 +49,12 @@ __device__ inline __half from_float<__half>(float x) {
 // For the odd scalar whose type is not worth a template.
 __device__ inline float load_element(Dtype dtype, void const* data, int64_t i) {
   switch (dtype) {
-    case Dtype::kBFloat16: return to_float(static_cast<__nv_bfloat16 const*>(data)[i]);
-    case Dtype::kFloat16: return to_float(static_cast<__half const*>(data)[i]);
-    default: return static_cast<float const*>(data)[i];
+    case Dtype::kBFloat16:
+      return to_float(static_cast<__nv_bfloat16 const*>(data)[i]);
+    case Dtype::kFloat16:
+      return to_float(static_cast<__half const*>(data)[i]);
+    default:
+      return static_cast<float const*>(data)[i];
   }
 }
 

@@ -11,18 +11,20 @@ namespace lt2::cuda {
 
 inline Status status(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return kOk;
+    case cudaSuccess:
+      return kOk;
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return "the build has no CUDA code for this GPU (rebuild with its architecture in LT2_CUDA_ARCHS)";
-    default: return cudaGetErrorString(error);
+    default:
+      return cudaGetErrorString(error);
   }
 }
 
 inline constexpr int kDefaultSharedBytes = 48 << 10;
 
-// Asynchronous; a grid of no blocks is a success. The attribute is set on every launch because it belongs to one
-// device, and costs next to nothing.
+// Asynchronous; a grid of no blocks is a success. The attribute is set on every launch because it belongs to
+// one device, and costs next to nothing.
 template <class... Params, class... Args>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, void* stream,
               Args const&... args) {
@@ -33,7 +35,8 @@ Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return status(error);
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      args...);
   return status(cudaGetLastError());
 }
 

@@ -1,0 +1,9 @@
+#include "gdn/cuda/portable/launch.cuh"
+
+namespace lt2::gdn::portable {
+
+template Status launch_forward<Dtype::kFloat32>(ForwardParams const&, void*);
+template Status launch_backward<Dtype::kFloat32>(BackwardParams const&, float*, void*);
+template Status launch_step<Dtype::kFloat32>(StepParams const&, void*);
+
+}  // namespace lt2::gdn::portable

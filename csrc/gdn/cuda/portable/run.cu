@@ -1,0 +1,47 @@
+#include "gdn/cuda/portable/launch.h"
+#include "gdn/cuda/portable/problem.cuh"
+
+// Calls f<dtype>(..).
+#define LT2_BY_DTYPE(dtype, f, ...)            \
+  switch (dtype) {                             \
+    case Dtype::kBFloat16:                     \
+      return f<Dtype::kBFloat16>(__VA_ARGS__); \
+    case Dtype::kFloat16:                      \
+      return f<Dtype::kFloat16>(__VA_ARGS__);  \
+    default:                                   \
+      return f<Dtype::kFloat32>(__VA_ARGS__);  \
+  }
+
+namespace lt2::gdn::portable {
+namespace {
+
+Status check_sizes(int heads, int value_heads, int key_dim, int value_dim) {
+  if (key_dim < 1 || key_dim > kMaxKeyDim) return "the CUDA kernels take K in 1..256";
+  if (value_dim < 1 || value_dim > kMaxValueDim) return "the CUDA kernels take V in 1..512";
+  if (heads < 1 || value_heads % heads != 0) return "the CUDA kernels take a multiple of H value heads";
+  return kOk;
+}
+
+}  // namespace
+
+Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
+
+int64_t backward_workspace(BackwardParams const& p) {
+  int64_t const rows = p.batch * p.tokens * p.value_heads;
+  int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
+  return 2 * (rows * (p.key_dim + p.value_dim) + states);
+}
+
+Status forward(ForwardParams const& p, void* stream){LT2_BY_DTYPE(p.dtype, launch_forward, p, stream)}
+
+Status backward(BackwardParams const& p, float* workspace,
+                void* stream){LT2_BY_DTYPE(p.dtype, launch_backward, p, workspace, stream)}
+
+Status step(StepParams const& p, void* stream) {
+  if (Status const sizes = check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); sizes != kOk)
+    return sizes;
+  if (p.tokens < 1 || p.tokens > kMaxStepTokens) return "the CUDA kernels take steps of 1..8 tokens";
+  LT2_BY_DTYPE(p.dtype, launch_step, p, stream)
+}
+
+}  // namespace lt2::gdn::portable
