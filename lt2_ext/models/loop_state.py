@@ -79,7 +79,7 @@ class Tokens:
     """Where the ``T`` tokens of one call stand: computed once, read by every layer in every loop.
 
     Attributes:
-        positions: int64 ``[B or 1, T]``, from 0 in each document.
+        positions: int64 ``[B or 1, T]``, from 0 in each document; rows: with a state, ``[B, 1]``.
         cu_seqlens: Document boundaries ``[N + 1]`` of a packed row, or None.
         lengths: With a state, its lengths after this call ``[B]``; visible: the largest of them.
         from_start: No sequence has a past, so these tokens see only each other.
@@ -100,6 +100,7 @@ class Tokens:
             self.visible = max(state.host_lengths) + count
             self.from_start = self.visible == count
             self.positions = state.lengths[:, None] + steps
+            self.rows = torch.arange(state.batch_size, device=device)[:, None]
         else:
             self.positions = steps[None]
 

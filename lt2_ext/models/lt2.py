@@ -71,7 +71,7 @@ class LT2(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_types)
         shape = (config.loop_count, config.hidden_size)
-        self.rho = nn.Parameter(torch.zeros(shape)) if config.use_loop_residual else None
+        self.rho = nn.Parameter(torch.empty(shape)) if config.use_loop_residual else None
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -87,6 +87,10 @@ class LT2(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 truncated_normal(module.weight, self.config.hidden_size)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        if self.rho is not None:
+            nn.init.zeros_(self.rho)
         for module in self.modules():
             if isinstance(module, SwiGLU):
                 truncated_normal(module.down_proj.weight, self.config.intermediate_size)
@@ -291,7 +295,7 @@ def _pick(
     """One token per row of ``logits`` [B, vocab]."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:

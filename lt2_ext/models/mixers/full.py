@@ -45,9 +45,8 @@ class FullAttention(Mixer):
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if state is not None:
-            rows = torch.arange(x.shape[0], device=x.device)[:, None]
-            state["k"][rows, tokens.positions] = k
-            state["v"][rows, tokens.positions] = v
+            state["k"][tokens.rows, tokens.positions] = k
+            state["v"][tokens.rows, tokens.positions] = v
         if state is None or tokens.from_start:
             o = self._attend(q, k, v, tokens.mask)
         elif x.shape[1] <= MAX_STEP:

@@ -43,13 +43,14 @@ class GatedDeltaNet(Mixer):
         self.b_proj = nn.Linear(d, self.value_heads, bias=False)
         self.o_proj = nn.Linear(values, d, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, config.linear_conv_kernel_dim))
-        self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
+        self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         bound = self.conv_weight.shape[1] ** -0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
+        nn.init.ones_(self.norm_weight)
         with torch.no_grad():
             self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
