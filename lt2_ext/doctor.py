@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def fact(name: str, text: str) -> None:
-    print(f"{name:<37} {text}", flush=True)
+    print(f"{name:<43} {text}", flush=True)
 
 
 def describe_archs(archs: str) -> str:
@@ -117,14 +117,14 @@ def flat(result: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
 
 
 def chunk_gated_delta_rule(device: str) -> Pairs:
-    inputs = gdn_inputs(B=2, T=100, H=2, HV=4, K=64, V=128)
+    inputs = gdn_inputs(B=1, T=70, H=1, HV=2, K=64, V=128)
     return compare(
         ops.chunk_gated_delta_rule, gdn_reference.gated_delta_rule, device, inputs, output_final_state=True
     )
 
 
 def fused_recurrent_gated_delta_rule(device: str) -> Pairs:
-    inputs = gdn_inputs(B=2, T=20, H=2, HV=4, K=64, V=128)
+    inputs = gdn_inputs(B=1, T=20, H=1, HV=2, K=64, V=128)
     return compare(
         ops.fused_recurrent_gated_delta_rule, gdn_reference.gated_delta_rule, device, inputs, output_final_state=True
     )
