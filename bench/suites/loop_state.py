@@ -65,7 +65,7 @@ def norm_torch(x: Tensors) -> Tensors:
 def decode_case(B: int, context: int, HQ: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
     def inputs() -> Tensors:
         randn = generator(device)
-        x = {n: randn(1, B, context, H, D).to(dtype) for n in ("k", "v")}  # [loops, slots, context, H, D]
+        x = {n: randn(B, context, H, D).to(dtype) for n in ("k", "v")}
         return x | {"q": randn(B, 1, HQ, D).to(dtype), "lengths": torch.full((B,), context, device=device)}
 
     return Case(
@@ -82,5 +82,5 @@ def decode_case(B: int, context: int, HQ: int, H: int, D: int, dtype: torch.dtyp
 
 
 def decode_torch(x: Tensors) -> Tensors:
-    q, k, v = (t.transpose(-3, -2) for t in (x["q"], x["k"][0], x["v"][0]))
+    q, k, v = (t.transpose(-3, -2) for t in (x["q"], x["k"], x["v"]))
     return {"o": F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)}
