@@ -574,7 +574,9 @@ def test_agrees_with_transformers(device):
     o, state = chunk_gated_delta_rule(**x, use_qk_l2norm_in_kernel=True, output_final_state=True)
     *tensors, state0 = x.values()
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        theirs, their_state = getattr(qwen, name)(*tensors, initial_state=state0, use_qk_l2norm_in_kernel=True, output_final_state=True)
+        theirs, their_state = getattr(qwen, name)(
+            *tensors, initial_state=state0, use_qk_l2norm_in_kernel=True, output_final_state=True
+        )
         assert rel_err(theirs, o) < 1e-5
         assert rel_err(their_state, state) < 1e-5
 
@@ -599,6 +601,26 @@ def test_autocast(device):
     assert got["o"].dtype == BF16
     assert got["dq"].dtype == got["final_state"].dtype == FP32
     assert_equal(got, {n: t.to(got[n].dtype) for n, t in expected.items()})
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_public_function_compiles_in_one_graph(device, dynamic):
+    """Forward and backward, under autocast, with every option; other lengths later."""
+    torch.compiler.reset()
+    options = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True}
+
+    def op(**kw):
+        with torch.autocast(device, dtype=BF16):
+            return chunk_gated_delta_rule(**kw, **options)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (40, 52):
+        x = gdn_inputs(T=T, HV=4, K=16, V=24, sequences=2, device=device)
+        x |= {"A_log": torch.randn(4, device=device), "dt_bias": torch.randn(4, device=device)}
+        cu_seqlens = torch.tensor([0, 11, T], device=device)
+        cotangents = {"o": torch.randn_like(x["v"]), "final_state": torch.randn_like(x["initial_state"])}
+        expected = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens)
+        assert_equal(with_gradients(compiled, x, cotangents, cu_seqlens=cu_seqlens), expected)
 
 
 def test_float16_on_cuda(device):
@@ -671,7 +693,7 @@ def test_rejected_inputs(device, op, case):
 
 def test_float16_is_rejected_on_the_cpu():
     x = gdn_inputs(T=4, dtype=torch.float16)
-    with pytest.raises(ValueError, match="q must be float32 or bfloat16 on cpu, got torch.float16"):
+    with pytest.raises(ValueError, match=r"q must be float32 or bfloat16 on cpu, got torch\.float16"):
         chunk_gated_delta_rule(**x)
 
 

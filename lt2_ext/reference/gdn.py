@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V]), each with leading axes [B, HV] -> (o [.., T, V], S)
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
+# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V]), all with leading axes [B, HV] -> (o [.., T, V], S [.., K, V])
+Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 def recurrence(
@@ -150,6 +150,7 @@ def gated_delta_step(
         q[live], k[live], v[live], a[live], b[live], scale, state[rows], True, use_qk_l2norm_in_kernel, True,
         A_log, dt_bias, True, allow_neg_eigval, state_v_first,
     )  # fmt: skip
+    assert S is not None
     return torch.zeros_like(v).index_put((live,), o), state.index_put((rows,), S.to(state.dtype))
 
 

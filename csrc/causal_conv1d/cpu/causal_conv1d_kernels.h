@@ -95,18 +95,23 @@ inline void store_state(State const& state, int64_t sequence, int64_t channel, i
   }
 }
 
-// acc[i] += sum_w weight[w] rows[i + w], for the channels [c, c + n).
+// acc[i] += sum_w weight[w] rows[i + w], for the channels [c, c + n). Sums in a local array: it becomes registers.
+template <bool kWhole, class T>
+inline void accumulate(T const* const* rows, float const (*weight)[kBlockChannels], int width, int c, int n,
+                       Vec (&acc)[kTile]) {
+  Vec sum[kTile];
+  for (int i = 0; i < kTile; ++i) sum[i] = acc[i];
+  for (int w = 0; w < width; ++w) {
+    Vec const tap = load(weight[w] + c);
+    for (int i = 0; i < kTile; ++i) sum[i] += tap * load_some(rows[i + w] + c, kWhole ? kLanes : n);
+  }
+  for (int i = 0; i < kTile; ++i) acc[i] = sum[i];
+}
+
 template <class T>
 inline void convolve(T const* const* rows, float const (*weight)[kBlockChannels], int width, int c, int n,
                      Vec (&acc)[kTile]) {
-  for (int w = 0; w < width; ++w) {
-    Vec const tap = load(weight[w] + c);
-    if (n == kLanes) {
-      for (int i = 0; i < kTile; ++i) acc[i] += tap * load(rows[i + w] + c);
-    } else {
-      for (int i = 0; i < kTile; ++i) acc[i] += tap * load_some(rows[i + w] + c, n);
-    }
-  }
+  (n == kLanes ? accumulate<true, T> : accumulate<false, T>)(rows, weight, width, c, n, acc);
 }
 
 template <class T>
@@ -117,20 +122,20 @@ inline void convolve_inputs(T const* const* rows, Taps const& taps, int c, int n
 
 inline Vec sigmoids(Vec z) { return 1.f / (1.f + exp(-z)); }
 
-// y of tokens [begin, end), y being its row of token 0.
+// y of tokens [begin, end), y being its row of token 0. Tiles are always computed whole; rows past the end are dropped.
 template <class T>
 inline void convolve_tokens(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t begin,
                             int64_t end, T* y, int64_t y_stride) {
+  T dropped[kBlockChannels];
   for (int64_t t = begin; t < end; t += kTile) {
     T const* rows[kTile + kMaxWidth - 1];
+    T* out[kTile];
     for (int i = 0; i < kTile + taps.width - 1; ++i) rows[i] = window.row(t - taps.width + 1 + i);
-    int const live = static_cast<int>(min(kTile, end - t));
+    for (int i = 0; i < kTile; ++i) out[i] = t + i < end ? y + (t + i) * y_stride : dropped;
     for_each_vec(channels, [&](int c, int n) {
       Vec z[kTile];
       convolve_inputs(rows, taps, c, n, z);
-      for (int i = 0; i < live; ++i) {
-        store_some(y + (t + i) * y_stride + c, silu ? z[i] * sigmoids(z[i]) : z[i], n);
-      }
+      for (int i = 0; i < kTile; ++i) store_some(out[i] + c, silu ? z[i] * sigmoids(z[i]) : z[i], n);
     });
   }
 }
@@ -180,12 +185,13 @@ inline void gradient_tokens(BackwardParams const& p, Window<T> const& window, Ta
   for (int64_t t = begin; t < end; t += kTile) {
     T const* rows[kTile + kMaxWidth - 1];
     for (int i = 0; i < kTile + p.width - 1; ++i) rows[i] = window.row(t - p.width + 1 + i);
-    int const live = static_cast<int>(min(kTile, end - t));
+    T const* dy_rows[kTile];
+    for (int i = 0; i < kTile; ++i) dy_rows[i] = t + i < end ? dy + (t + i) * p.dy.token : window.zeros;
     for_each_vec(channels, [&](int c, int n) {
-      Vec z[kTile], dz[kTile] = {};
+      Vec z[kTile], dz[kTile];
       if (p.silu) convolve_inputs(rows, taps, c, n, z);
-      for (int i = 0; i < live; ++i) {
-        dz[i] = load_some(dy + (t + i) * p.dy.token + c, n);
+      for (int i = 0; i < kTile; ++i) {
+        dz[i] = load_some(dy_rows[i] + c, n);
         if (p.silu) {
           Vec const s = sigmoids(z[i]);
           dz[i] *= s * (1.f + z[i] * (1.f - s));
@@ -195,11 +201,11 @@ inline void gradient_tokens(BackwardParams const& p, Window<T> const& window, Ta
       if (sums == nullptr) return;
       for (int w = 0; w < p.width; ++w) {
         Vec sum = load(sums[w] + c);
-        for (int i = 0; i < live; ++i) sum += dz[i] * load_some(rows[i + w] + c, n);
+        for (int i = 0; i < kTile; ++i) sum += dz[i] * load_some(rows[i + w] + c, n);
         store(sums[w] + c, sum);
       }
       Vec sum = load(sums[p.width] + c);
-      for (int i = 0; i < live; ++i) sum += dz[i];
+      for (int i = 0; i < kTile; ++i) sum += dz[i];
       store(sums[p.width] + c, sum);
     });
   }
