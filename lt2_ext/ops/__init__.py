@@ -2,6 +2,13 @@
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_
+from .loop_state import (
+    loop_decode_attention,
+    loop_residual,
+    loop_residual_rmsnorm,
+    loop_state_copy_,
+    loop_state_zero_,
+)
 
 __all__ = [
     "causal_conv1d",
@@ -9,4 +16,9 @@ __all__ = [
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_step_",
+    "loop_decode_attention",
+    "loop_residual",
+    "loop_residual_rmsnorm",
+    "loop_state_copy_",
+    "loop_state_zero_",
 ]
