@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ def causal_conv1d(
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
         ys, states = [x[:, : offsets[0]] * 0], []
-        for n, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for n, (begin, end) in enumerate(pairwise(offsets)):
             state = None if initial_state is None else initial_state[n : n + 1]
             y, last = causal_conv1d(x[:, begin:end], weight, bias, state, True, activation)
             ys.append(y)
