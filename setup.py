@@ -21,9 +21,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
+BUILD_TOOLS = "pip install 'setuptools>=77' cmake ninja pybind11"
 ROOT = Path(__file__).resolve().parent
 TORCH_MIN = (2, 11)
 NVCC_MIN = (12, 0)  # the first that knows sm_90a
@@ -103,7 +104,7 @@ def require_tools() -> None:
             "no Python headers (Python.h) found. Install them (Debian: apt-get install python3-dev).")
     absent = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
     absent += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
-    require(not absent, f"{', '.join(absent)} not found. Without isolation, first: pip install {' '.join(absent)}.")
+    require(not absent, f"{', '.join(absent)} not found. Without build isolation, first: {BUILD_TOOLS}.")
     require(find_torch() is not None,
             f"no torch>={'.'.join(map(str, TORCH_MIN))} found. Install torch first, or point LT2_TORCH_DIR at it.")
     if cuda_wanted():
@@ -142,11 +143,16 @@ class CMakeBuild(build_ext):
                      f"-DLT2_CUDA_ARCHS={os.environ.get('LT2_CUDA_ARCHS', '90a-real;80-virtual')}"]
         if shutil.which("ccache"):
             args += [f"-DCMAKE_{lang}_COMPILER_LAUNCHER=ccache" for lang in ("CXX", "CUDA")]
-        subprocess.run(["cmake", "-GNinja", "-S", ROOT, "-B", build, *args], check=True)
-        subprocess.run(["cmake", "--build", build, "--target", "_C", "-j", str(jobs())], check=True)
+        for command in (["-GNinja", "-S", ROOT, "-B", build, *args],
+                        ["--build", build, "--target", "_C", "-j", str(jobs())]):
+            if subprocess.run(["cmake", *command]).returncode:
+                raise SystemExit("lt2_ext: the compilation failed, the messages above say why.")
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy2(next(build.glob("_C.*.so")), out)
 
+
+if int(__version__.split(".")[0]) < 77:
+    raise SystemExit(f"lt2_ext: setuptools {__version__} is too old. Without build isolation, first: {BUILD_TOOLS}.")
 
 # Only where a PEP 517 frontend asks: under a direct `python setup.py` setuptools would go and download them.
 dynamic_build_requires = []

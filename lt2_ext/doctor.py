@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,37 +15,47 @@ from torch import Tensor
 from . import __version__, build_info, ops
 from .reference import causal_conv1d as conv_reference
 from .reference import gdn as gdn_reference
-from .reference import loop_state as loop_reference
 from .testing import TOLERANCE, gdn_inputs, rel_err
 
-REBUILD = "pip install --force-reinstall --no-deps ."
-OPTIONAL = {
-    "transformers": ("Hugging Face models", "transformers>=5.17"),
-    "matplotlib": ("lt2 demo", "matplotlib"),
+LIMIT = TOLERANCE[torch.float32]["out"][0]
+REINSTALL = "pip install --force-reinstall --no-deps . (in the source tree)"
+OPTIONAL = {  # package: (what for, what pip installs)
+    "transformers": ("Hugging Face models, a peer in bench/", "transformers>=5.17"),
     "tqdm": ("lt2 demo", "tqdm"),
+    "matplotlib": ("plots of lt2 demo and bench/", "matplotlib"),
     "pytest": ("tests", "pytest pytest-timeout hypothesis"),
 }
-Results = Iterator[tuple[Tensor, Tensor]]  # (what the operator gave, what the oracle gives)
+Tensors = dict[str, Tensor]
+Pairs = Iterable[tuple[Tensor, Tensor]]  # (the operator's, the oracle's)
 
 
-@dataclass
-class Report:
-    problems: list[str] = field(default_factory=list)
+def main() -> int:
+    problems: list[str] = []  # each: what is wrong. Fix: what to do
+    fact("lt2_ext", f"{__version__}, Python {platform.python_version()}, {platform.machine()}")
+    fact("torch", str(torch.__version__))
+    info = build_info()
+    chosen = "by LT2_CPU_ISA out" if os.environ.get("LT2_CPU_ISA") else "out"
+    built = info["cpu_isas"].replace(";", ", ")
+    fact("CPU", f"{info['cpu_isa']} ({chosen} of {built}), {torch.get_num_threads()} threads")
+    fact("CUDA kernels", describe_archs(info["cuda_archs"]) if info["cuda_archs"] else "not built")
+    devices = ["cpu"] + (["cuda"] if check_gpu(info["cuda_archs"], problems) else [])
+    for device in devices:
+        for name in ops.__all__:
+            test_operator(name, device, problems)
+    for package, (purpose, requirement) in OPTIONAL.items():
+        try:
+            fact(f"optional {package}", metadata.version(package))
+        except metadata.PackageNotFoundError:
+            fact(f"optional {package}", f"not installed ({purpose}): pip install '{requirement}'")
+    if not problems:
+        print("OK")
+        return 0
+    print(f"{len(problems)} problem{'s' * (len(problems) > 1)}:", "\n  ".join(problems))
+    return 1
 
-    def fact(self, name: str, text: str) -> None:
-        print(f"{name:<34} {text}")
 
-    def problem(self, what: str, fix: str) -> None:
-        self.problems.append(f"{what}. Fix: {fix}")
-
-    def finish(self) -> int:
-        if not self.problems:
-            print("OK")
-            return 0
-        count = len(self.problems)
-        separator = " " if count == 1 else "\n  "
-        print(separator.join([f"{count} problem{'s' * (count > 1)}:", *self.problems]))
-        return 1
+def fact(name: str, text: str) -> None:
+    print(f"{name:<43} {text}", flush=True)
 
 
 def describe_archs(archs: str) -> str:
@@ -57,5 +67,96 @@ def describe_archs(archs: str) -> str:
     return ", ".join(names)
 
 
-def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+def check_gpu(archs: str, problems: list[str]) -> bool:
+    """Report the GPU; whether the operators can run on it."""
+    if not torch.cuda.is_available():
+        built = "this torch is a CPU build" if torch.version.cuda is None else f"torch for CUDA {torch.version.cuda}"
+        fact("GPU", f"none that torch can use ({built})")
+        return False
+    capability = torch.cuda.get_device_capability()
+    fact("GPU", f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}")
+    if not archs:
+        problems.append(f"the GPU is not used: lt2_ext was built without CUDA. Fix: install nvcc, then {REINSTALL}")
+        return False
+    if capability < (8, 0):
+        problems.append("the GPU is older than compute capability 8.0. Fix: none, use the CPU or another GPU")
+        return False
+    return True
+
+
+def test_operator(name: str, device: str, problems: list[str]) -> None:
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    try:
+        error = max(rel_err(out.cpu(), ref) for out, ref in SELF_TESTS[name](device))
+        text = f"error {error:.1e} (limit {LIMIT:.0e})"
+        passed = error <= LIMIT
+    except NotImplementedError:
+        fact(f"{name} on {device}", "not supported")
+        return
+    except Exception as e:
+        text, passed = f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}", False
+    fact(f"{name} on {device}", f"{'ok' if passed else 'FAILED'}, {text}, {time.perf_counter() - start:.2f} s")
+    if not passed:
+        problems.append(f"{name} on {device}: {text}. Fix: {REINSTALL}; if it stays, report this output")
+
+
+def compare(
+    op: Callable[..., Any], oracle: Callable[..., Any], device: str, tensors: Tensors, written: tuple[str, ...] = (),
+    **options: Any,
+) -> Pairs:  # fmt: skip
+    """Outputs of ``op`` (then the arguments that it has ``written``) beside those of ``oracle`` in float64."""
+    given = {name: t.to(device, copy=True) for name, t in tensors.items()}
+    exact = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    out, ref = flat(op(**given, **options)), flat(oracle(**exact, **options))
+    return zip(out + [given[name] for name in written], ref, strict=True)
+
+
+def flat(result: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
+    return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+
+
+def chunk_gated_delta_rule(device: str) -> Pairs:
+    inputs = gdn_inputs(B=1, T=70, H=1, HV=2, K=64, V=128)
+    return compare(
+        ops.chunk_gated_delta_rule, gdn_reference.gated_delta_rule, device, inputs, output_final_state=True
+    )
+
+
+def fused_recurrent_gated_delta_rule(device: str) -> Pairs:
+    inputs = gdn_inputs(B=1, T=20, H=1, HV=2, K=64, V=128)
+    return compare(
+        ops.fused_recurrent_gated_delta_rule, gdn_reference.gated_delta_rule, device, inputs, output_final_state=True
+    )
+
+
+def gated_delta_step_(device: str) -> Pairs:
+    x = gdn_inputs(B=2, T=1, H=2, HV=4, K=64, V=128)
+    raw = {"a": torch.randn(2, 1, 4), "b": torch.randn(2, 1, 4), "A_log": torch.rand(4), "dt_bias": torch.randn(4)}
+    tensors = {"state": x["initial_state"], "q": x["q"], "k": x["k"], "v": x["v"], **raw}
+    return compare(ops.gated_delta_step_, gdn_reference.gated_delta_step, device, tensors, ("state",))
+
+
+def causal_conv1d(device: str) -> Pairs:
+    tensors = {"x": torch.randn(2, 50, 96), "weight": torch.randn(96, 4), "bias": torch.randn(96)}
+    return compare(ops.causal_conv1d, conv_reference.causal_conv1d, device, tensors, output_final_state=True)
+
+
+def causal_conv1d_step_(device: str) -> Pairs:
+    def oracle(state: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        return conv_reference.causal_conv1d(x, weight, initial_state=state, output_final_state=True)
+
+    tensors = {"state": torch.randn(2, 96, 4), "x": torch.randn(2, 1, 96), "weight": torch.randn(96, 4)}
+    return compare(ops.causal_conv1d_step_, oracle, device, tensors, ("state",))
+
+
+SELF_TESTS: dict[str, Callable[[str], Pairs]] = {
+    test.__name__: test
+    for test in (
+        chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule,
+        gated_delta_step_,
+        causal_conv1d,
+        causal_conv1d_step_,
+    )
+}

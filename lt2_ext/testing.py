@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# o and states; gradients of what is multiplied; gradients of decays and strengths (dg, dbeta, dA_log, ddt_bias).
 Kind = Literal["out", "grad", "gate_grad"]
 
 # Largest ||x - ref|| / ||ref|| against the float64 oracle on the rounded inputs, by dtype of the inputs:
 # (usually, with equal keys or strong gates).
+_HALF: dict[Kind, tuple[float, float]] = {"out": (5e-3, 5e-3), "grad": (1e-2, 1e-2), "gate_grad": (2e-2, 3e-2)}
 TOLERANCE: dict[torch.dtype, dict[Kind, tuple[float, float]]] = {
     torch.float32: {"out": (1e-5, 1e-4), "grad": (1e-4, 1e-4), "gate_grad": (3e-4, 3e-4)},
-    torch.bfloat16: {"out": (5e-3, 5e-3), "grad": (1e-2, 1e-2), "gate_grad": (2e-2, 3e-2)},
-    torch.float16: {"out": (5e-3, 5e-3), "grad": (1e-2, 1e-2), "gate_grad": (2e-2, 3e-2)},
+    torch.bfloat16: _HALF,
+    torch.float16: _HALF,
 }
-# And at most PLAIN_FACTOR times the error of plain torch in the same dtype, plus PLAIN_FLOOR.
+# And at most this many times the error of plain torch in the same dtype, plus a floor. The float32 floor of gate_grad
+# is a tenth of its column: those are sums over all later tokens, whose errors add up where the sum cancels.
 PLAIN_FACTOR: dict[Kind, float] = {"out": 2, "grad": 3, "gate_grad": 3}
-PLAIN_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+PLAIN_FLOOR: dict[torch.dtype, dict[Kind, float]] = {
+    torch.float32: {"out": 1e-6, "grad": 1e-6, "gate_grad": 3e-5},
+    torch.bfloat16: dict.fromkeys(PLAIN_FACTOR, 1e-3),
+    torch.float16: dict.fromkeys(PLAIN_FACTOR, 1e-3),
+}
 # A reference below this norm (a decay of e^-100 and the like) underflows in float32: compared absolutely.
 SMALLEST_NORM = 1e-30
 
@@ -59,9 +66,10 @@ def check_close(
     limit = TOLERANCE[dtype][kind][hard]
     reason = f"{dtype} {kind}" + (" (hard)" if hard else "")
     if plain is not None:
-        relative = PLAIN_FACTOR[kind] * rel_err(plain, ref) + PLAIN_FLOOR[dtype]
+        factor, floor = PLAIN_FACTOR[kind], PLAIN_FLOOR[dtype][kind]
+        relative = factor * rel_err(plain, ref) + floor
         if relative < limit:
-            limit, reason = relative, f"{PLAIN_FACTOR[kind]} x plain torch + {PLAIN_FLOOR[dtype]}"
+            limit, reason = relative, f"{factor} x plain torch + {floor}"
     if not error <= limit:
         raise AssertionError(f"{name}: relative error {error:.3e} exceeds {limit:.3e} ({reason})")
     return error

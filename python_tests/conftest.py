@@ -1,5 +1,9 @@
 """Every test runs per device, from one seed, with uninitialised memory filled with NaN."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # many small operators: spinning threads would starve each other
+
 import pytest
 import torch
 

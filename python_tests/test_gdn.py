@@ -37,10 +37,12 @@ def check_against_oracle(op, x, cotangents=None, hard=False, **options):
     """Outputs and all gradients against the float64 oracle and plain torch in the dtype of q; returns the results."""
     dtype = x["q"].dtype
     cotangents = cotangents or cotangents_for(x, **options)
-    rounded = partial(reference.chunks, operands=None if dtype == FP32 else dtype)
+    plain_rule = partial(reference.chunks, operands=None if dtype == FP32 else dtype)
+    if op is fused_recurrent_gated_delta_rule:
+        plain_rule = reference.recurrence
     ours = with_gradients(op, x, cotangents, **options)
     exact = with_gradients(reference.gated_delta_rule, double(x), double(cotangents), **options)
-    plain = with_gradients(partial(reference.gated_delta_rule, rule=rounded), x, cotangents, **options)
+    plain = with_gradients(partial(reference.gated_delta_rule, rule=plain_rule), x, cotangents, **options)
     assert ours["o"].dtype == dtype
     assert ours["final_state"].dtype == FP32
     for name, ref in exact.items():
@@ -260,11 +262,12 @@ def test_no_leak_between_rows_and_heads(device, dtype):
 def test_later_tokens_change_nothing_before_them(device):
     for dtype, op in product((FP32, BF16), OPS.values()):
         x = gdn_inputs(T=140, K=32, V=32, dtype=dtype, device=device)
+        other = gdn_inputs(T=140, K=32, V=32, dtype=dtype, gate="strong16", beta="negative", device=device)
         before, _ = op(**x)
         for t in (139, 101, 64, 63, 1):
             y = {name: s.clone() for name, s in x.items()}
             for name in ("q", "k", "v", "g", "beta"):
-                y[name][:, t:] = float("nan")
+                y[name][:, t:] = other[name][:, t:]
             after, _ = op(**y)
             assert torch.equal(after[:, :t], before[:, :t])
 
@@ -569,8 +572,11 @@ def test_agrees_with_transformers(device):
     qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     x = gdn_inputs(B=2, T=100, HV=4, K=32, V=48, device=device)
     o, state = chunk_gated_delta_rule(**x, use_qk_l2norm_in_kernel=True, output_final_state=True)
+    *tensors, state0 = x.values()
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        theirs, their_state = getattr(qwen, name)(**x, use_qk_l2norm_in_kernel=True, output_final_state=True)
+        theirs, their_state = getattr(qwen, name)(
+            *tensors, initial_state=state0, use_qk_l2norm_in_kernel=True, output_final_state=True
+        )
         assert rel_err(theirs, o) < 1e-5
         assert rel_err(their_state, state) < 1e-5
 
@@ -595,6 +601,26 @@ def test_autocast(device):
     assert got["o"].dtype == BF16
     assert got["dq"].dtype == got["final_state"].dtype == FP32
     assert_equal(got, {n: t.to(got[n].dtype) for n, t in expected.items()})
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_public_function_compiles_in_one_graph(device, dynamic):
+    """Forward and backward, under autocast, with every option; other lengths later."""
+    torch.compiler.reset()
+    options = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True}
+
+    def op(**kw):
+        with torch.autocast(device, dtype=BF16):
+            return chunk_gated_delta_rule(**kw, **options)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (40, 52):
+        x = gdn_inputs(T=T, HV=4, K=16, V=24, sequences=2, device=device)
+        x |= {"A_log": torch.randn(4, device=device), "dt_bias": torch.randn(4, device=device)}
+        cu_seqlens = torch.tensor([0, 11, T], device=device)
+        cotangents = {"o": torch.randn_like(x["v"]), "final_state": torch.randn_like(x["initial_state"])}
+        expected = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens)
+        assert_equal(with_gradients(compiled, x, cotangents, cu_seqlens=cu_seqlens), expected)
 
 
 def test_float16_on_cuda(device):
@@ -667,7 +693,7 @@ def test_rejected_inputs(device, op, case):
 
 def test_float16_is_rejected_on_the_cpu():
     x = gdn_inputs(T=4, dtype=torch.float16)
-    with pytest.raises(ValueError, match="q must be float32 or bfloat16 on cpu, got torch.float16"):
+    with pytest.raises(ValueError, match=r"q must be float32 or bfloat16 on cpu, got torch\.float16"):
         chunk_gated_delta_rule(**x)
 
 

@@ -163,7 +163,7 @@ def gated_delta_step_(
     if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
         used = slots[(slots >= 0) & (slots < state.shape[0])]
         check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     return _step(
         state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, allow_neg_eigval,
         state_v_first,
@@ -199,18 +199,19 @@ def _gated_delta_rule(
     if use_gate:
         check(g is not None, op, "use_gate_in_kernel", "come with g (the raw a)", None)
         check(A_log is not None, op, "use_gate_in_kernel", "come with A_log", None)
-        if dt_bias is None:
+        if A_log is not None and dt_bias is None:
             dt_bias = torch.zeros_like(A_log)
     else:
         check(A_log is None and dt_bias is None, op, "A_log and dt_bias", "come with use_gate_in_kernel", False)
     if cu_seqlens_cpu is not None:
         check(cu_seqlens is not None, op, "cu_seqlens_cpu", "come with cu_seqlens", None)
+        shape = [] if cu_seqlens is None else list(cu_seqlens.shape)
         check(cu_seqlens_cpu.device.type == "cpu", op, "cu_seqlens_cpu", "be on the CPU", cu_seqlens_cpu.device)
-        check(cu_seqlens_cpu.shape == cu_seqlens.shape, op, "cu_seqlens_cpu", f"have shape {list(cu_seqlens.shape)}",
-              list(cu_seqlens_cpu.shape))  # fmt: skip
+        got = list(cu_seqlens_cpu.shape)
+        check(got == shape, op, "cu_seqlens_cpu", f"have shape {shape}", got)
     if checks_enabled() and not torch.compiler.is_compiling():
         _check_values(op, None if use_gate else g, q.shape[1], cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     o, final_state = _fwd(
         q, k, v, _float(g), _float(beta), _float(A_log), _float(dt_bias), _float(initial_state), cu_seqlens, scale,
         use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, output_final_state, recurrent,
@@ -285,9 +286,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, _, _ = inputs
+    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, output_final_state, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first)
+    ctx.output_final_state = output_final_state
     ctx.set_materialize_grads(False)
 
 
@@ -295,6 +297,8 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tup
     tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[2])
+    if not ctx.output_final_state:  # the placeholder's gradient
+        dfinal_state = None
     dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state = _bwd(dout, dfinal_state, *tensors, *ctx.options)
     # dA_log and ddt_bias come as one partial sum per sequence.
     grads = (dq, dk, dv, dg, dbeta, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V]), each with leading axes [B, HV] -> (o [.., T, V], S)
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
+# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V]), all with leading axes [B, HV] -> (o [.., T, V], S [.., K, V])
+Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 def recurrence(
@@ -24,7 +24,7 @@ def recurrence(
         u = beta_t[..., None] * (v_t - torch.einsum("bhk,bhkv->bhv", k_t, S))
         S = S + k_t[..., :, None] * u[..., None, :]
         o.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
-    return torch.stack(o, 2) if o else torch.zeros_like(v), S
+    return torch.stack(o, 2) if o else v, S
 
 
 def chunks(
@@ -47,8 +47,8 @@ def chunks(
     def mm(a: Tensor, b: Tensor) -> Tensor:
         return a @ b if operands is None else a.to(operands).to(a.dtype) @ b.to(operands).to(b.dtype)
 
-    o = []
-    for Q, K, V, G, b in zip(*(x.split(length, 2) for x in (q, k, v, g, beta)), strict=True):
+    o = [v[:, :, :0]]
+    for Q, K, V, G, b in zip(*(x.split(length, 2) if x.shape[2] else () for x in (q, k, v, g, beta)), strict=True):
         E = decay_between_tokens(G)
         gamma = G.cumsum(-1).exp()[..., None]
         A = b[..., None] * (E * mm(K, K.mT)).tril(-1)
@@ -56,7 +56,7 @@ def chunks(
         U = torch.linalg.solve_triangular(A, Y, upper=False, unitriangular=True)
         o.append(scale * (gamma * mm(Q, S) + mm(E * mm(Q, K.mT), U)))
         S = gamma[..., -1:, :] * S + mm(K.mT, E[..., -1, :, None] * U)
-    return torch.cat(o, 2) if v.shape[2] else torch.zeros_like(v), S
+    return torch.cat(o, 2), S
 
 
 def decay_between_tokens(g: Tensor) -> Tensor:
@@ -99,6 +99,7 @@ def gated_delta_rule(
     q, k = (x.repeat_interleave(HV // H, 2) for x in (q, k))
     g = q.new_zeros(B, T, HV) if g is None else g.to(dtype)
     if use_gate_in_kernel:
+        assert A_log is not None
         g = log_decay(g, A_log, dt_bias)
     beta = q.new_ones(B, T, HV) if beta is None else beta.to(dtype)
     if use_beta_sigmoid_in_kernel:
@@ -149,6 +150,7 @@ def gated_delta_step(
         q[live], k[live], v[live], a[live], b[live], scale, state[rows], True, use_qk_l2norm_in_kernel, True,
         A_log, dt_bias, True, allow_neg_eigval, state_v_first,
     )  # fmt: skip
+    assert S is not None
     return torch.zeros_like(v).index_put((live,), o), state.index_put((rows,), S.to(state.dtype))
 
 

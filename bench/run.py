@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Measure the operators beside plain PyTorch and every peer that is installed; print a table, write a report.
+
+    python bench/run.py --quick
+    python bench/run.py --suite gdn --device cuda --graph --peers fla flashinfer
+
+Each implementation is checked against a float64 oracle before it is timed; a wrong one gets no time. The exit status
+is 1 if one of ours is wrong or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import peers
+import report
+import timing
+import torch
+from report import Result, Run
+from suites import Build, Case, Tensors
+from tqdm import tqdm
+
+import lt2_ext
+from lt2_ext.testing import TOLERANCE, Kind, rel_err
+
+SUITES = ("gdn", "causal_conv1d", "loop_state")
+ROUNDS, BUDGET = 50, 15.0  # samples of each implementation, and seconds after which it drops out
+QUICK_ROUNDS, QUICK_BUDGET = 20, 1.5
+
+
+def kind(output: str) -> Kind:
+    """Column of the tolerance table."""
+    return "gate_grad" if output in ("dg", "dbeta") else "grad" if output.startswith("d") else "out"
+
+
+def check(result: Result, outputs: Tensors, expected: Tensors, dtype: torch.dtype) -> None:
+    """Note the error of the output that is nearest to (or furthest beyond) its tolerance."""
+    errors = {n: rel_err(outputs[n], reference) for n, reference in expected.items()}
+    limits = {n: TOLERANCE[dtype][kind(n)][0] for n in expected}
+    worst = max(errors, key=lambda n: errors[n] / limits[n])
+    result.error, result.error_of, result.tolerance = errors[worst], worst, limits[worst]
+    if not errors[worst] <= limits[worst]:
+        result.note = f"WRONG err={errors[worst]:.1e} ({worst}, tolerance {limits[worst]:.0e})"
+
+
+def run_case(
+    case: Case,
+    suite: str,
+    device: torch.device,
+    ceilings: timing.Ceilings,
+    chosen: Sequence[str] = tuple(peers.PEERS),
+    rounds: int = QUICK_ROUNDS,
+    budget: float = QUICK_BUDGET,
+    graph: bool = False,
+) -> list[Result]:
+    """Check every implementation, then time the right ones side by side. Ours is first, plain torch second."""
+    results: dict[str, Result] = {}
+    builds: dict[str, Build] = {}
+    floor = ceilings.floor(case.flops, case.moved, case.dtype)
+
+    def add(name: str, version: str, role: Literal["ours", "torch", "peer"], build: Build, missing: str = "") -> None:
+        results[name] = Result(suite, case.op, case.shape, name, version, role, floor, missing)
+        builds[name] = build
+
+    add("lt2_ext", lt2_ext.__version__, "ours", case.ours)
+    add("torch", torch.__version__, "torch", case.torch)
+    for name, build in case.peers.items():
+        if (package := name.split()[0]) in chosen:
+            peer = peers.find(package, device.type)
+            add(name, peer.version, "peer", build, peer.missing)
+
+    clock = timing.make_clock(device, graph)
+    inputs = case.inputs()
+    expected = case.oracle(inputs)
+    calls = {}
+    for name, result in results.items():
+        if result.note:
+            continue
+        try:
+            call = builds[name](inputs)
+            check(result, call(), expected, case.dtype)
+            if not result.note:
+                calls[name] = clock.prepare(call)
+        except peers.Unsupported as e:
+            result.note = f"not supported: {e}"
+        except Exception as e:  # a failing peer is a row of the table, and so is a failure of ours
+            result.note = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    endless = {n for n, r in results.items() if case.headline and r.role != "torch"}
+    budgets = {n: math.inf if n in endless else budget for n in calls}
+    for name, times in timing.interleaved(clock, calls, rounds, budgets).items():
+        results[name].times = times
+    return list(results.values())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def machine_slug(device: torch.device, isa: str) -> str:
+    """Such as ``epyc-9575f-avx512_bf16-2c`` or ``h200``."""
+    noise = r"\(\w+\)|@.*|\b(nvidia|intel|amd|cpu|processor|\d+-core|with .*)\b"
+    words = re.findall(r"[a-z0-9]+", re.sub(noise, " ", device_name(device).lower()))
+    return "-".join(words if device.type == "cuda" else [*words, isa, f"{torch.get_num_threads()}c"])
+
+
+def commit() -> str:
+    """Of the source tree that this file is in."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(device: torch.device, arguments: Sequence[str], ceilings: timing.Ceilings) -> Run:
+    cuda = device.type == "cuda"
+    isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if cuda else lt2_ext.build_info()["cpu_isa"]
+    return Run(
+        command=shlex.join(["python", "bench/run.py", *arguments]),
+        machine=machine_slug(device, isa),
+        device=device_name(device),
+        isa=isa,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        commit=commit(),
+        flags={k: v for k, v in sorted(os.environ.items()) if k.startswith("LT2_") and k != peers.VLLM_CPU_SO},
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        load_average=[os.getloadavg()[0]],
+        statistic="median" if cuda else "min",
+        ceilings=ceilings,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="append", choices=SUITES, help="may be repeated; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS), help="default: all")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--graph", action="store_true", help="cuda: time replays of a CUDA graph")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and runs: about two minutes on 2 cores")
+    parser.add_argument("--json", type=Path, help="the data; default: OUT_DIR/<machine>.json")
+    parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    rounds, budget = (QUICK_ROUNDS, QUICK_BUDGET) if options.quick else (ROUNDS, BUDGET)
+
+    run = describe(device, arguments, timing.measure_ceilings(device))
+    suites = options.suite or SUITES
+    cases = [(s, c) for s in suites for c in importlib.import_module(f"suites.{s}").cases(device, options.quick)]
+    with tqdm(cases, unit="case", dynamic_ncols=True) as progress:
+        for suite, case in progress:
+            progress.set_postfix_str(f"{case.op} {case.shape}")
+            run.results += run_case(case, suite, device, run.ceilings, options.peers, rounds, budget, options.graph)
+    run.load_average.append(os.getloadavg()[0])
+
+    run.save(options.json or options.out_dir / f"{run.machine}.json")
+    path = report.write(run, options.out_dir)
+    print(report.text(report.HEADER, report.main_table(run)))
+    print(path)
+    return int(any(r.role == "ours" and r.times is None for r in run.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

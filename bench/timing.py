@@ -1,0 +1,145 @@
+"""Clocks, interleaved measurement, and the ceilings of the machine. May import: torch only."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+MIN_SAMPLE = 5e-4  # seconds: a shorter call is repeated within one sample
+MIN_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call over ``runs`` samples."""
+
+    min: float
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+    @staticmethod
+    def of(samples: list[float]) -> Times:
+        deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples
+        return Times(min(samples), statistics.median(samples), deciles[0], deciles[-1], len(samples))
+
+
+class CpuClock:
+    def __init__(self) -> None:
+        self.repeats: dict[Call, int] = {}
+
+    def prepare(self, call: Call) -> Call:
+        """Warm up, and choose how often a sample repeats the call."""
+        self.repeats[call] = 1
+        self.repeats[call] = math.ceil(MIN_SAMPLE / self.sample(call))
+        return call
+
+    def sample(self, call: Call) -> float:
+        repeats = self.repeats[call]
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+class CudaClock:
+    """CUDA events around one call, after a write that evicts the L2 cache."""
+
+    def __init__(self, graph: bool) -> None:
+        self.graph = graph
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def prepare(self, call: Call) -> Call:
+        """Warm up (compilation, autotuning), and capture a graph if asked to."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as capturing requires
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        if not self.graph:
+            return call
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def sample(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def make_clock(device: torch.device, graph: bool = False) -> CpuClock | CudaClock:
+    return CudaClock(graph) if device.type == "cuda" else CpuClock()
+
+
+def interleaved(
+    clock: CpuClock | CudaClock, calls: Mapping[str, Call], rounds: int, budgets: Mapping[str, float]
+) -> dict[str, Times]:
+    """Sample every (prepared) call once per round, in alternating order, so that a change of the machine's load meets
+    all of them. A call that has used its budget of seconds drops out, but not before ``MIN_RUNS`` samples."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    order = list(calls)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for name in order:
+                if spent[name] < budgets[name] or i < MIN_RUNS:
+                    start = time.perf_counter()
+                    samples[name].append(clock.sample(calls[name]))
+                    spent[name] += time.perf_counter() - start
+            order.reverse()
+    finally:
+        gc.enable()
+    return {name: Times.of(values) for name, values in samples.items()}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine does at best: ``copy`` in bytes/s (read + write) by working set in bytes, ``matmul`` in FLOP/s
+    by dtype."""
+
+    copy: dict[int, float]
+    matmul: dict[str, float]
+
+    def floor(self, flops: float, moved: float, dtype: torch.dtype) -> float:
+        """Least seconds for ``flops`` matrix FLOPs in ``dtype`` and ``moved`` bytes; the copy rate is that of the
+        nearest measured working set, so data that fit in a cache are held against the cache."""
+        rate = self.copy[min(self.copy, key=lambda size: abs(math.log(size / moved)))]
+        return max(flops / self.matmul[str(dtype)], moved / rate)
+
+
+def measure_ceilings(device: torch.device, rounds: int = 10) -> Ceilings:
+    """Best of ``rounds``. On CUDA the caches are flushed, so one working set tells the memory rate."""
+    clock = make_clock(device)
+
+    def best(call: Call) -> float:
+        call = clock.prepare(call)
+        return min(clock.sample(call) for _ in range(rounds))
+
+    copy, matmul = {}, {}
+    for size in [4 << 30] if device.type == "cuda" else [2 << 20, 32 << 20, 512 << 20]:
+        source, target = torch.zeros(2, size // 2, dtype=torch.uint8, device=device)
+        copy[size] = size / best(lambda s=source, t=target: t.copy_(s))  # type: ignore[misc]
+    n = 8192 if device.type == "cuda" else 2048
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        matmul[str(dtype)] = 2 * n**3 / best(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    return Ceilings(copy, matmul)

@@ -1,0 +1,202 @@
+"""Configuration of an LT2 model, and the grammar of ``layer_pattern``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from .mixers import MIXERS
+
+MODEL_TYPE = "lt2"
+
+_COMPUTED: Any = None  # default of a size that follows from other fields
+
+# Largest value of each size. They keep a hostile config.json from building a model that no file could fill.
+_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "intermediate_size": 2**20,
+    "loop_count": 8,
+    "linear_num_key_heads": 1024,
+    "linear_num_value_heads": 1024,
+    "linear_key_head_dim": 256,
+    "linear_value_head_dim": 512,
+    "linear_conv_kernel_dim": 8,
+}
+
+
+_FORMS = {
+    "interleaved": "interleaved:N:M:FIRST:SECOND",
+    "bookend": "bookend:N:FIRST:SECOND",
+    "front": "front:N:FIRST:SECOND",
+    "back": "back:N:FIRST:SECOND",
+}
+
+
+@dataclass(kw_only=True)
+class LT2Config:
+    """Shape of a looped model. Optional sizes that are left at None are filled in on construction.
+
+    Args:
+        vocab_size, hidden_size: Embedding table ``[vocab_size, hidden_size]``.
+        num_hidden_layers: Physical layers N. The model applies each of them ``loop_count`` times.
+        num_attention_heads: Query heads of ``full`` layers; head dim = hidden_size / num_attention_heads.
+        num_key_value_heads: Key/value heads of ``full`` layers. Default: num_attention_heads.
+        intermediate_size: Hidden width of the SwiGLU. Default: int(8/3 hidden_size) rounded up to 256.
+        layer_pattern: Mixer of each layer, see :func:`layer_types`.
+        loop_count: How often the stack of layers runs, 1 to 8.
+        use_loop_residual: Add ``rho[loop] * h_in`` after each loop (``rho`` is learned, zero at the start).
+        attn_output_gate: ``full`` layers multiply their output by ``sigmoid(W x)`` before the output projection.
+        tie_word_embeddings: The output head is the embedding table.
+        rope_theta, rms_norm_eps: Base of the rotary frequencies; epsilon of every RMSNorm.
+        linear_num_key_heads, linear_num_value_heads: Heads of ``gdn`` layers; value heads are a multiple of key heads.
+            Default: num_attention_heads, and as many value heads as key heads.
+        linear_key_head_dim, linear_value_head_dim: Default: 0.75 hidden_size / linear_num_key_heads rounded up to a
+            multiple of 8, and twice the key dim.
+        linear_conv_kernel_dim: Taps of the short convolution in front of ``gdn``.
+
+    Raises:
+        ValueError: Naming the field, the rule and the value.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = _COMPUTED
+    intermediate_size: int = _COMPUTED
+    layer_pattern: str = "full"
+    loop_count: int = 4
+    use_loop_residual: bool = True
+    attn_output_gate: bool = False
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    linear_num_key_heads: int = _COMPUTED
+    linear_num_value_heads: int = _COMPUTED
+    linear_key_head_dim: int = _COMPUTED
+    linear_value_head_dim: int = _COMPUTED
+    linear_conv_kernel_dim: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_attention_heads", "linear_num_key_heads", "linear_key_head_dim"):
+            if getattr(self, name) is not None:  # the sizes that defaults are computed from
+                self._check_size(name)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = _round_up(8 * self.hidden_size // 3, 256)
+        if self.linear_num_key_heads is None:
+            self.linear_num_key_heads = self.num_attention_heads
+        if self.linear_num_value_heads is None:
+            self.linear_num_value_heads = self.linear_num_key_heads
+        if self.linear_key_head_dim is None:
+            self.linear_key_head_dim = _round_up(-(-3 * self.hidden_size // (4 * self.linear_num_key_heads)), 8)
+        if self.linear_value_head_dim is None:
+            self.linear_value_head_dim = 2 * self.linear_key_head_dim
+        for name in _SIZES:
+            self._check_size(name)
+        for name in ("use_loop_residual", "attn_output_gate", "tie_word_embeddings"):
+            self._check(name, isinstance(getattr(self, name), bool), "be true or false")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            self._check(name, type(value) in (int, float) and 0 < value < float("inf"), "be a positive number")
+        heads = self.num_attention_heads
+        self._check("num_attention_heads", self.hidden_size % heads == 0, f"divide hidden_size = {self.hidden_size}")
+        self._check("hidden_size", self.head_dim % 2 == 0, f"be an even multiple of num_attention_heads = {heads}")
+        grouped = heads % self.num_key_value_heads == 0
+        self._check("num_key_value_heads", grouped, f"divide num_attention_heads = {heads}")
+        key_heads = self.linear_num_key_heads
+        grouped = self.linear_num_value_heads % key_heads == 0
+        self._check("linear_num_value_heads", grouped, f"be a multiple of linear_num_key_heads = {key_heads}")
+        self._check("layer_pattern", isinstance(self.layer_pattern, str), "be a string")
+        layer_types(self.layer_pattern, self.num_hidden_layers)
+
+    @property
+    def head_dim(self) -> int:
+        """Head dim of ``full`` layers."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Mixer name of each physical layer."""
+        return layer_types(self.layer_pattern, self.num_hidden_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": MODEL_TYPE, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LT2Config:
+        """Inverse of :meth:`to_dict`. A key that is not a field is an error: it would silently do nothing."""
+        values = dict(values)
+        model_type = values.pop("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise ValueError(f"LT2Config: model_type must be {MODEL_TYPE!r}, got {model_type!r}")
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+                raise ValueError(f"LT2Config: unknown key {key!r}; {hint}")
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"LT2Config: missing {', '.join(missing)}")
+        return cls(**values)
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        self._check(name, type(value) is int and 1 <= value <= _SIZES[name], f"be an integer in 1..{_SIZES[name]}")
+
+    def _check(self, name: str, condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(f"LT2Config: {name} must {rule}, got {getattr(self, name)!r}")
+
+
+def layer_types(pattern: str, num_layers: int) -> list[str]:
+    """Mixer name of each of ``num_layers`` layers.
+
+    ``"gdn"`` every layer; ``"interleaved:4:1:gdn:full"`` four gdn then one full, repeated and cut at the depth;
+    ``"bookend:1:full:gdn"`` one full at either end, gdn between; ``"front:2:full:gdn"`` two full, then gdn;
+    ``"back:2:full:gdn"`` gdn, then two full; ``"gdn,gdn,full"`` one name per layer.
+
+    Raises:
+        ValueError: Unknown mixer or form, counts that do not fit the depth.
+    """
+    if "->" in pattern:
+        raise ValueError(f"layer_pattern: schedules over loops ('->') are not supported, got {pattern!r}")
+    form, *args = pattern.split(":")
+    if args and form not in _FORMS:
+        raise ValueError(f"layer_pattern: unknown form {form!r} in {pattern!r}; known: {', '.join(_FORMS)}")
+    counts, names = (args[:-2], args[-2:]) if args else ([], form.split(","))
+    for name in names:
+        if name not in MIXERS:
+            raise ValueError(f"layer_pattern: unknown mixer {name!r} in {pattern!r}; known: {', '.join(MIXERS)}")
+    if not args:
+        types = names * num_layers if len(names) == 1 else names
+        if len(types) != num_layers:
+            raise ValueError(f"layer_pattern: {pattern!r} lists {len(types)} layers, num_hidden_layers is {num_layers}")
+        return types
+
+    usage = _FORMS[form]
+    if len(args) != usage.count(":") or not all(re.fullmatch("[1-9][0-9]{0,3}", n) for n in counts):
+        raise ValueError(f"layer_pattern: {pattern!r} must have the form {usage} with counts in 1..9999")
+    first, second = names
+    n = int(counts[0])
+    if form == "interleaved":
+        cycle = [first] * n + [second] * int(counts[1])
+        return [cycle[i % len(cycle)] for i in range(num_layers)]
+    rest = num_layers - (2 * n if form == "bookend" else n)
+    if rest < 0:
+        raise ValueError(f"layer_pattern: {pattern!r} needs at least {num_layers - rest} layers, got {num_layers}")
+    head = n if form in ("front", "bookend") else 0
+    tail = n if form in ("back", "bookend") else 0
+    return [first] * head + [second] * rest + [first] * tail
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

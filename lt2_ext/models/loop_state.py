@@ -1,0 +1,124 @@
+"""What a looped model remembers between calls, and where the tokens of one call stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lt2_ext import ops
+
+if TYPE_CHECKING:
+    from .config import LT2Config
+    from .mixers import Mixer
+
+
+class LoopState:
+    """The memory of ``batch_size`` sequences of up to ``max_length`` tokens, preallocated. Inference only.
+
+    Nothing but the hidden state passes from one loop to the next, so each (loop, layer) has a memory of its own:
+    ``gdn`` a matrix fp32 ``[batch, value_heads, K, V]`` and the window of its convolution, ``full`` keys and values
+    ``[batch, max_length, kv_heads, head_dim]``. ``model(input_ids, state=state)`` reads it and advances it in place;
+    any split of a sequence into such calls gives the logits of one call on the whole sequence.
+
+    Attributes:
+        layers: ``layers[loop][layer]``, the tensors of one mixer by name; axis 0 is the sequence.
+        lengths: Tokens seen by each sequence, int64 ``[batch_size]`` on the device of the model.
+    """
+
+    def __init__(self, config: LT2Config, mixers: Sequence[Mixer], batch_size: int, max_length: int) -> None:
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"LoopState: {name} must be a positive integer, got {value!r}")
+        self.config, self.batch_size, self.max_length = config, batch_size, max_length
+        self.layers: list[list[dict[str, Tensor]]] = [
+            [mixer.new_state(batch_size, max_length) for mixer in mixers] for _ in range(config.loop_count)
+        ]
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=next(mixers[0].parameters()).device)
+        self.host_lengths = [0] * batch_size  # the same numbers where reading them costs no synchronisation
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` more tokens in every sequence."""
+        self.lengths += tokens
+        self.host_lengths = [n + tokens for n in self.host_lengths]
+
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Forget the sequences ``slots`` (default: all), so that new ones can start there.
+
+        Memory is zeroed, not only marked as free: the next sequence can never see a value of the last one, and a NaN
+        in an unused key would survive its zero attention weight.
+        """
+        slots = list(range(self.batch_size)) if slots is None else list(slots)
+        for slot in slots:
+            if type(slot) is not int or not 0 <= slot < self.batch_size:
+                raise ValueError(f"LoopState.reset: slots must be integers in 0..{self.batch_size - 1}, got {slot!r}")
+        index = torch.tensor(slots, dtype=torch.int64, device=self.lengths.device)
+        for loop in self.layers:
+            for layer in loop:
+                for tensor in layer.values():
+                    ops.loop_state_zero_(tensor, index)
+        self.lengths[index] = 0
+        for slot in slots:
+            self.host_lengths[slot] = 0
+
+    @property
+    def layer_nbytes(self) -> list[tuple[str, int]]:
+        """For each physical layer its mixer and the bytes of its memory over all loops."""
+        sizes = [[sum(t.nbytes for t in layer.values()) for layer in loop] for loop in self.layers]
+        return list(zip(self.config.layer_types, map(sum, zip(*sizes, strict=True)), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.layer_nbytes)
+
+
+class Tokens:
+    """Where the ``T`` tokens of one call stand: computed once, read by every layer in every loop.
+
+    Attributes:
+        positions: int64 ``[B or 1, T]``, from 0 in each document.
+        cu_seqlens: Document boundaries ``[N + 1]`` of a packed row, or None.
+        rows, lengths: With a state only: its slots ``[B, 1]``, and its lengths after this call ``[B]``.
+        visible: The largest number of tokens that any of these can see.
+        from_start: No sequence has a past, so these tokens see only each other.
+    """
+
+    def __init__(
+        self, config: LT2Config, count: int, device: torch.device, cu_seqlens: Tensor | None, state: LoopState | None
+    ) -> None:
+        self.config, self.cu_seqlens = config, cu_seqlens
+        self.visible, self.from_start = count, True
+        steps = torch.arange(count, device=device)
+        if cu_seqlens is not None:
+            self.document = torch.searchsorted(cu_seqlens.to(steps.dtype), steps, right=True) - 1
+            self.positions = (steps - cu_seqlens[self.document])[None]
+        elif state is not None:
+            self.lengths = state.lengths + count
+            self.visible = max(state.host_lengths) + count
+            self.from_start = self.visible == count
+            self.positions = state.lengths[:, None] + steps
+            self.rows = torch.arange(state.batch_size, device=device)[:, None]
+        else:
+            self.positions = steps[None]
+
+    @cached_property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary angles, fp32 [B or 1, T, 1, head_dim / 2]."""
+        half = torch.arange(0, self.config.head_dim, 2, device=self.positions.device, dtype=torch.float32)
+        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
+        angles = self.positions[..., None, None] * frequencies
+        return angles.cos(), angles.sin()
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Which of the visible tokens each token attends to, bool [B or 1, 1, T, visible]; None: plain causal."""
+        if self.cu_seqlens is not None:
+            same = self.document[:, None] == self.document[None, :]
+            return same.tril()[None, None]
+        if self.from_start:
+            return None
+        keys = torch.arange(self.visible, device=self.positions.device)
+        return (keys <= self.positions[..., None])[:, None]

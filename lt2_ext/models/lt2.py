@@ -1,0 +1,305 @@
+"""LT2: a transformer with linear-time token mixers whose stack of layers runs several times (arXiv 2605.20670).
+
+With embedding Emb, N blocks F_1 .. F_N, loops tau = 1 .. T and a per-channel gate rho_tau that starts at zero::
+
+    h^0   = Emb(x)
+    h^tau = (F_N o .. o F_1)(h^(tau-1)) + rho_tau * h^(tau-1)
+    y     = Head(RMSNorm(h^T))
+
+Looping buys depth without parameters: T N layers of computation from N layers of weights. Only the hidden state h
+passes from loop to loop; every loop scans the sequence anew, so each (loop, layer) has its own memory when decoding
+(:class:`LoopState`). Handing the state at the end of loop tau to loop tau + 1 would let a token see its future.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lt2_ext import ops
+
+from .config import LT2Config
+from .loop_state import LoopState, Tokens
+from .mixers import MIXERS, Mixer
+
+
+class LT2Output(NamedTuple):
+    """loss: mean next-token cross entropy, a scalar; logits ``[B, T, vocab_size]``."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: LT2Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One physical layer: a mixer across tokens, then a SwiGLU within each token; both pre-norm and residual."""
+
+    def __init__(self, config: LT2Config, mixer: str) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = MIXERS[mixer](config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, h: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
+        h = h + self.mixer(self.mixer_norm(h), tokens, state)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class LT2(nn.Module):
+    def __init__(self, config: LT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_types)
+        shape = (config.loop_count, config.hidden_size)
+        self.rho = nn.Parameter(torch.empty(shape)) if config.use_loop_residual else None
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation: normal, std = hidden_size^-1/2, cut at 3 std; no scaling with depth or loops."""
+
+        def truncated_normal(weight: Tensor, width: int) -> None:
+            std = width**-0.5
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                truncated_normal(module.weight, self.config.hidden_size)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        if self.rho is not None:
+            nn.init.zeros_(self.rho)
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                truncated_normal(module.down_proj.weight, self.config.intermediate_size)
+            elif isinstance(module, Mixer):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: LoopState | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor | LT2Output:
+        """Next-token logits.
+
+        Args:
+            input_ids: Integers ``[B, T]``, T >= 1.
+            labels: ``[B, T]``, usually input_ids itself: the model shifts them. -100 is ignored, and so is the first
+                token of each packed document. With labels the result is ``(loss, logits)``.
+            cu_seqlens: int32 or int64 ``[N + 1]``: the only row holds N documents, document n is
+                ``[cu_seqlens[n], cu_seqlens[n + 1])``. Nothing passes between documents.
+            state: From :meth:`new_state`. The tokens continue the sequences in it, and it is advanced in place.
+                Inference only: no gradient is recorded. Not together with labels or cu_seqlens.
+            logits_to_keep: Return only the last so many positions; 0 returns all. Not together with labels.
+
+        Returns:
+            Logits ``[B, T, vocab_size]``, or :class:`LT2Output` when labels are given.
+
+        Raises:
+            ValueError: Input outside these rules, or more tokens than the state has room for; the state is unchanged.
+        """
+        self._check_inputs(input_ids, labels, cu_seqlens, state, logits_to_keep)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
+            tokens = Tokens(self.config, input_ids.shape[1], input_ids.device, cu_seqlens, state)
+            h = self._run_loops(self.embed_tokens(input_ids), tokens, state)
+            head = self.embed_tokens if self.lm_head is None else self.lm_head
+            logits = F.linear(h[:, -logits_to_keep:], head.weight)
+        if state is not None:
+            state.advance(input_ids.shape[1])
+        if labels is None:
+            return logits
+        labels = labels.masked_fill(tokens.positions == 0, -100)[:, 1:]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return LT2Output(loss, logits)
+
+    def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
+        """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
+        last = self.config.loop_count - 1
+        for loop in range(self.config.loop_count):
+            h_in = h
+            for i, block in enumerate(self.layers):
+                h = block(h, tokens, None if state is None else state.layers[loop][i])
+            if self.rho is not None and loop < last:
+                h = ops.loop_residual(h, h_in, self.rho[loop])
+        if self.rho is None:
+            return self.norm(h)
+        _, normed = ops.loop_residual_rmsnorm(h, h_in, self.rho[last], self.norm.weight, self.config.rms_norm_eps)
+        return normed
+
+    def new_state(self, batch_size: int, max_length: int) -> LoopState:
+        """Empty memory for ``batch_size`` sequences of up to ``max_length`` tokens, dtype and device of the weights."""
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        return LoopState(self.config, mixers, batch_size, max_length)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue ``input_ids`` ``[B, T]``: one prefill, then one token at a time through a :class:`LoopState`.
+
+        Args:
+            max_new_tokens: Tokens to add, at most.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
+            top_k: Draw from the k likeliest tokens only.
+            top_p: Draw from the likeliest tokens that together reach probability top_p.
+            eos_token_id: A row that has produced it is filled up with it; generation ends when every row has.
+            generator: Source of randomness, for reproducible draws.
+
+        Returns:
+            ``[B, T + new]``: the input and what was added.
+        """
+        for name, ok, rule, value in (
+            ("max_new_tokens", max_new_tokens >= 0, "be >= 0", max_new_tokens),
+            ("temperature", temperature >= 0, "be >= 0", temperature),
+            ("top_k", top_k is None or top_k >= 1, "be >= 1 or None", top_k),
+            ("top_p", top_p is None or 0 < top_p <= 1, "be in (0, 1] or None", top_p),
+        ):
+            if not ok:
+                raise ValueError(f"LT2.generate: {name} must {rule}, got {value}")
+        if max_new_tokens == 0:
+            return input_ids
+        self._check_inputs(input_ids, None, None, None, 0)
+        state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        pieces = [input_ids]
+        for _ in range(max_new_tokens):
+            logits = self(pieces[-1], state=state, logits_to_keep=1)[:, -1]
+            token = _pick(logits.float(), temperature, top_k, top_p, generator).to(input_ids.dtype)
+            if eos_token_id is not None:
+                token = token.masked_fill(done, eos_token_id)
+                done = token == eos_token_id
+            pieces.append(token[:, None])
+            if eos_token_id is not None and done.all():
+                break
+        return torch.cat(pieces, dim=1)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (no pickle); each replaces the old file in one step."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
+        (directory / "config.json.tmp").write_text(config)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(directory / f"{name}.tmp", directory / name)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> LT2:
+        """The model that :meth:`save` wrote, in the dtype it had; it reads safetensors and nothing else.
+
+        Names and shapes in the file are compared with the config before any weight is read.
+
+        Raises:
+            FileNotFoundError: ``config.json`` or ``model.safetensors`` is missing (a pickle is never read instead).
+            ValueError: A broken file, an unknown config key, or weights that do not fit the config.
+        """
+        path = Path(directory) / "model.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"LT2.load: no {path}; weights are read from safetensors only")
+        config = LT2Config.from_dict(json.loads((Path(directory) / "config.json").read_text()))
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: list(t.shape) for name, t in model.state_dict().items()}
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                for name in sorted(expected.keys() | found.keys()):
+                    want, got = expected.get(name, "nothing"), found.get(name, "nothing")
+                    if want != got:
+                        raise ValueError(f"LT2.load: {path}: {name} must have shape {want}, got {got}")
+                weights = {name: file.get_tensor(name) for name in found}
+        except SafetensorError as e:
+            raise ValueError(f"LT2.load: {path} is not a valid safetensors file ({e})") from e
+        for name, t in weights.items():
+            if not t.is_floating_point():
+                raise ValueError(f"LT2.load: {path}: {name} must be floating point, got {t.dtype}")
+        model.load_state_dict(weights, assign=True)
+        return model.to(device)
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: LoopState | None,
+        logits_to_keep: int,
+    ) -> None:
+        def check(condition: bool, argument: str, rule: str, got: object) -> None:
+            if not condition:
+                raise ValueError(f"LT2: {argument} must {rule}, got {got}")
+
+        shape = list(input_ids.shape)
+        integers = (torch.int32, torch.int64)
+        check(input_ids.dtype in integers, "input_ids", "be int32 or int64", input_ids.dtype)
+        check(len(shape) == 2 and min(shape) >= 1, "input_ids", "have shape [B, T] with B, T >= 1", shape)
+        check(logits_to_keep >= 0, "logits_to_keep", "be >= 0", logits_to_keep)
+        if labels is not None:
+            check(state is None, "state", "be None when labels are given", "a LoopState")
+            check(logits_to_keep == 0, "logits_to_keep", "be 0 when labels are given", logits_to_keep)
+            check(list(labels.shape) == shape, "labels", f"have the shape {shape} of input_ids", list(labels.shape))
+        if cu_seqlens is not None:
+            check(state is None, "state", "be None when cu_seqlens is given", "a LoopState")
+            check(shape[0] == 1, "input_ids", "have one row when cu_seqlens is given", shape)
+            check(cu_seqlens.dtype in integers, "cu_seqlens", "be int32 or int64", cu_seqlens.dtype)
+            bounds = list(cu_seqlens.shape)
+            check(len(bounds) == 1 and bounds[0] >= 2, "cu_seqlens", "have shape [N + 1] with N >= 1", bounds)
+            if not cu_seqlens.is_cuda:  # on a GPU reading the values would synchronise
+                b = cu_seqlens.tolist()
+                check(b[0] == 0 and b[-1] == shape[1] and b == sorted(b), "cu_seqlens", f"rise from 0 to {shape[1]}", b)
+        if state is not None:
+            autocast = torch.is_autocast_enabled(input_ids.device.type)
+            check(not autocast, "state", "be used without autocast (move the model to a dtype instead)", "autocast")
+            check(state.config == self.config, "state", "come from new_state of this model", "one for another config")
+            check(shape[0] == state.batch_size, "input_ids", f"have the {state.batch_size} rows of the state", shape)
+            used = max(state.host_lengths)
+            room = f"fit max_length = {state.max_length} of the state, which holds {used} tokens"
+            check(used + shape[1] <= state.max_length, "input_ids", room, f"{shape[1]} more")
+
+
+def _pick(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token per row of ``logits`` [B, vocab]."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # the likelier ones suffice; never true of the likeliest
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

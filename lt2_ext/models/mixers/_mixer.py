@@ -1,0 +1,31 @@
+"""What a token mixer is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..config import LT2Config
+    from ..loop_state import Tokens
+
+
+class Mixer(nn.Module):
+    """Moves information between the tokens of a sequence, from the past only."""
+
+    def __init__(self, config: LT2Config) -> None:
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        """Set initial values of whatever is not a plain projection."""
+        raise NotImplementedError
+
+    def new_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
+        """Zeroed tensors ``[batch_size, ...]``, in the dtype and on the device of the weights."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
+        """x and the result ``[B, T, hidden_size]``; tokens: where they stand; state: what :meth:`new_state` made, to be
+        read and advanced in place by T tokens, or None for whole sequences."""
+        raise NotImplementedError

@@ -1,0 +1,259 @@
+"""State across the loops of a looped model and across decode steps: residual of the loop input, attention to the
+cached keys of a slot and loop, reset and copy of slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import check, no_double_backward
+
+_residual = torch.ops.lt2.loop_residual_fwd.default
+_residual_bwd = torch.ops.lt2.loop_residual_bwd.default
+_residual_rmsnorm = torch.ops.lt2.loop_residual_rmsnorm_fwd.default
+_residual_rmsnorm_bwd = torch.ops.lt2.loop_residual_rmsnorm_bwd.default
+_decode = torch.ops.lt2.loop_decode_attention.default
+_zero = torch.ops.lt2.loop_state_zero_.default
+_copy = torch.ops.lt2.loop_state_copy_.default
+
+
+def loop_residual(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
+    """End of a loop: ``h + rho * h_in`` in float32, rounded once.
+
+    Args:
+        h: ``[.., D]`` float32 or bfloat16, the output of the blocks. Not affected by autocast.
+        h_in: the input of the loop, in the shape and dtype of h.
+        rho: ``[D]`` of any float dtype; used in float32.
+
+    Returns:
+        ``[.., D]`` in the dtype of h. Differentiable in all three; the sum over tokens in the gradient of rho does
+        not depend on the number of threads.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+    """
+    _check_residual("loop_residual", h, h_in, rho=rho)
+    return _residual(h, h_in, rho.float())
+
+
+def loop_residual_rmsnorm(
+    h: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """:func:`loop_residual` and RMSNorm of its result in one pass.
+
+    ``h_out = h + rho * h_in``, rounded to the dtype of h; ``normed = h_out * rsqrt(mean(h_out^2) + eps) * weight``.
+
+    Args:
+        h, h_in, rho: as in :func:`loop_residual`.
+        weight: ``[D]`` of any float dtype; used in float32.
+        eps: added to the mean square.
+
+    Returns:
+        ``(h_out, normed)``, each ``[.., D]`` in the dtype of h. Differentiable in h, h_in, rho and weight through
+        both, independently of the number of threads.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+    """
+    _check_residual("loop_residual_rmsnorm", h, h_in, rho=rho, weight=weight)
+    h_out, normed, _ = _residual_rmsnorm(h, h_in, rho.float(), weight.float(), eps)
+    return h_out, normed
+
+
+def loop_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    slots: Tensor | None = None,
+    indices: Tensor | None = None,
+    loop_map: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of the newest t tokens of each row to the keys cached for its slot, ``softmax(scale q K^T) V``.
+
+    The keys and values of the new tokens are already in the caches. Query i of row b sees the keys
+    ``0 .. lengths[b] - t + i``. Inference only: there is no derivative, so inputs that require one are an error in
+    grad mode. Under autocast q is cast to the dtype of the caches.
+
+    Args:
+        q: ``[B, t, HQ, D]`` float32 or bfloat16.
+        k_cache: ``[slots, S, H, D]`` in the dtype of q, or ``[loop_count, slots, S, H, D]`` with ``loop_map``. Any
+            strides, but a contiguous last axis. HQ is a multiple of H: query head h uses key head ``h // (HQ // H)``.
+        v_cache: as k_cache, with DV instead of D.
+        lengths: ``[B]`` int32 or int64: valid keys of each row, the t new ones included. Clamped to ``0 .. S``.
+        slots: ``[B]`` int64, the slot of each row. None: row b uses slot b.
+        indices: not supported yet, must be None.
+        loop_map: ``[B]`` int64, the loop whose keys each row reads; required by, and only with, a loop axis.
+        scale: of the scores. None: ``D ** -0.5``.
+
+    Returns:
+        ``[B, t, HQ, DV]`` in the dtype of q. 0 for a query that sees no key, and for a row whose slot is -1 or whose
+        slot or loop is not in the caches.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+        RuntimeError: inputs that require a gradient; an unsupported device.
+    """
+    op = "loop_decode_attention"
+    check(indices is None, op, "indices", "be None (sparse decode is not supported yet)", "a tensor")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
+    if torch.is_autocast_enabled(q.device.type):
+        q = q.to(k_cache.dtype)
+    check(q.dtype in (torch.float32, torch.bfloat16), op, "q", "be float32 or bfloat16", q.dtype)
+    check(q.dim() == 4, op, "q", "have shape [B, t, HQ, D]", list(q.shape))
+    axes = "[slots, S, H, D]" if loop_map is None else "[loop_count, slots, S, H, D]"
+    given = "without" if loop_map is None else "with"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check(cache.dim() == (4 if loop_map is None else 5), op, name, f"have shape {axes} {given} loop_map",
+              list(cache.shape))  # fmt: skip
+        check(cache.dtype == q.dtype, op, name, f"have the dtype of q ({q.dtype})", cache.dtype)
+        check(cache.shape[-1] <= 1 or cache.stride(-1) == 1, op, name, "have a contiguous last axis", cache.stride())
+    check(k_cache.shape[-1] == q.shape[3], op, "k_cache", f"have D = {q.shape[3]}", list(k_cache.shape))
+    check(v_cache.shape[:-1] == k_cache.shape[:-1], op, "v_cache",
+          f"have shape {[*k_cache.shape[:-1], 'DV']}", list(v_cache.shape))  # fmt: skip
+    heads = k_cache.shape[-2]
+    check(heads > 0 and q.shape[2] % heads == 0, op, "q", f"have a multiple of {heads} heads", list(q.shape))
+    check(lengths.dtype in (torch.int32, torch.int64), op, "lengths", "be int32 or int64", lengths.dtype)
+    for name, ids in (("lengths", lengths), ("slots", slots), ("loop_map", loop_map)):
+        if ids is not None:
+            check(ids.shape == q.shape[:1], op, name, f"have shape [B] = [{q.shape[0]}]", list(ids.shape))
+            check(name == "lengths" or ids.dtype == torch.int64, op, name, "be int64", ids.dtype)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return _decode(q, k_cache, v_cache, lengths, slots, loop_map, scale)
+
+
+def loop_state_zero_(state: Tensor, slots: Tensor) -> None:
+    """Zero the named slots of a pool of states, in place. No autograd.
+
+    Args:
+        state: ``[slots, ..]`` of any dtype. The slot axis may have any stride; inside a slot one strided axis may come
+            before contiguous ones (so the transposed ``[loop_count, slots, ..]`` is a pool, too).
+        slots: ``[n]`` int64; ids that are not in the pool (-1) are skipped.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+        RuntimeError: strides inside a slot that are not supported.
+    """
+    _check_slots("loop_state_zero_", state, slots=slots)
+    _zero(state, slots)
+
+
+def loop_state_copy_(state: Tensor, src: Tensor, dst: Tensor) -> None:
+    """Copy slots of a pool of states, in place: ``state[dst[i]] = state[src[i]]``. No autograd.
+
+    Every source is read before the first write, so slots can be swapped and rotated. A destination that is named twice
+    gets the last of its sources.
+
+    Args:
+        state: as in :func:`loop_state_zero_`.
+        src, dst: ``[n]`` int64; pairs of which one is not in the pool (-1) are skipped.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+        RuntimeError: strides inside a slot that are not supported.
+    """
+    _check_slots("loop_state_copy_", state, src=src, dst=dst)
+    check(src.shape == dst.shape, "loop_state_copy_", "dst", f"have the shape of src {list(src.shape)}",
+          list(dst.shape))  # fmt: skip
+    _copy(state, src, dst)
+
+
+def _check_residual(op: str, h: Tensor, h_in: Tensor, **vectors: Tensor) -> None:
+    check(h.dtype in (torch.float32, torch.bfloat16), op, "h", "be float32 or bfloat16", h.dtype)
+    check(h.dim() >= 1, op, "h", "have shape [.., D]", list(h.shape))
+    check(h_in.shape == h.shape, op, "h_in", f"have the shape of h {list(h.shape)}", list(h_in.shape))
+    check(h_in.dtype == h.dtype, op, "h_in", f"have the dtype of h ({h.dtype})", h_in.dtype)
+    for name, vector in vectors.items():
+        check(vector.shape == h.shape[-1:], op, name, f"have shape [D] = [{h.shape[-1]}]", list(vector.shape))
+        check(vector.is_floating_point(), op, name, "have a float dtype", vector.dtype)
+
+
+def _check_slots(op: str, state: Tensor, **ids: Tensor) -> None:
+    check(state.dim() >= 1, op, "state", "have shape [slots, ..]", list(state.shape))
+    check(not (torch.is_grad_enabled() and state.requires_grad), op, "state", "not require a gradient", True)
+    for name, t in ids.items():
+        check(t.dim() == 1, op, name, "have shape [n]", list(t.shape))
+        check(t.dtype == torch.int64, op, name, "be int64", t.dtype)
+
+
+@torch.library.register_fake("lt2::loop_residual_fwd")
+def _(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+@torch.library.register_fake("lt2::loop_residual_bwd")
+def _(dout: Tensor, h_in: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    return h_in.new_empty(h_in.shape), rho.new_empty(rho.shape)
+
+
+@torch.library.register_fake("lt2::loop_residual_rmsnorm_fwd")
+def _(h: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = 1
+    for size in h.shape[:-1]:
+        rows = rows * size
+    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty((rows,), dtype=torch.float32)
+
+
+@torch.library.register_fake("lt2::loop_residual_rmsnorm_bwd")
+def _(
+    dh_out: Tensor, dnormed: Tensor, h_out: Tensor, rstd: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dh, dh_in = h_out.new_empty(h_out.shape), h_in.new_empty(h_in.shape)
+    return dh, dh_in, rho.new_empty(rho.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("lt2::loop_decode_attention")
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor | None, loop_map: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:3], v_cache.shape[-1]))
+
+
+@torch.library.register_fake("lt2::loop_state_zero_")
+def _(state: Tensor, slots: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("lt2::loop_state_copy_")
+def _(state: Tensor, src: Tensor, dst: Tensor) -> None:
+    return None
+
+
+def _residual_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return dout, *_needed(ctx, 1, _residual_bwd(dout, *ctx.saved_tensors))
+
+
+def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, h_in, rho, weight, _ = inputs
+    h_out, _, rstd = output
+    ctx.save_for_backward(h_out, rstd, h_in, rho, weight)
+
+
+def _residual_rmsnorm_backward(
+    ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor
+) -> tuple[Tensor | None, ...]:
+    return *_needed(ctx, 0, _residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors)), None
+
+
+def _needed(ctx: Any, first: int, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs from number ``first`` on, None for those that need none."""
+    needed = ctx.needs_input_grad[first : first + len(grads)]
+    return tuple(grad if needs else None for grad, needs in zip(grads, needed, strict=True))
+
+
+torch.library.register_autograd("lt2::loop_residual_fwd", _residual_backward, setup_context=_residual_setup)
+torch.library.register_autograd(
+    "lt2::loop_residual_rmsnorm_fwd", _residual_rmsnorm_backward, setup_context=_residual_rmsnorm_setup
+)
+no_double_backward("loop_residual_bwd")
+no_double_backward("loop_residual_rmsnorm_bwd")

@@ -1,0 +1,125 @@
+"""The benchmark harness: on tiny shapes it times what is right, refuses what is wrong, and reports what is missing."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import peers
+import report
+import run as bench
+import timing
+from suites import Case, causal_conv1d, gdn, loop_state
+
+CPU = torch.device("cpu")
+CEILINGS = timing.Ceilings({1 << 20: 1e10}, {"torch.float32": 1e11, "torch.bfloat16": 2e11})
+SMALL = gdn.Shape(T=70, H=1, HV=2, K=32, V=32)
+VARLEN = dataclasses.replace(SMALL, lengths=(1, 64, 5))
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Result]:
+    return bench.run_case(case, "suite", CPU, CEILINGS, chosen, rounds=2, budget=0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        gdn.chunk_case(SMALL, F32, True, CPU),
+        gdn.chunk_case(VARLEN, BF16, True, CPU),
+        gdn.chunk_case(VARLEN, BF16, False, CPU),
+        gdn.step_case(2, 4, 32, BF16, CPU),
+        causal_conv1d.conv_case(2, 9, 16, 4, F32, True, CPU),
+        causal_conv1d.conv_case(2, 9, 16, 4, BF16, False, CPU),
+        causal_conv1d.step_case(2, 16, 4, BF16, CPU),
+        loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
+        loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
+        loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),
+    ],
+    ids=lambda case: f"{case.op} {case.shape}",
+)
+def test_ours_and_plain_torch_pass_the_gate_and_are_timed(case: Case):
+    for result in measure(case):
+        if result.role != "peer":
+            assert result.times, f"{result.name}: {result.note}"
+            assert result.times.runs == 2
+            assert 0 < result.times.min <= result.times.median <= result.times.p90
+
+
+@pytest.mark.parametrize(
+    "case", [gdn.chunk_case(VARLEN, BF16, True, CPU), gdn.step_case(2, 4, 32, F32, CPU)], ids=lambda case: case.op
+)
+def test_transformers_is_a_peer(case: Case):
+    pytest.importorskip("transformers")
+    found = [result for result in measure(case, ("transformers",)) if result.role == "peer"]
+    assert all(result.times and result.version for result in found), found
+    assert [r.name for r in found] == ["transformers", "transformers in fp32"][: len(found)]
+
+
+@pytest.mark.parametrize("output", ["o", "dk", "dbeta"])
+def test_the_gate_refuses_a_wrong_output(output: str):
+    case = gdn.chunk_case(SMALL, F32, True, CPU)
+
+    def wrong(x):
+        call = case.torch(x)
+        return lambda: {n: t * 1.001 if n == output else t for n, t in call().items()}
+
+    ours, plain, *_ = measure(dataclasses.replace(case, ours=wrong))
+    assert ours.times is None
+    assert ours.note.startswith(f"WRONG err=1.0e-03 ({output}, ")
+    assert plain.times
+
+
+def test_a_missing_peer_and_a_failure_are_rows_with_their_reason(monkeypatch):
+    def failing(x):
+        raise RuntimeError("out of\norder")
+
+    monkeypatch.setattr(peers, "find", lambda name, device: peers.Peer(missing=f"not installed: {name}"))
+    case = dataclasses.replace(gdn.chunk_case(SMALL, F32, False, CPU), ours=failing)
+    results = measure(case, ("fla", "flashinfer"))
+    assert [r.name for r in results] == ["lt2_ext", "torch", "fla", "flashinfer"]
+    assert [bool(r.times) for r in results] == [False, True, False, False]
+    assert results[0].note == "failed: RuntimeError: out of order"
+    run = bench.describe(CPU, ["--quick"], CEILINGS)
+    run.results = results
+    table = report.text(report.HEADER, report.main_table(run))
+    assert "flashinfer: not installed: flashinfer" in table
+    assert "failed: RuntimeError: out of order" in table
+
+
+def test_report_round_trip(tmp_path: Path):
+    run = bench.describe(CPU, ["--quick"], CEILINGS)
+    run.results = measure(gdn.chunk_case(SMALL, F32, False, CPU))
+    run.load_average.append(0.0)
+    run.save(tmp_path / "run.json")
+    assert report.Run.load(tmp_path / "run.json") == run
+    path = report.write(run, tmp_path)
+    assert path.name == f"{run.machine}.md"
+    lines = path.read_text().splitlines()
+    assert lines[0] == "`python bench/run.py --quick`"
+    assert any(line.startswith("| gdn fwd | B=1 T=70 H=1/2 K=V=32 fp32 |") for line in lines)
+    assert path.with_suffix(".png").is_file() or "No plot" in path.read_text()
+
+
+def test_a_call_without_budget_drops_out_after_the_least_number_of_runs():
+    clock = timing.CpuClock()
+    calls = {name: clock.prepare(lambda: None) for name in ("free", "limited")}
+    times = timing.interleaved(clock, calls, timing.MIN_RUNS + 3, {"free": 1e9, "limited": 0.0})
+    assert times["free"].runs == timing.MIN_RUNS + 3
+    assert times["limited"].runs == timing.MIN_RUNS
+
+
+@pytest.mark.parametrize(
+    "model, slug",
+    [
+        ("Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz", "xeon-platinum-8480-avx512-2c"),
+        ("AMD EPYC 9575F 64-Core Processor", "epyc-9575f-avx512-2c"),
+    ],
+)
+def test_machine_slug(monkeypatch, model: str, slug: str):
+    monkeypatch.setattr(bench, "device_name", lambda device: model)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert bench.machine_slug(CPU, "avx512") == slug

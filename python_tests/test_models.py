@@ -1,0 +1,483 @@
+"""LT2 against a model written out by hand, causality, packing, gradients, generation, files."""
+
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lt2_ext.models import LT2, LT2Config
+
+VOCAB = 64
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 48}
+GROUPED = {"num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "attn_output_gate": True}
+KINDS = {
+    "full": {"layer_pattern": "full"},
+    "gdn": {"layer_pattern": "gdn"},
+    "hybrid": {"layer_pattern": "interleaved:2:1:gdn:full"},
+    "grouped": {"layer_pattern": "bookend:1:full:gdn", "tie_word_embeddings": False, **GROUPED},
+}
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """Operators this small lose time to every further thread."""
+    threads(1)
+
+
+def make(kind: str, loops: int = 2, **change) -> LT2:
+    """A small model in which nothing is left at its initial zero or one."""
+    torch.manual_seed(0)
+    model = LT2(LT2Config(**(SIZES | KINDS[kind] | {"loop_count": loops} | change)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("norm.weight", "norm_weight")):
+                p.uniform_(0.5, 1.5)
+            elif name == "rho" or "mixer.gate_proj" in name:
+                p.normal_(std=0.3)
+    return model
+
+
+def ids(rows: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+# The same model from its equations, token by token and head by head, in fp64 and for one sequence.
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def plain_full(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    angle = torch.arange(len(x), dtype=x.dtype)[:, None] * config.rope_theta ** (
+        -torch.arange(0, d, 2, dtype=x.dtype) / d
+    )
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # [T, 1, D/2]
+
+    def rotated(y: Tensor, n: int) -> Tensor:
+        y = y.view(len(x), n, d)
+        z = torch.complex(y[..., : d // 2], y[..., d // 2 :]) * turn
+        return torch.cat([z.real, z.imag], dim=-1)
+
+    q = rotated(x @ w["q_proj.weight"].T, heads)
+    k = rotated(x @ w["k_proj.weight"].T, kv_heads)
+    v = (x @ w["v_proj.weight"].T).view(len(x), kv_heads, d)
+    o = torch.zeros_like(q)
+    for t in range(len(x)):
+        for h in range(heads):
+            kv = h // (heads // kv_heads)
+            p = torch.softmax(k[: t + 1, kv] @ q[t, h] / d**0.5, dim=0)
+            o[t, h] = p @ v[: t + 1, kv]
+    o = o.flatten(1)
+    if config.attn_output_gate:
+        o = o * torch.sigmoid(x @ w["gate_proj.weight"].T)
+    return o @ w["o_proj.weight"].T
+
+
+def plain_gdn(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+    kd, vd, taps = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
+    past = F.pad(x @ w["qkv_proj.weight"].T, (0, 0, taps - 1, 0))
+    qkv = F.silu(sum(past[i : i + len(x)] * w["conv_weight"][:, i] for i in range(taps)))
+    q = qkv[:, : heads * kd].view(-1, heads, kd)
+    k = qkv[:, heads * kd : 2 * heads * kd].view(-1, heads, kd)
+    v = qkv[:, 2 * heads * kd :].view(-1, value_heads, vd)
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    decay = torch.exp(-w["A_log"].exp() * F.softplus(x @ w["a_proj.weight"].T + w["dt_bias"]))
+    beta = torch.sigmoid(x @ w["b_proj.weight"].T)
+    o = torch.zeros_like(v)
+    for h in range(value_heads):
+        qh = h // (value_heads // heads)
+        state = x.new_zeros(kd, vd)
+        for t in range(len(x)):
+            state = decay[t, h] * state
+            state = state + beta[t, h] * torch.outer(k[t, qh], v[t, h] - k[t, qh] @ state)
+            o[t, h] = kd**-0.5 * (q[t, qh] @ state)
+    z = (x @ w["z_proj.weight"].T).view_as(o)
+    return (plain_norm(o, w["norm_weight"]) * F.silu(z)).flatten(1) @ w["o_proj.weight"].T
+
+
+@torch.no_grad()
+def plain(model: LT2, ids: Tensor) -> Tensor:
+    """Logits [T, vocab] of the tokens ids [T], with every loop written out."""
+    config = model.config
+    w = {name: t.double() for name, t in model.state_dict().items()}
+    h = w["embed_tokens.weight"][ids]
+    for loop in range(config.loop_count):
+        h_in = h
+        for i, kind in enumerate(config.layer_types):
+            layer = {name.split(".", 2)[2]: t for name, t in w.items() if name.startswith(f"layers.{i}.")}
+            mixer = {name.removeprefix("mixer."): t for name, t in layer.items() if name.startswith("mixer.")}
+            mix = {"full": plain_full, "gdn": plain_gdn}[kind]
+            h = h + mix(config, mixer, plain_norm(h, layer["mixer_norm.weight"]))
+            x = plain_norm(h, layer["mlp_norm.weight"])
+            gate, up = x @ layer["mlp.gate_proj.weight"].T, x @ layer["mlp.up_proj.weight"].T
+            h = h + (F.silu(gate) * up) @ layer["mlp.down_proj.weight"].T
+        if config.use_loop_residual:
+            h = h + w["rho"][loop] * h_in
+    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return plain_norm(h, w["norm.weight"]) @ w[head].T
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_model_written_by_hand(kind, loops, residual):
+    model, x = make(kind, loops, use_loop_residual=residual), ids(2, 13)
+    got = model(x).detach()
+    for row in range(2):
+        assert error(got[row].double(), plain(model, x[row])) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loops_equal_the_unrolled_model_with_tied_weights(kind):
+    """With rho = 0 three loops of N layers are one pass through 3 N layers whose weights repeat."""
+    looped, x = make(kind, 3), ids(2, 13)
+    torch.nn.init.zeros_(looped.rho)
+    pattern = ",".join(looped.config.layer_types * 3)
+    unrolled = make(kind, 1, num_hidden_layers=9, layer_pattern=pattern)
+    torch.nn.init.zeros_(unrolled.rho)
+    unrolled.load_state_dict(
+        {n: t for n, t in looped.state_dict().items() if not n.startswith("layers.") and n != "rho"}, strict=False
+    )
+    for i, block in enumerate(unrolled.layers):
+        block.load_state_dict(looped.layers[i % 3].state_dict())
+    assert torch.equal(looped(x), unrolled(x))
+
+
+def test_new_model_starts_as_the_paper_says():
+    torch.manual_seed(0)
+    model = LT2(LT2Config(**(SIZES | KINDS["grouped"] | {"hidden_size": 128, "intermediate_size": 512})))
+    assert not model.rho.any()
+    assert not model.layers[0].mixer.gate_proj.weight.any()
+    for weight, std in ((model.embed_tokens.weight, 128**-0.5), (model.layers[1].mlp.down_proj.weight, 512**-0.5)):
+        assert weight.std().item() == pytest.approx(0.986 * std, rel=0.03)  # 0.986: what the cut at 3 std leaves
+        assert weight.abs().max() <= 3 * std
+    decay = model.layers[1].mixer
+    assert decay.A_log.isfinite().all()
+    assert (decay.A_log.exp() <= 16).all()
+    step = F.softplus(decay.dt_bias)
+    assert ((step > 0.99e-3) & (step < 1.01e-1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_token_changes_nothing_before_it(kind):
+    model, x = make(kind), ids(2, 80)
+    before = model(x)
+    for t in (1, 40, 64, 79):
+        changed = x.clone()
+        changed[:, t] = (x[:, t] + 1) % VOCAB
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
+
+
+PACKED = [7, 1, 0, 20, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_equal_separate_ones_and_do_not_leak(kind, dtype):
+    model, x = make(kind), ids(1, sum(PACKED))
+    bounds = torch.tensor([0, *PACKED]).cumsum(0).to(dtype)
+    loss, logits = model(x, labels=x, cu_seqlens=bounds)
+    documents = [d for d in x.split(PACKED, dim=1) if d.shape[1]]
+    assert error(logits, torch.cat([model(d) for d in documents], dim=1)) < 1e-5
+    losses = [(model(d, labels=d).loss * (d.shape[1] - 1), d.shape[1] - 1) for d in documents if d.shape[1] > 1]
+    assert loss.item() == pytest.approx(sum(s for s, _ in losses).item() / sum(n for _, n in losses), rel=1e-5)
+
+    changed = x.clone()
+    changed[:, 8:28] = (x[:, 8:28] + 1) % VOCAB
+    leaked = model(changed, cu_seqlens=bounds)
+    assert torch.equal(leaked[:, :8], logits[:, :8])
+    assert torch.equal(leaked[:, 28:], logits[:, 28:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_parameter(kind):
+    model, x = make(kind), ids(2, 70)
+    model(x, labels=x).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.abs().sum() > 0, name
+    assert (model.rho.grad.abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["full", "grouped"])
+def test_gradient_is_the_derivative_of_the_loss(kind):
+    """Along one direction through all parameters, against the hand-written model in fp64."""
+    model, x = make(kind), ids(1, 12)
+    loss = model(x, labels=x).loss
+    loss.backward()
+    generator = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    slope = sum((p.grad.double() * d.double()).sum() for p, d in zip(model.parameters(), direction, strict=True))
+    step, losses = 2.0**-12, []
+    with torch.no_grad():
+        for sign in (1, -2):  # +step, then from there to -step
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p += sign * step * d
+            losses.append(F.cross_entropy(plain(model, x[0])[:-1], x[0, 1:]))
+    assert slope.item() == pytest.approx(((losses[0] - losses[1]) / (2 * step)).item(), rel=1e-2)
+
+
+def test_loss_shifts_and_ignores():
+    model, x = make("hybrid"), ids(2, 10)
+    labels = x.clone()
+    labels[0, 4:] = -100
+    loss, logits = model(x, labels=labels)
+    p = logits.log_softmax(dim=-1)
+    terms = [p[b, t, x[b, t + 1]] for b, last in ((0, 3), (1, 9)) for t in range(last)]
+    assert loss.item() == pytest.approx(-torch.stack(terms).mean().item(), rel=1e-5)
+    assert torch.equal(logits, model(x))
+    torch.testing.assert_close(model(x, logits_to_keep=3), logits[:, -3:])
+
+
+def test_learns():
+    """A few steps on one batch: the parts work together in training, rho included."""
+    model, x = make("hybrid"), ids(4, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss = model(x, labels=x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# Generation.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_greedy_generation_equals_argmax_of_full_forwards(kind):
+    model, x = make(kind), ids(2, 11)
+    want = x
+    for _ in range(14):
+        want = torch.cat([want, model(want)[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(model.generate(x, 14), want)
+    assert torch.equal(model.generate(x, 14, temperature=1.0, top_k=1), want)
+    assert torch.equal(model.generate(x, 14, temperature=1.0, top_p=1e-6), want)
+    assert torch.equal(model.generate(x, 0), x)
+
+
+@torch.no_grad()
+def test_generation_stops_at_the_end_token():
+    model, x = make("hybrid"), ids(3, 6)
+    free = model.generate(x, 20)[:, 6:]
+    eos = free[0, 4].item()
+    got = model.generate(x, 20, eos_token_id=eos)[:, 6:]
+    ends = [row.index(eos) if eos in row else 20 for row in free.tolist()]
+    assert got.shape[1] == min(max(ends) + 1, 20)
+    for row, end in enumerate(ends):
+        assert torch.equal(got[row, :end], free[row, : min(end, got.shape[1])])
+        assert (got[row, end:] == eos).all()
+
+
+@torch.no_grad()
+def test_sampling_draws_from_the_truncated_distribution():
+    rows = 2000
+    model, x = make("full"), ids(1, 3).repeat(rows, 1)
+    p = model(x[:1])[0, -1].div(0.7).softmax(dim=-1)
+    order = p.argsort(descending=True)
+    nucleus = order[: int((p[order].cumsum(0) < 0.6).sum()) + 1]
+    for options, allowed in (({}, order), ({"top_k": 5}, order[:5]), ({"top_p": 0.6}, nucleus)):
+        draw = lambda: model.generate(x, 1, 0.7, generator=torch.Generator().manual_seed(3), **options)[:, -1]  # noqa: B023, E731
+        got = draw()
+        want = torch.zeros(VOCAB).scatter(0, allowed, p[allowed] / p[allowed].sum())
+        counts = got.bincount(minlength=VOCAB)
+        assert not counts[want == 0].any()
+        assert ((counts / rows - want).abs() < 5 * (want * (1 - want) / rows).sqrt() + 1e-9).all()
+        assert torch.equal(got, draw())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
+        ({"temperature": -0.5}, "temperature must be >= 0, got -0.5"),
+        ({"top_k": 0}, "top_k must be >= 1 or None, got 0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\] or None, got 1.5"),
+    ],
+)
+def test_bad_generation_options(options, message):
+    with pytest.raises(ValueError, match=f"LT2.generate: {message}"):
+        make("full").generate(ids(1, 3), **({"max_new_tokens": 2} | options))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ({"input_ids": torch.zeros(2, 3)}, "input_ids must be int32 or int64, got torch.float32"),
+        ({"input_ids": ids(2, 3)[0]}, r"input_ids must have shape \[B, T\] with B, T >= 1, got \[3\]"),
+        ({"input_ids": ids(2, 3)[:, :0]}, r"input_ids must have shape .*, got \[2, 0\]"),
+        ({"logits_to_keep": -1}, "logits_to_keep must be >= 0, got -1"),
+        ({"labels": ids(1, 5)}, r"labels must have the shape \[1, 6\] of input_ids, got \[1, 5\]"),
+        ({"labels": ids(1, 6), "logits_to_keep": 1}, "logits_to_keep must be 0 when labels are given, got 1"),
+        ({"input_ids": ids(2, 6), "cu_seqlens": torch.tensor([0, 6])}, "input_ids must have one row when cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens must be int32 or int64, got torch.float32"),
+        ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens must have shape \[N \+ 1\] with N >= 1, got \[1\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, r"cu_seqlens must rise from 0 to 6, got \[0, 4, 3, 6\]"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens must rise from 0 to 6, got \[0, 5\]"),
+        ({"cu_seqlens": torch.tensor([1, 6])}, r"cu_seqlens must rise from 0 to 6, got \[1, 6\]"),
+    ],
+)
+def test_bad_inputs(call, message):
+    with pytest.raises(ValueError, match=f"LT2: {message}"):
+        make("hybrid")(**({"input_ids": ids(1, 6)} | call))
+
+
+# Dtypes and files.
+
+
+def decay_parameters(model: LT2) -> dict[str, Tensor]:
+    return {n: p for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias"))}
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to("cpu", torch.bfloat16).float(),
+        lambda m: m.layers[0].mixer.bfloat16(),
+    ],
+)
+def test_decay_parameters_stay_fp32_and_exact(move):
+    model, x = make("gdn"), ids(1, 6)
+    model(x, labels=x).loss.backward()
+    before = {n: (p.detach().clone(), p.grad.clone()) for n, p in decay_parameters(model).items()}
+    move(model)
+    for name, p in decay_parameters(model).items():
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert torch.equal(p.detach(), before[name][0])
+        assert torch.equal(p.grad, before[name][1])
+
+
+def test_dtype_reaches_everything_else_and_bf16_runs():
+    model, x = make("grouped"), ids(2, 20)
+    want = model(x)
+    model.bfloat16()
+    assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if n not in decay_parameters(model))
+    loss, logits = model(x, labels=x)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    assert error(logits.float(), want) < 0.1
+    loss.backward()
+    assert all(p.grad.dtype == p.dtype for p in model.parameters())
+
+
+def test_autocast_trains():
+    model, x = make("hybrid"), ids(2, 20)
+    want = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(x, labels=x)
+    loss.backward()
+    assert error(logits.float(), want) < 0.1
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_to_empty_materialises_a_meta_model():
+    with torch.device("meta"):
+        model = make("hybrid")
+    model.to_empty(device="cpu")
+    torch.manual_seed(7)
+    model.reset_parameters()
+    fresh = LT2(model.config)
+    torch.manual_seed(7)
+    fresh.reset_parameters()
+    for name, t in fresh.state_dict().items():
+        assert t.isfinite().all(), name
+        assert torch.equal(model.state_dict()[name], t), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_save_and_load_give_identical_logits(kind, dtype, tmp_path):
+    model, x = make(kind).to(dtype), ids(2, 13)
+    model.save(tmp_path / "new" / "model")
+    loaded = LT2.load(tmp_path / "new" / "model")
+    assert loaded.config == model.config
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(loaded(x), model(x))
+    assert sorted(p.name for p in (tmp_path / "new" / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loaded_model_trains(tmp_path):
+    make("hybrid").save(tmp_path)
+    model, x = LT2.load(tmp_path), ids(2, 13)
+    model(x, labels=x).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def edit_config(directory, **change):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_load_refuses_what_does_not_fit(tmp_path):
+    make("hybrid").save(tmp_path)
+    for change, message in (
+        ({"hidden_size": 64}, r"must have shape .*, got"),
+        ({"num_hidden_layers": 4}, r"layers\.3\..* must have shape \[.*\], got nothing"),
+        ({"num_hidden_layers": 2}, r"layers\.2\..* must have shape nothing, got \["),
+        ({"tie_word_embeddings": False}, r"lm_head.weight must have shape \[64, 32\], got nothing"),
+        ({"loop_count": 3}, r"rho must have shape \[3, 32\], got \[2, 32\]"),
+        ({"vocab_size": 2**24, "hidden_size": 2**17}, "must have shape"),  # 8 TB, if it were allocated
+        ({"window": 3}, "unknown key 'window'"),
+        ({"loop_count": 10**9}, "loop_count must be an integer in"),
+    ):
+        text = (tmp_path / "config.json").read_text()
+        edit_config(tmp_path, **change)
+        with pytest.raises(ValueError, match=message):
+            LT2.load(tmp_path)
+        (tmp_path / "config.json").write_text(text)
+    LT2.load(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_load_reads_safetensors_only(tmp_path):
+    make("hybrid").save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    bomb = pickle.dumps(Bomb())
+    weights.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(bomb)
+    with pytest.raises(FileNotFoundError, match=r"no .*model.safetensors; weights are read from safetensors only"):
+        LT2.load(tmp_path)
+    weights.write_bytes(bomb)
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
+        LT2.load(tmp_path)
+
+
+def test_load_refuses_a_truncated_file_and_integers(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make("hybrid").save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, whole = load_file(path), path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
+        LT2.load(tmp_path)
+    path.unlink()
+    save_file(tensors | {"rho": tensors["rho"].int()}, path)
+    with pytest.raises(ValueError, match=r"rho must be floating point, got torch\.int32"):
+        LT2.load(tmp_path)

@@ -1,0 +1,222 @@
+"""What every operator of torch.ops.lt2 promises, by enumeration: an operator without an entry below fails.
+
+Kernels, fakes, autograd and schemas fit together (opcheck); meta tensors give the shapes of real ones; torch.compile
+takes the operator in one graph, static and dynamic; wrong arguments are named.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lt2_ext  # noqa: F401  (registers torch.ops.lt2)
+from lt2_ext.testing import gdn_inputs
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass
+class Contract:
+    samples: Callable[[], list[dict[str, Any]]]  # arguments by name, on the CPU; the last sample has every option
+    rejected: dict[str, Any]  # a wrong value of an argument, by its name
+    differentiable: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+GDN_OPTIONS = {"scale": 0.2, "use_qk_l2norm": True, "use_beta_sigmoid": True, "allow_neg_eigval": True}
+
+
+def gdn_samples() -> list[dict[str, Any]]:
+    absent = dict.fromkeys(("g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens"))
+    off = {"scale": 1.0, "use_qk_l2norm": False, "use_beta_sigmoid": False, "allow_neg_eigval": False}
+    x = gdn_inputs(B=2, T=5, HV=4, K=8, V=6)
+    plain = {n: x[n] for n in "qkv"} | absent | off | {"state_v_first": False}
+    full = gdn_inputs(T=9, HV=4, K=8, V=6, sequences=3, dtype=BF16)
+    full["initial_state"] = full["initial_state"].mT.contiguous()
+    full |= {"A_log": torch.randn(4), "dt_bias": torch.randn(4), "cu_seqlens": torch.tensor([0, 3, 3, 9])}
+    return [plain, plain | full | GDN_OPTIONS | {"state_v_first": True}]
+
+
+def gdn_fwd() -> list[dict[str, Any]]:
+    plain, full = gdn_samples()
+    return [
+        plain | {"output_final_state": False, "recurrent": True},
+        full | {"output_final_state": True, "recurrent": False},
+    ]
+
+
+def gdn_bwd() -> list[dict[str, Any]]:
+    plain, full = gdn_samples()
+    dout = [torch.randn_like(s["v"]) for s in (plain, full)]
+    return [
+        {"dout": dout[0], "dfinal_state": None} | plain,
+        {"dout": dout[1], "dfinal_state": torch.randn_like(full["initial_state"])} | full,
+    ]
+
+
+def gdn_step() -> list[dict[str, Any]]:
+    x = gdn_inputs(B=2, T=2, HV=4, K=8, V=6)
+    a, b = torch.randn(2, 2, 4), torch.randn(2, 2, 4)
+    sample = {"state": x["initial_state"], "q": x["q"], "k": x["k"], "v": x["v"], "a": a, "b": b,
+              "A_log": torch.randn(4), "dt_bias": torch.randn(4), "slots": None, "scale": 0.2, "use_qk_l2norm": True,
+              "allow_neg_eigval": False, "state_v_first": False}  # fmt: skip
+    pool = torch.randn(5, 3, 4, 6, 8)[:, 1]
+    low = {n: x[n].to(BF16) for n in "qkv"}
+    options = {"slots": torch.tensor([3, -1]), "allow_neg_eigval": True, "state_v_first": True}
+    return [sample, sample | low | options | {"state": pool}]
+
+
+def conv_samples() -> list[dict[str, Any]]:
+    plain = {"x": torch.randn(2, 5, 6), "weight": torch.randn(6, 4), "bias": None, "initial_state": None,
+             "cu_seqlens": None, "silu": False}  # fmt: skip
+    full = {"x": torch.randn(1, 9, 6).to(BF16), "bias": torch.randn(6), "initial_state": torch.randn(3, 6, 4).to(BF16),
+            "cu_seqlens": torch.tensor([0, 3, 3, 9], dtype=torch.int32), "silu": True}  # fmt: skip
+    return [plain, plain | full]
+
+
+def conv_fwd() -> list[dict[str, Any]]:
+    plain, full = conv_samples()
+    return [plain | {"output_final_state": False}, full | {"output_final_state": True}]
+
+
+def conv_bwd() -> list[dict[str, Any]]:
+    plain, full = conv_samples()
+    return [
+        {"dy": torch.randn_like(plain["x"]), "dfinal_state": None} | plain,
+        {"dy": torch.randn_like(full["x"]), "dfinal_state": torch.randn_like(full["initial_state"])} | full,
+    ]
+
+
+def conv_step() -> list[dict[str, Any]]:
+    sample = {"state": torch.randn(2, 6, 4), "x": torch.randn(2, 3, 6), "weight": torch.randn(6, 4), "bias": None,
+              "slots": None, "silu": False}  # fmt: skip
+    options = {"bias": torch.randn(6), "slots": torch.tensor([3, -1]), "silu": True}
+    return [sample, sample | options | {"state": torch.randn(5, 2, 6, 4)[:, 1]}]
+
+
+CONTRACTS = {
+    "gdn_fwd": Contract(gdn_fwd, {"k": torch.zeros(2, 5, 2, 7), "beta": torch.zeros(2, 5, 3)}, differentiable=True),
+    "gdn_bwd": Contract(gdn_bwd, {"dout": torch.zeros(2, 5, 4, 7), "v": torch.zeros(2, 5, 3, 6)}),
+    "gdn_step_": Contract(gdn_step, {"state": torch.zeros(2, 4, 8, 7), "slots": torch.zeros(3, dtype=torch.int64)}),
+    "causal_conv1d_fwd": Contract(conv_fwd, {"weight": torch.zeros(7, 4)}, differentiable=True, devices=("cpu",)),
+    "causal_conv1d_bwd": Contract(conv_bwd, {"dy": torch.zeros(2, 5, 7)}, devices=("cpu",)),
+    "causal_conv1d_step_": Contract(conv_step, {"state": torch.zeros(2, 6, 3)}, devices=("cpu",)),
+}
+
+
+def registered() -> list[str]:
+    return sorted(s.name.removeprefix("lt2::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("lt2::"))
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.lt2, name).default
+
+
+def arguments(name: str, sample: dict[str, Any], device: str = "cpu") -> tuple[Any, ...]:
+    """In the order of the schema, all of them, on ``device``."""
+    names = [a.name for a in operator(name)._schema.arguments]
+    assert set(names) == set(sample), f"{name}: samples must have exactly the arguments of the schema"
+    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in (sample[n] for n in names))
+
+
+def require_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result or ())
+
+
+@pytest.fixture(params=CONTRACTS)
+def name(request, device):
+    if device not in CONTRACTS[request.param].devices:
+        pytest.skip(f"lt2::{request.param} has no {device} kernel")
+    return request.param
+
+
+@pytest.fixture(params=[0, 1], ids=["plain", "full"])
+def case(request, name, device):
+    """An operator and its arguments, without and with options."""
+    contract = CONTRACTS[name]
+    return operator(name), arguments(name, contract.samples()[request.param], device), contract
+
+
+def test_every_operator_has_a_contract():
+    assert registered() == sorted(CONTRACTS)
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_every_operator_has_its_kernels(name):
+    for device in CONTRACTS[name].devices:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lt2::{name}", device.upper())
+
+
+def test_opcheck(case):
+    op, args, contract = case
+    torch.library.opcheck(op, args)
+    if contract.differentiable:
+        torch.library.opcheck(op, require_gradients(args))
+
+
+def test_meta_tensors_give_the_shapes_of_real_ones(case):
+    op, args, _ = case
+    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    for fake, real in zip(tensors(op(*meta)), tensors(op(*args)), strict=True):
+        assert fake.is_meta
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_in_one_graph(case, dynamic, backend):
+    op, args, contract = case
+    torch.compiler.reset()
+
+    def f(*args):
+        result = op(*args)
+        return [t + 1 for t in tensors(result)], [a for a in args if isinstance(a, Tensor)]
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=backend)
+    assert_same(compiled(*copy.deepcopy(args)), f(*copy.deepcopy(args)))
+    if contract.differentiable:
+        assert_same(gradients(compiled, args), gradients(f, args))
+
+
+def gradients(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    args = require_gradients(args)
+    outputs, _ = f(*args)
+    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    return torch.autograd.grad([o for o in outputs if o.numel()], leaves, [o.detach() for o in outputs if o.numel()])
+
+
+def assert_same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name, argument", [(n, a) for n, c in CONTRACTS.items() for a in c.rejected])
+def test_errors_name_the_operator_and_the_argument(name, argument, device):
+    contract = CONTRACTS[name]
+    if device not in contract.devices:
+        pytest.skip(f"lt2::{name} has no {device} kernel")
+    sample = contract.samples()[0] | {argument: contract.rejected[argument]}
+    family = name.removesuffix("_fwd").removesuffix("_bwd").removesuffix("_").removesuffix("_step")
+    with pytest.raises(RuntimeError, match=rf"lt2::{family}\w*: {re.escape(argument)} must .*, got "):
+        operator(name)(*arguments(name, sample, device))
+
+
+@pytest.mark.parametrize("name", [n for n in CONTRACTS if n.endswith("_bwd")])
+def test_double_backward_is_an_error(name):
+    args = require_gradients(arguments(name, CONTRACTS[name].samples()[1]))
+    outputs = [t for t in tensors(operator(name)(*args)) if t.requires_grad]
+    with pytest.raises(RuntimeError, match=f"lt2::{name}: double backward is not supported"):
+        outputs[0].float().sum().backward()
