@@ -14,7 +14,7 @@ _checks = os.environ.get("LT2_CHECKS", "0") == "1"
 def set_checks(enabled: bool) -> None:
     """Turn data-dependent argument checks on or off (also: environment ``LT2_CHECKS=1``).
 
-    They read tensor values (``g <= 0``, index ranges), so on a GPU they synchronise. Kernels are memory-safe either way.
+    They read tensor values (``g <= 0``, index ranges), so on a GPU they synchronise; kernels are memory-safe either way.
     """
     global _checks
     _checks = enabled
@@ -31,7 +31,7 @@ def check(condition: bool, op: str, argument: str, rule: str, got: object) -> No
 
 
 def autocast(like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that autocast prescribes for matrix products on the device of ``like``, if it is active."""
+    """The tensors in the dtype of autocast on the device of ``like``, as they are when it is not active."""
     device = like.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
