@@ -224,10 +224,11 @@ def test_nothing_to_do(device, op, B, T, offsets):
     N = B if offsets is None else len(offsets) - 1
     x = gdn_inputs(B=B, T=T, K=16, V=8, sequences=N, device=device)
     cotangents = {"o": torch.randn(B, T, 2, 8, device=device), "final_state": torch.randn(N, 2, 16, 8, device=device)}
-    got = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens)
+    x |= {"A_log": torch.randn(2, device=device), "dt_bias": torch.randn(2, device=device)}
+    got = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens, use_gate_in_kernel=True)
     assert torch.equal(got["final_state"], x["initial_state"])
     assert torch.equal(got["dinitial_state"], cotangents["final_state"])
-    for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
+    for name in ("o", "dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias"):
         assert got[name].count_nonzero() == 0
 
 

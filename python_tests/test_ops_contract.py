@@ -155,7 +155,9 @@ CONTRACTS = {
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),
     "loop_residual_rmsnorm_bwd": Contract(residual_rmsnorm_bwd, {"rstd": torch.zeros(7)}),
-    "loop_decode_attention": Contract(decode_attention, {"v_cache": torch.zeros(2, 6, 2, 6), "lengths": torch.zeros(2)}),
+    "loop_decode_attention": Contract(
+        decode_attention, {"v_cache": torch.zeros(2, 6, 2, 6), "lengths": torch.zeros(2)}
+    ),
     "loop_state_zero_": Contract(zero_slots, {"slots": torch.zeros(2)}),
     "loop_state_copy_": Contract(copy_slots, {"dst": torch.zeros(3, dtype=torch.int64)}),
 }
