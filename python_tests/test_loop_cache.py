@@ -217,6 +217,8 @@ def test_misuse():
         model(x[:1], cu_seqlens=torch.tensor([0, LENGTH]), state=model.new_state(1, LENGTH))
     with pytest.raises(ValueError, match="state must come from new_state of this model"):
         make("gdn", 2)(x, state=state)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="state must be used without autocast"):
+        model(x, state=state)
     with pytest.raises(ValueError, match=r"slots must be integers in 0\.\.1, got 2"):
         state.reset([0, 2])
     assert state.host_lengths == [0, 0]

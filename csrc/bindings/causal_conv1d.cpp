@@ -11,7 +11,9 @@ using namespace causal_conv1d;
 
 Tokens tokens_of(Tensor const& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 State state_of(Tensor const& s) { return {s.data_ptr(), s.stride(0), s.stride(1), s.stride(2)}; }
-float const* floats(OptionalTensor const& t) { return t ? static_cast<float const*>(t->const_data_ptr()) : nullptr; }
+float const* floats(OptionalTensor const& t) {
+  return t ? static_cast<float const*>(t->const_data_ptr()) : nullptr;
+}
 
 void check_tokens(Tensor const& x) {
   LT2_CHECK_DIM(OP, x, 3);
@@ -22,8 +24,8 @@ void check_tokens(Tensor const& x) {
 void check_taps(Tensor const& x, Tensor const& weight, OptionalTensor const& bias) {
   LT2_CHECK_DIM(OP, weight, 2);
   LT2_CHECK_SHAPE(OP, weight, "[D, W]", x.size(2), weight.size(1));
-  STD_TORCH_CHECK(weight.size(1) >= 1 && weight.size(1) <= kMaxWidth, OP ": weight must have 1 <= W <= ", kMaxWidth,
-                  ", got shape ", shape_string(weight));
+  STD_TORCH_CHECK(weight.size(1) >= 1 && weight.size(1) <= kMaxWidth,
+                  OP ": weight must have 1 <= W <= ", kMaxWidth, ", got shape ", shape_string(weight));
   LT2_CHECK_DTYPE(OP, weight, ScalarType::Float);
   LT2_CHECK_CONTIGUOUS(OP, weight);
   LT2_CHECK_SAME_DEVICE(OP, weight, x);
@@ -45,13 +47,14 @@ template <class Int>
 void check_offsets(Int const* offsets, int64_t sequences, int64_t tokens) {
   for (int64_t i = 0; i <= sequences; ++i) {
     int64_t const lowest = i == 0 ? 0 : offsets[i - 1];
-    STD_TORCH_CHECK(offsets[i] >= lowest && offsets[i] <= tokens, OP ": cu_seqlens must ascend within [0, T = ", tokens,
-                    "], got ", offsets[i], " at position ", i);
+    STD_TORCH_CHECK(offsets[i] >= lowest && offsets[i] <= tokens,
+                    OP ": cu_seqlens must ascend within [0, T = ", tokens, "], got ", offsets[i],
+                    " at position ", i);
   }
 }
 
-Inputs inputs_of(Tensor const& x, Tensor const& weight, OptionalTensor const& bias, OptionalTensor const& initial_state,
-                 OptionalTensor const& cu_seqlens, bool silu) {
+Inputs inputs_of(Tensor const& x, Tensor const& weight, OptionalTensor const& bias,
+                 OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, bool silu) {
   check_tokens(x);
   check_taps(x, weight, bias);
   Inputs p{};
@@ -68,8 +71,8 @@ Inputs inputs_of(Tensor const& x, Tensor const& weight, OptionalTensor const& bi
   if (cu_seqlens) {
     Tensor const& offsets = *cu_seqlens;
     STD_TORCH_CHECK(p.batch == 1, OP ": x must have B = 1 with cu_seqlens, got shape ", shape_string(x));
-    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, OP ": cu_seqlens must have shape [N + 1], got ",
-                    shape_string(offsets));
+    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1,
+                    OP ": cu_seqlens must have shape [N + 1], got ", shape_string(offsets));
     p.cu_seqlens_int64 = offsets.scalar_type() == ScalarType::Long;
     STD_TORCH_CHECK(p.cu_seqlens_int64 || offsets.scalar_type() == ScalarType::Int,
                     OP ": cu_seqlens must be int32 or int64, got ", dtype_name(offsets.scalar_type()));
@@ -77,8 +80,10 @@ Inputs inputs_of(Tensor const& x, Tensor const& weight, OptionalTensor const& bi
     LT2_CHECK_SAME_DEVICE(OP, offsets, x);
     p.sequences = offsets.size(0) - 1;
     p.cu_seqlens = offsets.const_data_ptr();
-    if (x.is_cpu() && p.cu_seqlens_int64) check_offsets(static_cast<int64_t const*>(p.cu_seqlens), p.sequences, p.tokens);
-    if (x.is_cpu() && !p.cu_seqlens_int64) check_offsets(static_cast<int32_t const*>(p.cu_seqlens), p.sequences, p.tokens);
+    if (x.is_cpu() && p.cu_seqlens_int64)
+      check_offsets(static_cast<int64_t const*>(p.cu_seqlens), p.sequences, p.tokens);
+    if (x.is_cpu() && !p.cu_seqlens_int64)
+      check_offsets(static_cast<int32_t const*>(p.cu_seqlens), p.sequences, p.tokens);
   }
   if (initial_state) {
     check_state(*initial_state, x, p.sequences, p.width);
@@ -106,9 +111,9 @@ Outputs forward(Run const& run, Tensor const& x_any, Tensor const& weight, Optio
 }
 
 template <class Run>
-Gradients backward(Run const& run, Tensor const& dy_any, OptionalTensor const& dfinal_state, Tensor const& x_any,
-                   Tensor const& weight, OptionalTensor const& bias, OptionalTensor const& initial_state,
-                   OptionalTensor const& cu_seqlens, bool silu) {
+Gradients backward(Run const& run, Tensor const& dy_any, OptionalTensor const& dfinal_state,
+                   Tensor const& x_any, Tensor const& weight, OptionalTensor const& bias,
+                   OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, bool silu) {
   Tensor const x = with_unit_last_stride(x_any), dy = with_unit_last_stride(dy_any);
   BackwardParams p{inputs_of(x, weight, bias, initial_state, cu_seqlens, silu), {}, {}, {}, {}, {}, {}};
   LT2_CHECK_SHAPE(OP, dy, "[B, T, D]", p.batch, p.tokens, p.channels);
@@ -133,8 +138,8 @@ Gradients backward(Run const& run, Tensor const& dy_any, OptionalTensor const& d
 }
 
 template <class Run>
-Tensor step(Run const& run, Tensor const& state, Tensor const& x_any, Tensor const& weight, OptionalTensor const& bias,
-            OptionalTensor const& slots, bool silu) {
+Tensor step(Run const& run, Tensor const& state, Tensor const& x_any, Tensor const& weight,
+            OptionalTensor const& bias, OptionalTensor const& slots, bool silu) {
   Tensor const x = with_unit_last_stride(x_any);
   check_tokens(x);
   check_taps(x, weight, bias);
@@ -172,8 +177,8 @@ Outputs forward_cpu(Tensor const& x, Tensor const& weight, OptionalTensor const&
   return forward(run, x, weight, bias, initial_state, cu_seqlens, silu, output_final_state);
 }
 
-Gradients backward_cpu(Tensor const& dy, OptionalTensor const& dfinal_state, Tensor const& x, Tensor const& weight,
-                       OptionalTensor const& bias, OptionalTensor const& initial_state,
+Gradients backward_cpu(Tensor const& dy, OptionalTensor const& dfinal_state, Tensor const& x,
+                       Tensor const& weight, OptionalTensor const& bias, OptionalTensor const& initial_state,
                        OptionalTensor const& cu_seqlens, bool silu) {
   auto const run = [](BackwardParams const& p, Tensor const& like) {
     Tensor workspace = empty(like, {cpu::backward_workspace(p)}, ScalarType::Float);
@@ -193,12 +198,14 @@ Outputs forward_cuda(Tensor const& x, Tensor const& weight, OptionalTensor const
                      OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens, bool silu,
                      bool output_final_state) {
   torch::stable::accelerator::DeviceGuard const guard(x.get_device_index());
-  auto const run = [&](ForwardParams const& p) { check_status(portable::forward(p, current_cuda_stream(x))); };
+  auto const run = [&](ForwardParams const& p) {
+    check_status(portable::forward(p, current_cuda_stream(x)));
+  };
   return forward(run, x, weight, bias, initial_state, cu_seqlens, silu, output_final_state);
 }
 
-Gradients backward_cuda(Tensor const& dy, OptionalTensor const& dfinal_state, Tensor const& x, Tensor const& weight,
-                        OptionalTensor const& bias, OptionalTensor const& initial_state,
+Gradients backward_cuda(Tensor const& dy, OptionalTensor const& dfinal_state, Tensor const& x,
+                        Tensor const& weight, OptionalTensor const& bias, OptionalTensor const& initial_state,
                         OptionalTensor const& cu_seqlens, bool silu) {
   torch::stable::accelerator::DeviceGuard const guard(x.get_device_index());
   auto const run = [&](BackwardParams const& p, Tensor const&) {

@@ -49,8 +49,8 @@ Tensor checked_like(Tensor const& t, Tensor const& h, char const* name) {
 }
 
 float const* checked_vector(Tensor const& t, Tensor const& h, int64_t size, char const* name) {
-  STD_TORCH_CHECK(t.numel() == size && t.dim() >= 1 && t.is_contiguous(), OP ": ", name, " must be contiguous with ",
-                  size, " elements, got shape ", shape_string(t));
+  STD_TORCH_CHECK(t.numel() == size && t.dim() >= 1 && t.is_contiguous(), OP ": ", name,
+                  " must be contiguous with ", size, " elements, got shape ", shape_string(t));
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, OP ": ", name, " must be float32, got ",
                   dtype_name(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == h.device(), OP ": ", name, " and h must be on one device");
@@ -68,11 +68,12 @@ Tensor residual_with(Run const& run, Tensor const& h_any, Tensor const& h_in_any
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor> residual_backward_with(Run const& run, Tensor const& dout_any, Tensor const& h_in_any,
-                                                  Tensor const& rho) {
+std::tuple<Tensor, Tensor> residual_backward_with(Run const& run, Tensor const& dout_any,
+                                                  Tensor const& h_in_any, Tensor const& rho) {
   Shape const shape = shape_of(h_in_any);
   Tensor const h_in = torch::stable::contiguous(h_in_any), dout = checked_like(dout_any, h_in_any, "dout");
-  Tensor dh_in = torch::stable::new_empty(h_in, h_in.sizes()), drho = empty(h_in, {shape.channels}, ScalarType::Float);
+  Tensor dh_in = torch::stable::new_empty(h_in, h_in.sizes()),
+         drho = empty(h_in, {shape.channels}, ScalarType::Float);
   run(ResidualBackwardParams{shape, dout.const_data_ptr(), h_in.const_data_ptr(),
                              checked_vector(rho, h_in, shape.channels, "rho"), dh_in.mutable_data_ptr(),
                              mutable_floats(drho)},
@@ -81,8 +82,9 @@ std::tuple<Tensor, Tensor> residual_backward_with(Run const& run, Tensor const& 
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor const& h_any, Tensor const& h_in_any,
-                                                      Tensor const& rho, Tensor const& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor const& h_any,
+                                                      Tensor const& h_in_any, Tensor const& rho,
+                                                      Tensor const& weight, double eps) {
   Shape const shape = shape_of(h_any);
   Tensor const h = torch::stable::contiguous(h_any), h_in = checked_like(h_in_any, h_any, "h_in");
   Tensor out = torch::stable::new_empty(h, h.sizes()), normed = torch::stable::new_empty(h, h.sizes());
@@ -103,13 +105,14 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor con
 
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_with(
-    Run const& run, Tensor const& dh_out_any, Tensor const& dnormed_any, Tensor const& h_out_any, Tensor const& rstd,
-    Tensor const& h_in_any, Tensor const& rho, Tensor const& weight) {
+    Run const& run, Tensor const& dh_out_any, Tensor const& dnormed_any, Tensor const& h_out_any,
+    Tensor const& rstd, Tensor const& h_in_any, Tensor const& rho, Tensor const& weight) {
   Shape const shape = shape_of(h_out_any);
   Tensor const h_out = torch::stable::contiguous(h_out_any), h_in = checked_like(h_in_any, h_out_any, "h_in");
   Tensor const dh_out = checked_like(dh_out_any, h_out_any, "dh_out");
   Tensor const dnormed = checked_like(dnormed_any, h_out_any, "dnormed");
-  Tensor dh = torch::stable::new_empty(h_out, h_out.sizes()), dh_in = torch::stable::new_empty(h_out, h_out.sizes());
+  Tensor dh = torch::stable::new_empty(h_out, h_out.sizes()),
+         dh_in = torch::stable::new_empty(h_out, h_out.sizes());
   Tensor drho = empty(h_out, {shape.channels}, ScalarType::Float);
   Tensor dweight = empty(h_out, {shape.channels}, ScalarType::Float);
   ResidualNormBackwardParams p{};
@@ -134,12 +137,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_with(
 
 Cache cache_of(Tensor const& t) {
   int64_t const first = t.dim() - 4;  // 1 with a loop axis
-  return {t.const_data_ptr(), first == 1 ? t.stride(0) : 0, t.stride(first), t.stride(first + 1), t.stride(first + 2)};
+  return {t.const_data_ptr(), first == 1 ? t.stride(0) : 0, t.stride(first), t.stride(first + 1),
+          t.stride(first + 2)};
 }
 
 int64_t const* checked_rows(Tensor const& t, Tensor const& q, char const* name) {
-  STD_TORCH_CHECK(has_shape(t, {q.size(0)}) && t.is_contiguous(), OP ": ", name, " must be contiguous of shape [B] = [",
-                  q.size(0), "], got ", shape_string(t));
+  STD_TORCH_CHECK(has_shape(t, {q.size(0)}) && t.is_contiguous(), OP ": ", name,
+                  " must be contiguous of shape [B] = [", q.size(0), "], got ", shape_string(t));
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, OP ": ", name, " must be int64, got ",
                   dtype_name(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == q.device(), OP ": ", name, " and q must be on one device");
@@ -148,7 +152,8 @@ int64_t const* checked_rows(Tensor const& t, Tensor const& q, char const* name) 
 
 template <class Run>
 Tensor decode_with(Run const& run, Tensor const& q_any, Tensor const& k_cache, Tensor const& v_cache,
-                   Tensor const& lengths, OptionalTensor const& slots, OptionalTensor const& loop_map, double scale) {
+                   Tensor const& lengths, OptionalTensor const& slots, OptionalTensor const& loop_map,
+                   double scale) {
   LT2_CHECK_DIM(OP, q_any, 4);
   Tensor const q = torch::stable::contiguous(q_any);
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
@@ -173,10 +178,11 @@ Tensor decode_with(Run const& run, Tensor const& q_any, Tensor const& k_cache, T
   STD_TORCH_CHECK(heads > 0 && q.size(2) % heads == 0, OP ": q must have a multiple of ", heads,
                   " heads, got shape ", shape_string(q));
   STD_TORCH_CHECK(has_shape(lengths, {q.size(0)}) && lengths.is_contiguous(),
-                  OP ": lengths must be contiguous of shape [B] = [", q.size(0), "], got ", shape_string(lengths));
+                  OP ": lengths must be contiguous of shape [B] = [", q.size(0), "], got ",
+                  shape_string(lengths));
   bool const wide = lengths.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || lengths.scalar_type() == ScalarType::Int, OP ": lengths must be int32 or int64, got ",
-                  dtype_name(lengths.scalar_type()));
+  STD_TORCH_CHECK(wide || lengths.scalar_type() == ScalarType::Int,
+                  OP ": lengths must be int32 or int64, got ", dtype_name(lengths.scalar_type()));
   LT2_CHECK_SAME_DEVICE(OP, lengths, q);
 
   Tensor o = empty(q, {q.size(0), q.size(1), q.size(2), v_cache.size(first + 3)}, q.scalar_type());
@@ -232,8 +238,8 @@ Pool pool_of(Tensor const& state) {
 }
 
 int64_t const* checked_ids(Tensor const& ids, Tensor const& state, int64_t count, char const* name) {
-  STD_TORCH_CHECK(has_shape(ids, {count}) && ids.is_contiguous(), OP ": ", name, " must be contiguous of shape [",
-                  count, "], got ", shape_string(ids));
+  STD_TORCH_CHECK(has_shape(ids, {count}) && ids.is_contiguous(), OP ": ", name,
+                  " must be contiguous of shape [", count, "], got ", shape_string(ids));
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, OP ": ", name, " must be int64, got ",
                   dtype_name(ids.scalar_type()));
   STD_TORCH_CHECK(ids.device() == state.device(), OP ": ", name, " and state must be on one device");
@@ -247,7 +253,8 @@ ZeroParams zero_params(Tensor const& state, Tensor const& slots) {
 
 CopyParams copy_params(Tensor const& state, Tensor const& src, Tensor const& dst) {
   int64_t const count = src.numel();
-  return {pool_of(state), count, checked_ids(src, state, count, "src"), checked_ids(dst, state, count, "dst")};
+  return {pool_of(state), count, checked_ids(src, state, count, "src"),
+          checked_ids(dst, state, count, "dst")};
 }
 
 #undef OP
@@ -270,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_cpu(Tensor const& h, Tensor con
   return residual_norm_with(run, h, h_in, rho, weight, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cpu(Tensor const& dh_out, Tensor const& dnormed,
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cpu(Tensor const& dh_out,
+                                                                      Tensor const& dnormed,
                                                                       Tensor const& h_out, Tensor const& rstd,
                                                                       Tensor const& h_in, Tensor const& rho,
                                                                       Tensor const& weight) {
@@ -291,7 +299,9 @@ Tensor decode_cpu(Tensor const& q, Tensor const& k_cache, Tensor const& v_cache,
   return decode_with(run, q, k_cache, v_cache, lengths, slots, loop_map, scale);
 }
 
-void zero_cpu(Tensor const& state, Tensor const& slots) { cpu::zero(zero_params(state, slots), torch_pool()); }
+void zero_cpu(Tensor const& state, Tensor const& slots) {
+  cpu::zero(zero_params(state, slots), torch_pool());
+}
 
 void copy_cpu(Tensor const& state, Tensor const& src, Tensor const& dst) {
   CopyParams const p = copy_params(state, src, dst);
@@ -303,7 +313,9 @@ using Guard = torch::stable::accelerator::DeviceGuard;
 
 Tensor residual_cuda(Tensor const& h, Tensor const& h_in, Tensor const& rho) {
   Guard const guard(h.get_device_index());
-  auto const run = [&](ResidualParams const& p) { check_status(portable::residual(p, current_cuda_stream(h))); };
+  auto const run = [&](ResidualParams const& p) {
+    check_status(portable::residual(p, current_cuda_stream(h)));
+  };
   return residual_with(run, h, h_in, rho);
 }
 
@@ -319,14 +331,15 @@ std::tuple<Tensor, Tensor> residual_backward_cuda(Tensor const& dout, Tensor con
 std::tuple<Tensor, Tensor, Tensor> residual_norm_cuda(Tensor const& h, Tensor const& h_in, Tensor const& rho,
                                                       Tensor const& weight, double eps) {
   Guard const guard(h.get_device_index());
-  auto const run = [&](ResidualNormParams const& p) { check_status(portable::residual_norm(p, current_cuda_stream(h))); };
+  auto const run = [&](ResidualNormParams const& p) {
+    check_status(portable::residual_norm(p, current_cuda_stream(h)));
+  };
   return residual_norm_with(run, h, h_in, rho, weight, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cuda(Tensor const& dh_out, Tensor const& dnormed,
-                                                                       Tensor const& h_out, Tensor const& rstd,
-                                                                       Tensor const& h_in, Tensor const& rho,
-                                                                       Tensor const& weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cuda(
+    Tensor const& dh_out, Tensor const& dnormed, Tensor const& h_out, Tensor const& rstd, Tensor const& h_in,
+    Tensor const& rho, Tensor const& weight) {
   Guard const guard(h_out.get_device_index());
   auto const run = [](ResidualNormBackwardParams const& p, Tensor const& like) {
     Tensor const w = workspace(like, portable::residual_norm_backward_workspace(p));

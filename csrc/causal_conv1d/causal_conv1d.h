@@ -26,8 +26,8 @@ struct State {
   int64_t sequence, channel, tap;
 };
 
-// Sequence n is batch row n, or tokens [cu_seqlens[n], cu_seqlens[n + 1]) of the only row; cu_seqlens must ascend
-// within [0, T]. Tokens of no sequence have y = 0 and dx = 0.
+// Sequence n is batch row n, or tokens [cu_seqlens[n], cu_seqlens[n + 1]) of the only row; cu_seqlens must
+// ascend within [0, T]. Tokens of no sequence have y = 0 and dx = 0.
 struct Inputs {
   Dtype dtype;  // of x, y, the states and their gradients: float32 or bfloat16
   int64_t batch, tokens, channels, sequences;
@@ -64,8 +64,9 @@ struct StepParams {
   Tokens x, y;
   float const* weight;
   float const* bias;
-  State state;              // [slots, D, W]
-  int64_t const* slot_ids;  // [B] or null (row b is slot b); negative or out of range: y = 0, nothing is written
+  State state;  // [slots, D, W]
+  int64_t const*
+      slot_ids;  // [B] or null (row b is slot b); negative or out of range: y = 0, nothing is written
 };
 
 namespace cpu {

@@ -14,8 +14,8 @@
 
 namespace lt2::loop_state {
 
-// Activations are contiguous [rows, D] of `dtype`; rho, weight [D], rstd [rows] and the gradients of rho and weight
-// are float32.
+// Activations are contiguous [rows, D] of `dtype`; rho, weight [D], rstd [rows] and the gradients of rho and
+// weight are float32.
 struct Shape {
   Dtype dtype;
   int64_t rows, channels;
@@ -54,9 +54,9 @@ struct Cache {
   int64_t loop, slot, token, head;
 };
 
-// Query i of row b sees the keys [0, lengths[b] - tokens + i + 1) of its slot and loop, limited to the capacity. Query
-// head h uses key head h / (query_heads / heads). A row without visible keys, or whose slot or loop is out of range,
-// gives 0.
+// Query i of row b sees the keys [0, lengths[b] - tokens + i + 1) of its slot and loop, limited to the
+// capacity. Query head h uses key head h / (query_heads / heads). A row without visible keys, or whose slot
+// or loop is out of range, gives 0.
 struct DecodeParams {
   Dtype dtype;
   int64_t batch, tokens, capacity, slots, loops;

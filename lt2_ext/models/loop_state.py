@@ -79,9 +79,10 @@ class Tokens:
     """Where the ``T`` tokens of one call stand: computed once, read by every layer in every loop.
 
     Attributes:
-        positions: int64 ``[B or 1, T]``, from 0 in each document; rows: with a state, ``[B, 1]``.
+        positions: int64 ``[B or 1, T]``, from 0 in each document.
         cu_seqlens: Document boundaries ``[N + 1]`` of a packed row, or None.
-        lengths: With a state, its lengths after this call ``[B]``; visible: the largest of them.
+        rows, lengths: With a state only: its slots ``[B, 1]``, and its lengths after this call ``[B]``.
+        visible: The largest number of tokens that any of these can see.
         from_start: No sequence has a past, so these tokens see only each other.
     """
 
@@ -89,7 +90,6 @@ class Tokens:
         self, config: LT2Config, count: int, device: torch.device, cu_seqlens: Tensor | None, state: LoopState | None
     ) -> None:
         self.config, self.cu_seqlens = config, cu_seqlens
-        self.lengths: Tensor | None = None
         self.visible, self.from_start = count, True
         steps = torch.arange(count, device=device)
         if cu_seqlens is not None:

@@ -199,7 +199,7 @@ class LT2(nn.Module):
             token = _pick(logits.float(), temperature, top_k, top_p, generator).to(input_ids.dtype)
             if eos_token_id is not None:
                 token = token.masked_fill(done, eos_token_id)
-                done |= token == eos_token_id
+                done = token == eos_token_id
             pieces.append(token[:, None])
             if eos_token_id is not None and done.all():
                 break

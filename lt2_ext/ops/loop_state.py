@@ -239,9 +239,7 @@ def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(h_out, rstd, h_in, rho, weight)
 
 
-def _residual_rmsnorm_backward(
-    ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor
-) -> tuple[Tensor | None, ...]:
+def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
     return *_needed(ctx, 0, _residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors)), None
 
 

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """One sequence per row, x ``[B, T, D]``; also the last W inputs, ``[B, D, W]``."""
+    T, W = x.shape[1], weight.shape[1]
+    inputs = torch.cat([state.to(x.dtype), x.transpose(1, 2)], 2)  # [B, D, W + T]
+    windows = inputs.unfold(2, W, 1)[:, :, 1:]  # [B, D, T, W]
+    z = (windows * weight[:, None].to(x.dtype)).sum(-1)
+    if bias is not None:
+        z = z + bias[:, None].to(x.dtype)
+    return (z if activation is None else F.silu(z)).transpose(1, 2), inputs[:, :, T:]
 
 
 def causal_conv1d(
@@ -17,23 +32,16 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`lt2_ext.ops.causal_conv1d`: ``y_t = act(bias + sum_w weight[:, w] * x_{t-W+1+w})``."""
-    if cu_seqlens is not None:
+    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    states = x.new_zeros(sequences, *weight.shape) if initial_state is None else initial_state
+    if cu_seqlens is None:
+        y, final_state = convolve(x, weight, bias, states, activation)
+    else:
         offsets = cu_seqlens.tolist()
-        ys, states = [x[:, : offsets[0]] * 0], []
-        for n, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-            state = None if initial_state is None else initial_state[n : n + 1]
-            y, last = causal_conv1d(x[:, begin:end], weight, bias, state, True, activation)
+        ys, finals = [x[:, : offsets[0]] * 0], [states[:0]]
+        for n, (begin, end) in enumerate(pairwise(offsets)):
+            y, final_state = convolve(x[:, begin:end], weight, bias, states[n : n + 1], activation)
             ys.append(y)
-            states.append(last)
-        ys.append(x[:, offsets[-1] :] * 0)
-        final_state = torch.cat(states) if states else x.new_zeros(0, *weight.shape)
-        return torch.cat(ys, 1), final_state if output_final_state else None
-    B, T, D = x.shape
-    W = weight.shape[1]
-    before = x.new_zeros(B, D, W) if initial_state is None else initial_state.to(x.dtype)
-    inputs = torch.cat([before, x.transpose(1, 2)], 2)  # [B, D, W + T]
-    z = sum(weight[:, w, None].to(x.dtype) * inputs[:, :, w + 1 : w + 1 + T] for w in range(W))
-    if bias is not None:
-        z = z + bias[:, None].to(x.dtype)
-    y = (z if activation is None else F.silu(z)).transpose(1, 2)
-    return y, inputs[:, :, T:] if output_final_state else None
+            finals.append(final_state)
+        y, final_state = torch.cat([*ys, x[:, offsets[-1] :] * 0], 1), torch.cat(finals)
+    return y, final_state if output_final_state else None

@@ -1,7 +1,8 @@
 // Kernel bodies and function table of one instruction set; causal_conv1d_<isa>.cpp compiles it.
 //
-// Tokens are worked on in tiles of kTile whose accumulators stay in registers while the taps pass by. A token's sum
-// always runs in the same order by the same instructions, so splitting a sequence never changes a bit.
+// Tokens are worked on in tiles of kTile whose accumulators stay in registers while the taps pass by. A
+// token's sum always runs in the same order by the same instructions, so splitting a sequence never changes a
+// bit.
 #pragma once
 
 #include "causal_conv1d/cpu/kernels.h"
@@ -71,7 +72,8 @@ struct Window {
 template <class T, class S>
 inline void load_state(State const& state, int64_t sequence, int64_t channel, int channels, int width,
                        S (*rows)[kBlockChannels]) {
-  T const* const from = static_cast<T const*>(state.data) + sequence * state.sequence + channel * state.channel;
+  T const* const from =
+      static_cast<T const*>(state.data) + sequence * state.sequence + channel * state.channel;
   for (int c = 0; c < channels; ++c) {
     for (int w = 0; w < width; ++w) {
       T const value = from[c * state.channel + w * state.tap];
@@ -95,7 +97,8 @@ inline void store_state(State const& state, int64_t sequence, int64_t channel, i
   }
 }
 
-// acc[i] += sum_w weight[w] rows[i + w], for the channels [c, c + n). Sums in a local array: it becomes registers.
+// acc[i] += sum_w weight[w] rows[i + w], for the channels [c, c + n). Sums in a local array: it becomes
+// registers.
 template <bool kWhole, class T>
 inline void accumulate(T const* const* rows, float const (*weight)[kBlockChannels], int width, int c, int n,
                        Vec (&acc)[kTile]) {
@@ -122,7 +125,8 @@ inline void convolve_inputs(T const* const* rows, Taps const& taps, int c, int n
 
 inline Vec sigmoids(Vec z) { return 1.f / (1.f + exp(-z)); }
 
-// y of tokens [begin, end), y being its row of token 0. Tiles are always computed whole; rows past the end are dropped.
+// y of tokens [begin, end), y being its row of token 0. Tiles are always computed whole; rows past the end
+// are dropped.
 template <class T>
 inline void convolve_tokens(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t begin,
                             int64_t end, T* y, int64_t y_stride) {
@@ -153,7 +157,9 @@ inline Window<T> window_of(Inputs const& p, Chunk const& chunk, int64_t channel,
   return window;
 }
 
-inline int channels_of(int64_t all, int64_t channel) { return static_cast<int>(min(kBlockChannels, all - channel)); }
+inline int channels_of(int64_t all, int64_t channel) {
+  return static_cast<int>(min(kBlockChannels, all - channel));
+}
 
 template <class T>
 void forward_item(ForwardParams const& p, Chunk const& chunk, int64_t channel) {
@@ -168,16 +174,20 @@ void forward_item(ForwardParams const& p, Chunk const& chunk, int64_t channel) {
   }
 }
 
-// Gradients of z for the tokens [begin, limit) of a chunk: its own, and the width - 1 after it that see its inputs.
+// Gradients of z for the tokens [begin, limit) of a chunk: its own, and the width - 1 after it that see its
+// inputs.
 struct GradientRows {
   int64_t begin, limit;
   alignas(64) float dz[kChunkTokens + kMaxWidth + kTile][kBlockChannels];
   alignas(64) float zeros[kBlockChannels] = {};
 
-  float const* row(int64_t token) const { return token < begin || token >= limit ? zeros : dz[token - begin]; }
+  float const* row(int64_t token) const {
+    return token < begin || token >= limit ? zeros : dz[token - begin];
+  }
 };
 
-// dz of tokens [begin, end); sums, unless null, gains sum_t dz_t x_{t-W+1+w} in row w and sum_t dz_t in row W.
+// dz of tokens [begin, end); sums, unless null, gains sum_t dz_t x_{t-W+1+w} in row w and sum_t dz_t in row
+// W.
 template <class T>
 inline void gradient_tokens(BackwardParams const& p, Window<T> const& window, Taps const& taps, int channels,
                             T const* dy, int64_t begin, int64_t end, GradientRows& gradients,
@@ -211,8 +221,8 @@ inline void gradient_tokens(BackwardParams const& p, Window<T> const& window, Ta
   }
 }
 
-// dx_u = sum_w weight[w] dz_{u+W-1-w}, and what dfinal_state adds to the last W inputs. The inputs before the first
-// token are the initial state.
+// dx_u = sum_w weight[w] dz_{u+W-1-w}, and what dfinal_state adds to the last W inputs. The inputs before the
+// first token are the initial state.
 template <class T>
 inline void input_gradients(BackwardParams const& p, Chunk const& chunk, Taps const& taps, int64_t channel,
                             int channels, GradientRows const& gradients) {

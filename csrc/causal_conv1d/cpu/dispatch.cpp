@@ -1,4 +1,5 @@
-// Cuts sequences into chunks of tokens and blocks of channels, spreads them over threads, picks the instruction set.
+// Cuts sequences into chunks of tokens and blocks of channels, spreads them over threads, picks the
+// instruction set.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -50,9 +51,8 @@ void forward(ForwardParams const& p, ThreadPool const& pool) {
   zero_outside(p, p.y);
   auto const list = chunks(p);
   int64_t const n = blocks(p.channels);
-  pool.items(static_cast<int64_t>(list.size()) * n, [&](int64_t item, int) {
-    kernels().forward(p, list[item / n], item % n * kBlockChannels);
-  });
+  pool.items(static_cast<int64_t>(list.size()) * n,
+             [&](int64_t item, int) { kernels().forward(p, list[item / n], item % n * kBlockChannels); });
 }
 
 int64_t backward_workspace(BackwardParams const& p) {

@@ -5,8 +5,8 @@
 
 namespace lt2::causal_conv1d {
 
-// Tokens [begin, end) of the sequence [first, last) in batch row `row`. Every sequence has at least one chunk, also
-// an empty one; all chunks but the last of a sequence hold kChunkTokens.
+// Tokens [begin, end) of the sequence [first, last) in batch row `row`. Every sequence has at least one
+// chunk, also an empty one; all chunks but the last of a sequence hold kChunkTokens.
 struct Chunk {
   int64_t sequence, row, first, last, begin, end;
 };

@@ -51,11 +51,12 @@ inline void widen(T const* from, int dim, float* to) {
   for_each_vec(dim, [&](int64_t c, int n) { store(to + c, load_some(from + c, n)); });
 }
 
-// rows[r]: key or value r of a block as floats padded to `width`, converted into tile unless memory has that form.
-// Rows from `count` on repeat the last one. Also prefetches the next block, of which `ahead` rows exist.
+// rows[r]: key or value r of a block as floats padded to `width`, converted into tile unless memory has that
+// form. Rows from `count` on repeat the last one. Also prefetches the next block, of which `ahead` rows
+// exist.
 template <class T>
-inline void load_rows(T const* from, int64_t stride, int64_t count, int64_t ahead, int dim, int64_t width, float* tile,
-                      float const* (&rows)[kBlockKeys]) {
+inline void load_rows(T const* from, int64_t stride, int64_t count, int64_t ahead, int dim, int64_t width,
+                      float* tile, float const* (&rows)[kBlockKeys]) {
   constexpr int kLine = 64 / sizeof(T);
   for (int r = 0; r < kBlockKeys; ++r) {
     if (r >= count) {
@@ -78,7 +79,8 @@ inline void load_rows(T const* from, int64_t stride, int64_t count, int64_t ahea
 }
 
 // scores[r] = q . rows[r] for the first `count` rows, -infinity for the others.
-inline void score_rows(float const* q, float const* const* rows, int64_t width, int64_t count, float* scores) {
+inline void score_rows(float const* q, float const* const* rows, int64_t width, int64_t count,
+                       float* scores) {
   for (int r = 0; r < kBlockKeys; r += kLanes) {
     if (r >= count) {
       store(scores + r, splat(-kInfinity));
@@ -108,8 +110,8 @@ inline float max_score(float const* scores, float start) {
 
 // out = decay out + sum_r weights[r] rows[r], in columns [column, width).
 template <int kVecs>
-inline void add_rows(float const* weights, float const* const* rows, int64_t count, float decay, int64_t column,
-                     int64_t width, float* out) {
+inline void add_rows(float const* weights, float const* const* rows, int64_t count, float decay,
+                     int64_t column, int64_t width, float* out) {
   for (; column + kVecs * kLanes <= width; column += kVecs * kLanes) {
     Vec acc[kVecs];
     for (int i = 0; i < kVecs; ++i) acc[i] = load(out + column + i * kLanes) * decay;
@@ -138,7 +140,8 @@ inline T const* cached(Cache const& cache, int64_t loop, int64_t slot, int64_t t
 }
 
 template <class T>
-void decode_item(DecodeParams const& p, int64_t row, int head, int64_t split, float* workspace, float* partial) {
+void decode_item(DecodeParams const& p, int64_t row, int head, int64_t split, float* workspace,
+                 float* partial) {
   Geometry const g(p);
   int64_t const keys = key_count(p, row), width = partial_width(g);
   int64_t const begin = split * kSplitKeys, end = min(begin + kSplitKeys, keys);
@@ -157,14 +160,16 @@ void decode_item(DecodeParams const& p, int64_t row, int head, int64_t split, fl
     widen(static_cast<T const*>(p.q) + g.offset(p, row, head, i, p.key_dim), p.key_dim, to);
     for (int64_t c = 0; c < g.key_width; c += kLanes) store(to + c, load(to + c) * p.scale);
   }
-  int64_t const loop = p.loop_map == nullptr ? 0 : p.loop_map[row], slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
+  int64_t const loop = p.loop_map == nullptr ? 0 : p.loop_map[row],
+                slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
   float const *k[kBlockKeys], *v[kBlockKeys];
   alignas(64) float scores[kBlockKeys];
   for (int64_t block = begin; block < end; block += kBlockKeys) {
     int64_t const count = min(kBlockKeys, end - block), ahead = end - block - kBlockKeys;
-    load_rows(cached<T>(p.k, loop, slot, block, head), p.k.token, count, ahead, p.key_dim, g.key_width, key_tile, k);
-    load_rows(cached<T>(p.v, loop, slot, block, head), p.v.token, count, ahead, p.value_dim, g.value_width, value_tile,
-              v);
+    load_rows(cached<T>(p.k, loop, slot, block, head), p.k.token, count, ahead, p.key_dim, g.key_width,
+              key_tile, k);
+    load_rows(cached<T>(p.v, loop, slot, block, head), p.v.token, count, ahead, p.value_dim, g.value_width,
+              value_tile, v);
     for (int64_t i = 0; i < g.queries; ++i) {
       int64_t const visible = min(count, keys - p.tokens + i / g.group + 1 - block);
       if (visible <= 0) continue;
@@ -197,13 +202,15 @@ void merge_item(DecodeParams const& p, int64_t row, int head, float const* parti
     float max = -kInfinity, total = 0.f;
     for (int64_t s = 0; s < splits; ++s) max = max_of(s) <= max ? max : max_of(s);
     for (int64_t s = 0; s < splits; ++s) {
-      if (max_of(s) != -kInfinity) total += exp(max_of(s) - max) * first[s * partial_stride + g.value_width + 1];
+      if (max_of(s) != -kInfinity)
+        total += exp(max_of(s) - max) * first[s * partial_stride + g.value_width + 1];
     }
     T* const out = static_cast<T*>(p.o) + g.offset(p, row, head, i, p.value_dim);
     for_each_vec(p.value_dim, [&](int64_t c, int n) {
       Vec o{};
       for (int64_t s = 0; s < splits; ++s) {
-        if (max_of(s) != -kInfinity) o += load(first + s * partial_stride + c) * (exp(max_of(s) - max) / total);
+        if (max_of(s) != -kInfinity)
+          o += load(first + s * partial_stride + c) * (exp(max_of(s) - max) / total);
       }
       store_some(out + c, o, n);
     });

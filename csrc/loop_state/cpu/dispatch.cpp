@@ -14,8 +14,8 @@ LT2_DEFINE_KERNELS()
 namespace cpu {
 namespace {
 
-// Gradients of rho and weight: one partial sum per range of rows, at most kMaxPartials ranges. The ranges depend on
-// the shape alone, so the number of threads changes no bit.
+// Gradients of rho and weight: one partial sum per range of rows, at most kMaxPartials ranges. The ranges
+// depend on the shape alone, so the number of threads changes no bit.
 constexpr int64_t kMaxPartials = 128, kMinPartialRows = 16;
 constexpr int64_t kGrainElements = 1 << 14;
 constexpr int64_t kPieceBytes = 1 << 18;
@@ -23,14 +23,17 @@ constexpr int64_t kPieceBytes = 1 << 18;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t partial_rows(Shape const& p) { return std::max(kMinPartialRows, ceil_div(p.rows, kMaxPartials)); }
 int64_t partial_count(Shape const& p) { return ceil_div(p.rows, partial_rows(p)); }
-int64_t row_grain(Shape const& p) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(p.channels, 1)); }
+int64_t row_grain(Shape const& p) {
+  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(p.channels, 1));
+}
 
 // f(begin, end, partial) over the ranges of rows, then out[i] = the sum of partials [count, width] in order.
 template <class F>
-void reduce_rows(Shape const& p, int64_t width, float* partials, float* const (&outs)[2], ThreadPool const& pool,
-                 F const& f) {
+void reduce_rows(Shape const& p, int64_t width, float* partials, float* const (&outs)[2],
+                 ThreadPool const& pool, F const& f) {
   int64_t const rows = partial_rows(p), count = partial_count(p);
-  pool.items(count, [&](int64_t i, int) { f(i * rows, std::min((i + 1) * rows, p.rows), partials + i * width); });
+  pool.items(count,
+             [&](int64_t i, int) { f(i * rows, std::min((i + 1) * rows, p.rows), partials + i * width); });
   pool.ranges(0, width, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       float sum = 0.f;
@@ -48,7 +51,8 @@ int64_t decode_splits(DecodeParams const& p) {
 
 bool in_pool(Pool const& pool, int64_t slot) { return slot >= 0 && slot < pool.slots; }
 
-// f(index, bytes, offset in the slot's contiguous copy, offset in the pool's slot) for pieces of `count` slots.
+// f(index, bytes, offset in the slot's contiguous copy, offset in the pool's slot) for pieces of `count`
+// slots.
 template <class F>
 void for_each_piece(Pool const& slots, int64_t count, ThreadPool const& pool, F const& f) {
   int64_t const pieces = ceil_div(slots.row_bytes, kPieceBytes), per_slot = slots.rows * pieces;
@@ -89,17 +93,20 @@ int64_t residual_norm_backward_workspace(ResidualNormBackwardParams const& p) {
 }
 
 void residual(ResidualParams const& p, ThreadPool const& pool) {
-  pool.ranges(0, p.rows, row_grain(p), [&](int64_t begin, int64_t end) { kernels().residual(p, begin, end); });
+  pool.ranges(0, p.rows, row_grain(p),
+              [&](int64_t begin, int64_t end) { kernels().residual(p, begin, end); });
 }
 
 void residual_backward(ResidualBackwardParams const& p, float* workspace, ThreadPool const& pool) {
-  reduce_rows(p, p.channels, workspace, {p.drho, nullptr}, pool, [&](int64_t begin, int64_t end, float* partial) {
-    kernels().residual_backward(p, begin, end, partial);
-  });
+  reduce_rows(p, p.channels, workspace, {p.drho, nullptr}, pool,
+              [&](int64_t begin, int64_t end, float* partial) {
+                kernels().residual_backward(p, begin, end, partial);
+              });
 }
 
 void residual_norm(ResidualNormParams const& p, ThreadPool const& pool) {
-  pool.ranges(0, p.rows, row_grain(p), [&](int64_t begin, int64_t end) { kernels().residual_norm(p, begin, end); });
+  pool.ranges(0, p.rows, row_grain(p),
+              [&](int64_t begin, int64_t end) { kernels().residual_norm(p, begin, end); });
 }
 
 void residual_norm_backward(ResidualNormBackwardParams const& p, float* workspace, ThreadPool const& pool) {
@@ -126,14 +133,16 @@ void decode(DecodeParams const& p, float* workspace, ThreadPool const& pool) {
   });
   pool.items(pairs, [&](int64_t pair, int) {
     int64_t const row = pair / p.heads, head = pair % p.heads;
-    kernels().merge(p, row, static_cast<int>(head), partials + (row * splits * p.heads + head) * partial_floats,
-                    p.heads * partial_floats, splits);
+    kernels().merge(p, row, static_cast<int>(head),
+                    partials + (row * splits * p.heads + head) * partial_floats, p.heads * partial_floats,
+                    splits);
   });
 }
 
 void zero(ZeroParams const& p, ThreadPool const& pool) {
   for_each_piece(p.pool, p.count, pool, [&](int64_t i, int64_t bytes, int64_t, int64_t offset) {
-    if (in_pool(p.pool, p.ids[i])) std::memset(p.pool.data + p.ids[i] * p.pool.slot_stride + offset, 0, bytes);
+    if (in_pool(p.pool, p.ids[i]))
+      std::memset(p.pool.data + p.ids[i] * p.pool.slot_stride + offset, 0, bytes);
   });
 }
 

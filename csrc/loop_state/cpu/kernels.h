@@ -13,11 +13,13 @@ struct Kernels {
   void (*residual)(ResidualParams const& p, int64_t begin, int64_t end);
   void (*residual_backward)(ResidualBackwardParams const& p, int64_t begin, int64_t end, float* partial);
   void (*residual_norm)(ResidualNormParams const& p, int64_t begin, int64_t end);
-  void (*residual_norm_backward)(ResidualNormBackwardParams const& p, int64_t begin, int64_t end, float* partial);
+  void (*residual_norm_backward)(ResidualNormBackwardParams const& p, int64_t begin, int64_t end,
+                                 float* partial);
 
   int64_t (*decode_workspace)(DecodeParams const& p);  // floats of one lane
   int64_t (*decode_partial)(DecodeParams const& p);    // floats that one item leaves for merge
-  void (*decode)(DecodeParams const& p, int64_t row, int head, int64_t split, float* workspace, float* partial);
+  void (*decode)(DecodeParams const& p, int64_t row, int head, int64_t split, float* workspace,
+                 float* partial);
   // One row and key head: partials of all splits, partial_stride floats apart.
   void (*merge)(DecodeParams const& p, int64_t row, int head, float const* partials, int64_t partial_stride,
                 int64_t splits);

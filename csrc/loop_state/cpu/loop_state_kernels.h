@@ -9,7 +9,9 @@ namespace {
 
 #define LT2_BY_DTYPE(f) (p.dtype == Dtype::kBFloat16 ? f<Bf16> : f<float>)
 
-void residual(ResidualParams const& p, int64_t begin, int64_t end) { LT2_BY_DTYPE(residual_rows)(p, begin, end); }
+void residual(ResidualParams const& p, int64_t begin, int64_t end) {
+  LT2_BY_DTYPE(residual_rows)(p, begin, end);
+}
 void residual_backward(ResidualBackwardParams const& p, int64_t begin, int64_t end, float* partial) {
   LT2_BY_DTYPE(residual_backward_rows)(p, begin, end, partial);
 }

@@ -91,7 +91,8 @@ void residual_norm_rows(ResidualNormParams const& p, int64_t begin, int64_t end)
 
 // x^ = h_out rstd:  dh = dh_out + rstd (w dnormed - x^ mean(x^ w dnormed)).
 template <class T>
-void residual_norm_backward_rows(ResidualNormBackwardParams const& p, int64_t begin, int64_t end, float* partial) {
+void residual_norm_backward_rows(ResidualNormBackwardParams const& p, int64_t begin, int64_t end,
+                                 float* partial) {
   float *const drho = partial, *const dweight = partial + p.channels;
   __builtin_memset(partial, 0, 2 * p.channels * sizeof(float));
   for (int64_t r = begin; r < end; ++r) {

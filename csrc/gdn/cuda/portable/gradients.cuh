@@ -332,7 +332,8 @@ __global__ void __launch_bounds__(kGradientThreads, 4)
 
 // Turns dL/d(log decay) in p.dg into dL/da, in place, and sums up dA_log and ddt_bias. Block -> (sequence,
 // value head).
-inline __global__ void __launch_bounds__(kGradientThreads) gate_gradients(__grid_constant__ BackwardParams const p) {
+static __global__ void __launch_bounds__(kGradientThreads)
+    gate_gradients(__grid_constant__ BackwardParams const p) {
   __shared__ float scratch[kGradientThreads / kWarp];
   int const head = static_cast<int>(blockIdx.x % p.value_heads);
   Sequence const s = sequence(p, blockIdx.x / p.value_heads);

@@ -27,7 +27,8 @@ struct Tokens {
   alignas(16) float q[kTokens][Tile::kKeys];
   alignas(16) float k[kTokens][Tile::kKeys];
   float v[kTokens][Tile::kColumns];  // or dO
-  float qk[kTokens], decay[kTokens], beta[kTokens];
+  float qk[kTokens], beta[kTokens];
+  float decay[kTokens], change[kTokens];  // e^g and e^g - 1
 
   // `count` rows of q and k, normalised if asked for; a warp per token.
   template <class T>
@@ -77,6 +78,11 @@ struct Tokens {
     }
   }
 
+  __device__ void set_decay(int i, float g) {
+    decay[i] = expf(g);
+    change[i] = expm1f(g);
+  }
+
   // Everything of tokens [begin, begin + count) of an operator call; `values` is v or dO.
   template <class T>
   __device__ void load(Inputs const& p, Strided const& values, int64_t row, int64_t begin, int count,
@@ -86,7 +92,7 @@ struct Tokens {
               token_row<T const>(p.k, row, begin, key_head), p.k.token, count, p.key_dim, p.qk_l2norm);
     load_values(token_row<T const>(values, row, begin, head), values.token, count, first_column, p.value_dim);
     if (int const i = threadIdx.x; i < count) {
-      decay[i] = expf(log_decay(p, row, begin + i, head));
+      set_decay(i, log_decay(p, row, begin + i, head));
       beta[i] = write_strength(p, row, begin + i, head);
     }
   }
@@ -137,6 +143,24 @@ struct Column {
     return lane_sum<Tile::kLanes>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
+  // s <- e^g s. Near 1, where thousands of decays add up, e^g itself is not rounded.
+  __device__ void apply_decay(Tokens<Tile> const& t, int i) {
+    float const decay = t.decay[i], change = t.change[i];
+    if (change > -0.5f) {
+#pragma unroll
+      for (int r = 0; r < Tile::kRows; ++r) s[r] = fmaf(change, s[r], s[r]);
+    } else {
+#pragma unroll
+      for (int r = 0; r < Tile::kRows; ++r) s[r] *= decay;
+    }
+  }
+
+  // s <- s + x a
+  __device__ void add(float const (&x)[Tile::kRows], float a) {
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) s[r] += x[r] * a;
+  }
+
   // One token; returns r = v - k^T (decay S). With kOutput, *o = q^T S after it, without a second pass over
   // S: q^T S' = decay q^T S + (q . k) u.
   template <bool kOutput>
@@ -151,8 +175,8 @@ struct Column {
       read(t.q[i], q);
       *o = decay * dot(q) + t.qk[i] * write;
     }
-#pragma unroll
-    for (int r = 0; r < Tile::kRows; ++r) s[r] = decay * s[r] + k[r] * write;
+    apply_decay(t, i);
+    add(k, write);
     return residual;
   }
 };
@@ -268,9 +292,9 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
         w.dwrites[at * p.value_dim + column] = dwrite;
         token_row<T>(p.dv, sequence.row, token + i, head)[column] = from_float<T>(dvalue);
       }
-      float const decay = tokens.decay[i];
-#pragma unroll
-      for (int r = 0; r < Tile::kRows; ++r) dstate.s[r] = decay * (dstate.s[r] + q[r] * dout - k[r] * dvalue);
+      dstate.add(q, dout);
+      dstate.add(k, -dvalue);
+      dstate.apply_decay(tokens, i);
     }
     end = begin;
   }
@@ -307,7 +331,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
   if (int const i = threadIdx.x; i < p.tokens) {
     float const a = load_element(p.gate_dtype, p.a.data, row * p.a.batch + i * p.a.token + head * p.a.head);
     float const b = load_element(p.gate_dtype, p.b.data, row * p.b.batch + i * p.b.token + head * p.b.head);
-    tokens.decay[i] = expf(gate(a, p.A_log[head], p.dt_bias[head]));
+    tokens.set_decay(i, gate(a, p.A_log[head], p.dt_bias[head]));
     tokens.beta[i] = sigmoid(b) * (p.neg_eigval ? 2.f : 1.f);
   }
   __syncthreads();
