@@ -188,11 +188,20 @@ def test_varlen(device, offsets, index_dtype):
         assert torch.equal(with_cpu_copy, ours["o"])
 
 
-@pytest.mark.slow
-def test_many_sequences(device):
-    offsets = torch.arange(2100, dtype=torch.int32, device=device)
-    x = gdn_inputs(T=2099, H=2, HV=32, K=8, V=8, sequences=2099, device=device)
-    check_against_oracle(chunk_gated_delta_rule, x, cu_seqlens=offsets)
+@both_ops
+def test_many_sequences_of_one_token(device, op):
+    """N * HV beyond 65535, the limit of a CUDA grid's second axis: the same bits as a batch of rows."""
+    N = 2100
+    x = gdn_inputs(B=N, T=1, H=2, HV=32, K=8, V=8, device=device)
+    o, state = op(**x, output_final_state=True)
+    packed = {name: t if name == "initial_state" else t.transpose(0, 1) for name, t in x.items()}
+    cu_seqlens = torch.arange(N + 1, dtype=torch.int32, device=device)
+    o2, state2 = op(**packed, output_final_state=True, cu_seqlens=cu_seqlens)
+    assert torch.equal(o2.transpose(0, 1), o)
+    assert torch.equal(state2, state)
+    ref, ref_state = reference.gated_delta_rule(**double(x), output_final_state=True)
+    testing.check_close("o", o, ref)
+    testing.check_close("final_state", state, ref_state)
 
 
 @both_ops
@@ -215,10 +224,11 @@ def test_nothing_to_do(device, op, B, T, offsets):
     N = B if offsets is None else len(offsets) - 1
     x = gdn_inputs(B=B, T=T, K=16, V=8, sequences=N, device=device)
     cotangents = {"o": torch.randn(B, T, 2, 8, device=device), "final_state": torch.randn(N, 2, 16, 8, device=device)}
-    got = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens)
+    x |= {"A_log": torch.randn(2, device=device), "dt_bias": torch.randn(2, device=device)}
+    got = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens, use_gate_in_kernel=True)
     assert torch.equal(got["final_state"], x["initial_state"])
     assert torch.equal(got["dinitial_state"], cotangents["final_state"])
-    for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
+    for name in ("o", "dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias"):
         assert got[name].count_nonzero() == 0
 
 
