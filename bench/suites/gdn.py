@@ -95,7 +95,7 @@ def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.devic
         return x
 
     transformers = timed(peers.transformers_chunk, trained)
-    in_fp32 = {} if dtype == F32 else {"transformers in fp32": lambda x: transformers(cast(x, F32))}
+    in_fp32 = {"transformers in fp32": lambda x: transformers(cast(x, F32))} if s == MAIN and dtype != F32 else {}
     return Case(
         op="gdn fwd+bwd" if backward else "gdn fwd",
         shape=f"{s} {NAMES[dtype]}",
