@@ -14,7 +14,8 @@ _checks = os.environ.get("LT2_CHECKS", "0") == "1"
 def set_checks(enabled: bool) -> None:
     """Turn data-dependent argument checks on or off (also: environment ``LT2_CHECKS=1``).
 
-    They read tensor values (``g <= 0``, index ranges), so on a GPU they synchronise; kernels are memory-safe either way.
+    They read tensor values (``g <= 0``, index ranges), so on a GPU they synchronise; the kernels are memory-safe
+    either way.
     """
     global _checks
     _checks = enabled
