@@ -1,0 +1,119 @@
+"""A byte-level language model of the Python standard library's own sources, held against gzip."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import sysconfig
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lt2_ext.models import LT2, LT2Config
+
+# Not the library's own code, or long tables that would flatter a model that has seen their neighbours.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+WINDOW = 2048  # bytes of held-out text that gzip and the model are given at a time
+LENGTH, BATCH = 256, 8
+LEARNING_RATE = 3e-3
+
+
+@dataclass
+class Corpus:
+    """Bytes of the training files, one after the other, and windows ``[N, WINDOW]`` of the held-out files."""
+
+    train: Tensor
+    held_out: Tensor
+    files: tuple[int, int]
+
+
+@dataclass
+class Step:
+    """Where training stood after a step: seconds and tokens since the start, loss in bits per byte."""
+
+    seconds: float
+    tokens: int
+    loss: float
+
+
+def is_held_out(name: str) -> bool:
+    """A tenth of all file names, the same on every machine."""
+    return zlib.crc32(name.encode()) % 10 == 0
+
+
+def load(root: Path | None = None, windows: int = 48) -> Corpus:
+    """The ``*.py`` files under ``root`` (the standard library), split by :func:`is_held_out` of their path in it."""
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    paths = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*.py"))}
+    texts = {name: p.read_bytes() for name, p in paths.items() if not SKIPPED & set(name.split("/"))}
+    train = [text for name, text in texts.items() if not is_held_out(name)]
+    held_out = [text for name, text in texts.items() if is_held_out(name)]
+    pieces = [text[i : i + WINDOW] for text in held_out for i in range(0, len(text) - WINDOW + 1, WINDOW)]
+    if not pieces or sum(map(len, train)) <= LENGTH:
+        raise SystemExit(f"lt2 demo: too few Python sources under {root} to train on (is the standard library zipped?)")
+    chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:windows].tolist()
+    windows_of_bytes = torch.stack([as_bytes(pieces[i]) for i in chosen])
+    return Corpus(as_bytes(b"".join(train)), windows_of_bytes, (len(train), len(held_out)))
+
+
+def as_bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def new_model() -> LT2:
+    torch.manual_seed(0)
+    return LT2(
+        LT2Config(
+            vocab_size=256,
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            layer_pattern="interleaved:2:1:gdn:full",
+            loop_count=2,
+        )
+    )
+
+
+def train(model: LT2, data: Tensor, seconds: float, tick: Callable[[Step], object]) -> list[Step]:
+    """AdamW on random pieces of ``data`` until ``seconds`` have passed; ``tick`` is told of every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    history: list[Step] = []
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        progress = elapsed / seconds
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, (len(history) + 1) / 20) * (1 + math.cos(math.pi * progress)) / 2
+        offsets = torch.randint(len(data) - LENGTH, (BATCH, 1), generator=generator)
+        tokens = data[offsets + torch.arange(LENGTH)].long()
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        history.append(
+            Step(time.perf_counter() - start, (len(history) + 1) * tokens.numel(), loss.item() / math.log(2))
+        )
+        tick(history[-1])
+    return history
+
+
+@torch.no_grad()
+def bits_per_byte(model: Callable[[Tensor], Tensor], windows: Tensor) -> float:
+    """Length of the code that the model's predictions give to windows ``[N, T]``, first bytes written out."""
+    bits = 0.0
+    for piece in windows.long().split(8):
+        nll = F.cross_entropy(model(piece)[:, :-1].flatten(0, 1).float(), piece[:, 1:].flatten(), reduction="sum")
+        bits += nll.item() / math.log(2) + 8 * len(piece)
+    return bits / windows.numel()
+
+
+def gzip_bits_per_byte(windows: Tensor) -> float:
+    """What ``gzip -9`` makes of each window, header included."""
+    return 8 * sum(len(gzip.compress(bytes(w.tolist()), 9, mtime=0)) for w in windows) / windows.numel()
