@@ -13,18 +13,19 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kMaxColumns = 4;  // value columns of one thread
 constexpr int kMaxKeyDim = 1024;
 
+// The larger one; NaN if either is.
+__device__ float larger(float x, float y) { return y > x || isnan(y) ? y : x; }
+
 __device__ float block_max(float x, float* scratch) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    float const y = __shfl_xor_sync(0xffffffffu, x, distance);
-    x = y <= x ? x : y;
-  }
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    x = larger(x, __shfl_xor_sync(0xffffffffu, x, distance));
   __syncthreads();
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
   x = scratch[0];
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) x = scratch[w] <= x ? x : scratch[w];
+  for (int w = 1; w < kWarps; ++w) x = larger(x, scratch[w]);
   return x;
 }
 
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) decode_query(DecodeParams const p) {
       __syncthreads();
       float const score = threadIdx.x < count ? weights[threadIdx.x] : -INFINITY;
       float const tile_max = block_max(score, scratch);
-      float const new_max = tile_max <= max ? max : tile_max;
+      float const new_max = larger(max, tile_max);
       if (new_max == -INFINITY) continue;  // uniform: every thread has the same maximum
       float const decay = expf(max - new_max), weight = expf(score - new_max);
       weights[threadIdx.x] = weight;
