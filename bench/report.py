@@ -166,6 +166,7 @@ def plot(run: Run, path: Path) -> str:
         axes.scatter(ratios, rows, label=name, marker=marker, s=28, zorder=3)
     axes.set(xscale="log", xlabel=f"time / time of lt2_ext ({run.statistic}); right of 1 lt2_ext is faster")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_yticks(range(len(drawn)), [f"{results[0].op}  {results[0].shape}" for results in drawn], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
