@@ -21,7 +21,7 @@ from lt2_ext.models import LT2, LT2Config
 
 SHORTEST, LONGEST = 4, 16  # word lengths at the start and at the end of the curriculum
 RAMP = 0.6  # share of the time after which the longest words are reached
-BATCH, LEARNING_RATE = 64, 3e-3
+BATCH, LEARNING_RATE = 32, 5e-3
 TEST_WORDS = 1024
 
 
