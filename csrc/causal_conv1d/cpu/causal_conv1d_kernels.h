@@ -1,8 +1,8 @@
 // Kernel bodies and function table of one instruction set; causal_conv1d_<isa>.cpp compiles it.
 //
-// Tokens are worked on in tiles of kTile whose accumulators stay in registers while the taps pass by. A
-// token's sum always runs in the same order by the same instructions, so splitting a sequence never changes a
-// bit.
+// Tokens are worked on in tiles whose accumulators stay in registers while the taps pass by: kTile tokens, or
+// one at the end of a sequence and when decoding. A token's sum always runs in the same order by the same
+// instructions, so splitting a sequence never changes a bit.
 #pragma once
 
 #include "causal_conv1d/cpu/kernels.h"
@@ -41,11 +41,12 @@ inline void for_each_vec(int channels, F const& f) {
 
 // Weights of a channel block in fp32, one row per tap, and the bias. Rows are padded with zeros.
 struct Taps {
-  alignas(64) float weight[kMaxWidth][kBlockChannels] = {};
+  alignas(64) float weight[kMaxWidth][kBlockChannels];
   alignas(64) float bias[kBlockChannels] = {};
   int width;
 
   Taps(float const* weights, float const* biases, int width, int64_t channel, int channels) : width(width) {
+    __builtin_memset(weight, 0, width * sizeof(weight[0]));
     for (int c = 0; c < channels; ++c) {
       for (int w = 0; w < width; ++w) weight[w][c] = weights[(channel + c) * width + w];
       if (biases != nullptr) bias[c] = biases[channel + c];
@@ -99,49 +100,54 @@ inline void store_state(State const& state, int64_t sequence, int64_t channel, i
 
 // acc[i] += sum_w weight[w] rows[i + w], for the channels [c, c + n). Sums in a local array: it becomes
 // registers.
-template <bool kWhole, class T>
+template <bool kWhole, class T, int kTokens>
 inline void accumulate(T const* const* rows, float const (*weight)[kBlockChannels], int width, int c, int n,
-                       Vec (&acc)[kTile]) {
-  Vec sum[kTile];
-  for (int i = 0; i < kTile; ++i) sum[i] = acc[i];
+                       Vec (&acc)[kTokens]) {
+  Vec sum[kTokens];
+  for (int i = 0; i < kTokens; ++i) sum[i] = acc[i];
   for (int w = 0; w < width; ++w) {
     Vec const tap = load(weight[w] + c);
-    for (int i = 0; i < kTile; ++i) sum[i] += tap * load_some(rows[i + w] + c, kWhole ? kLanes : n);
+    for (int i = 0; i < kTokens; ++i) sum[i] += tap * load_some(rows[i + w] + c, kWhole ? kLanes : n);
   }
-  for (int i = 0; i < kTile; ++i) acc[i] = sum[i];
+  for (int i = 0; i < kTokens; ++i) acc[i] = sum[i];
 }
 
-template <class T>
+template <class T, int kTokens>
 inline void convolve(T const* const* rows, float const (*weight)[kBlockChannels], int width, int c, int n,
-                     Vec (&acc)[kTile]) {
-  (n == kLanes ? accumulate<true, T> : accumulate<false, T>)(rows, weight, width, c, n, acc);
+                     Vec (&acc)[kTokens]) {
+  (n == kLanes ? accumulate<true, T, kTokens> : accumulate<false, T, kTokens>)(rows, weight, width, c, n,
+                                                                               acc);
 }
 
-template <class T>
-inline void convolve_inputs(T const* const* rows, Taps const& taps, int c, int n, Vec (&z)[kTile]) {
-  for (int i = 0; i < kTile; ++i) z[i] = load(taps.bias + c);
+template <class T, int kTokens>
+inline void convolve_inputs(T const* const* rows, Taps const& taps, int c, int n, Vec (&z)[kTokens]) {
+  for (int i = 0; i < kTokens; ++i) z[i] = load(taps.bias + c);
   convolve(rows, taps.weight, taps.width, c, n, z);
 }
 
 inline Vec sigmoids(Vec z) { return 1.f / (1.f + exp(-z)); }
 
-// y of tokens [begin, end), y being its row of token 0. Tiles are always computed whole; rows past the end
-// are dropped.
+// y of the tokens [t, t + kTokens), y being its row of token 0.
+template <int kTokens, class T>
+inline void convolve_tile(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t t, T* y,
+                          int64_t y_stride) {
+  T const* rows[kTokens + kMaxWidth - 1];
+  for (int i = 0; i < kTokens + taps.width - 1; ++i) rows[i] = window.row(t - taps.width + 1 + i);
+  for_each_vec(channels, [&](int c, int n) {
+    Vec z[kTokens];
+    convolve_inputs(rows, taps, c, n, z);
+    for (int i = 0; i < kTokens; ++i) {
+      store_some(y + (t + i) * y_stride + c, silu ? z[i] * sigmoids(z[i]) : z[i], n);
+    }
+  });
+}
+
 template <class T>
 inline void convolve_tokens(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t begin,
                             int64_t end, T* y, int64_t y_stride) {
-  T dropped[kBlockChannels];
-  for (int64_t t = begin; t < end; t += kTile) {
-    T const* rows[kTile + kMaxWidth - 1];
-    T* out[kTile];
-    for (int i = 0; i < kTile + taps.width - 1; ++i) rows[i] = window.row(t - taps.width + 1 + i);
-    for (int i = 0; i < kTile; ++i) out[i] = t + i < end ? y + (t + i) * y_stride : dropped;
-    for_each_vec(channels, [&](int c, int n) {
-      Vec z[kTile];
-      convolve_inputs(rows, taps, c, n, z);
-      for (int i = 0; i < kTile; ++i) store_some(out[i] + c, silu ? z[i] * sigmoids(z[i]) : z[i], n);
-    });
-  }
+  int64_t t = begin;
+  for (; t + kTile <= end; t += kTile) convolve_tile<kTile>(window, taps, channels, silu, t, y, y_stride);
+  for (; t < end; ++t) convolve_tile<1>(window, taps, channels, silu, t, y, y_stride);
 }
 
 template <class T>
