@@ -22,7 +22,8 @@ LIMIT = TOLERANCE[torch.float32]["out"][0]
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source tree)"
 OPTIONAL = {  # package: (what for, what pip installs)
     "transformers": ("Hugging Face models, a peer in bench/", "transformers>=5.17"),
-    "tqdm": ("lt2 demo", "tqdm"),
+    "tqdm": ("progress bars of the recipes", "tqdm"),
+    "tokenizers": ("BPE in the recipes", "tokenizers"),
     "matplotlib": ("plots of lt2 demo and bench/", "matplotlib"),
     "pytest": ("tests", "pytest pytest-timeout hypothesis"),
 }
