@@ -90,6 +90,8 @@ def test_defaults():
         ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim must be an integer in"),
         ({"rope_theta": 0.0}, r"rope_theta must be a positive number, got 0\.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, got nan"),
+        ({"norm_placement": "post"}, "norm_placement must be 'pre' or 'sandwich', got 'post'"),
+        ({"inter_loop_norm": 1}, "inter_loop_norm must be true or false, got 1"),
         ({"attn_output_gate": "yes"}, "attn_output_gate must be true or false, got 'yes'"),
         ({"layer_pattern": 7}, "layer_pattern must be a string, got 7"),
     ],
@@ -100,7 +102,14 @@ def test_bad_config(change, message):
 
 
 def test_dict_round_trip():
-    config = LT2Config(**SIZES, layer_pattern="bookend:1:full:gdn", loop_count=2, rope_theta=5e5)
+    config = LT2Config(
+        **SIZES,
+        layer_pattern="bookend:1:full:gdn",
+        loop_count=2,
+        rope_theta=5e5,
+        norm_placement="sandwich",
+        inter_loop_norm=True,
+    )
     assert LT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -19,6 +19,7 @@ KINDS = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "sandwich": {"layer_pattern": "gdn,full,gdn", "norm_placement": "sandwich", "inter_loop_norm": True},
     "output_gate": {"layer_pattern": "full", "attn_output_gate": True},
 }
 
@@ -35,9 +36,13 @@ def make(kind: str, loops: int, seed: int = 0) -> LT2:
     model = LT2(LT2Config(**(sizes | KINDS[kind]), intermediate_size=48, loop_count=loops))
     with torch.no_grad():
         model.rho.normal_(std=0.3)
+        sandwich = model.config.norm_placement == "sandwich"
         for block in model.layers:
             if getattr(block.mixer, "gate_proj", None) is not None:
                 block.mixer.gate_proj.weight.normal_(std=0.3)
+            if sandwich:  # smaller steps: random blocks as large as h itself magnify any rounding from loop to loop
+                block.mixer_post_norm.weight.fill_(0.3)
+                block.mlp_post_norm.weight.fill_(0.3)
     return model.eval()
 
 

@@ -51,6 +51,8 @@ class LT2Config:
         layer_pattern: Mixer of each layer, see :func:`layer_types`.
         loop_count: How often the stack of layers runs, 1 to 8.
         use_loop_residual: Add ``rho[loop] * h_in`` after each loop (``rho`` is learned, zero at the start).
+        norm_placement: ``"pre"``: a block computes ``h + f(norm(h))``; ``"sandwich"``: ``h + norm(f(norm(h)))``.
+        inter_loop_norm: The final RMSNorm is applied after every loop, and the next loop starts from its result.
         attn_output_gate: ``full`` layers multiply their output by ``sigmoid(W x)`` before the output projection.
         tie_word_embeddings: The output head is the embedding table.
         rope_theta, rms_norm_eps: Base of the rotary frequencies; epsilon of every RMSNorm.
@@ -73,6 +75,8 @@ class LT2Config:
     layer_pattern: str = "full"
     loop_count: int = 4
     use_loop_residual: bool = True
+    norm_placement: str = "pre"
+    inter_loop_norm: bool = False
     attn_output_gate: bool = False
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
@@ -101,11 +105,12 @@ class LT2Config:
             self.linear_value_head_dim = 2 * self.linear_key_head_dim
         for name in _SIZES:
             self._check_size(name)
-        for name in ("use_loop_residual", "attn_output_gate", "tie_word_embeddings"):
+        for name in ("use_loop_residual", "inter_loop_norm", "attn_output_gate", "tie_word_embeddings"):
             self._check(name, isinstance(getattr(self, name), bool), "be true or false")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
             self._check(name, type(value) in (int, float) and 0 < value < float("inf"), "be a positive number")
+        self._check("norm_placement", self.norm_placement in ("pre", "sandwich"), "be 'pre' or 'sandwich'")
         heads = self.num_attention_heads
         self._check("num_attention_heads", self.hidden_size % heads == 0, f"divide hidden_size = {self.hidden_size}")
         self._check("hidden_size", self.head_dim % 2 == 0, f"be an even multiple of num_attention_heads = {heads}")

@@ -6,6 +6,8 @@ With embedding Emb, N blocks F_1 .. F_N, loops tau = 1 .. T and a per-channel ga
     h^tau = (F_N o .. o F_1)(h^(tau-1)) + rho_tau * h^(tau-1)
     y     = Head(RMSNorm(h^T))
 
+With ``inter_loop_norm`` each h^tau passes through that RMSNorm before the next loop reads it, as in Ouro.
+
 Looping buys depth without parameters: T N layers of computation from N layers of weights. Only the hidden state h
 passes from loop to loop; every loop scans the sequence anew, so each (loop, layer) has its own memory when decoding
 (:class:`LoopState`). Handing the state at the end of loop tau to loop tau + 1 would let a token see its future.
@@ -50,18 +52,24 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One physical layer: a mixer across tokens, then a SwiGLU within each token; both pre-norm and residual."""
+    """One physical layer: a mixer across tokens, then a SwiGLU within each token, each normalised and residual.
+
+    ``norm_placement="pre"`` is ``h + f(norm(h))``; ``"sandwich"`` is ``h + post_norm(f(norm(h)))``, as in Ouro.
+    """
 
     def __init__(self, config: LT2Config, mixer: str) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = MIXERS[mixer](config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+
+        def norm(there: bool = True) -> nn.Module:
+            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if there else nn.Identity()
+
+        sandwich = config.norm_placement == "sandwich"
+        self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), norm(sandwich)
+        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
 
     def forward(self, h: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
-        h = h + self.mixer(self.mixer_norm(h), tokens, state)
-        return h + self.mlp(self.mlp_norm(h))
+        h = h + self.mixer_post_norm(self.mixer(self.mixer_norm(h), tokens, state))
+        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h)))
 
 
 class LT2(nn.Module):
@@ -139,17 +147,23 @@ class LT2(nn.Module):
 
     def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
-        last = self.config.loop_count - 1
         for loop in range(self.config.loop_count):
             h_in = h
             for i, block in enumerate(self.layers):
                 h = block(h, tokens, None if state is None else state.layers[loop][i])
-            if self.rho is not None and loop < last:
-                h = ops.loop_residual(h, h_in, self.rho[loop])
-        if self.rho is None:
-            return self.norm(h)
-        _, normed = ops.loop_residual_rmsnorm(h, h_in, self.rho[last], self.norm.weight, self.config.rms_norm_eps)
+            h, normed = self._end_loop(loop, h, h_in)
+            if self.config.inter_loop_norm:
+                h = normed
         return normed
+
+    def _end_loop(self, loop: int, h: Tensor, h_in: Tensor) -> tuple[Tensor, Tensor]:
+        """The loop's output, and its RMSNorm where that is used: after the last loop, or after each."""
+        wanted = self.config.inter_loop_norm or loop == self.config.loop_count - 1
+        if self.rho is None:
+            return h, self.norm(h) if wanted else h
+        if not wanted:
+            return ops.loop_residual(h, h_in, self.rho[loop]), h
+        return ops.loop_residual_rmsnorm(h, h_in, self.rho[loop], self.norm.weight, self.config.rms_norm_eps)
 
     def new_state(self, batch_size: int, max_length: int) -> LoopState:
         """Empty memory for ``batch_size`` sequences of up to ``max_length`` tokens, dtype and device of the weights."""
