@@ -1,0 +1,144 @@
+// Matrix products of a warpgroup: D [64, N] fp32 in registers += A [64, 16 k] B [16 k, N], operands of 2
+// bytes.
+//
+// Fragments: thread (warp w, lane l) holds of D element i at row 16 w + l / 4 + 8 (i / 2 % 2), column
+// 8 (i / 4) + 2 (l % 4) + i % 2. Packed in pairs these are A's fragments of the next product, in the same
+// order.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <type_traits>
+#include <utility>
+
+#include "common/cuda/sm90/tma.cuh"
+
+namespace lt2::cuda::sm90 {
+
+// Descriptors of operands in tiles (see tma.cuh) that follow each other in memory, 64 elements of a row each.
+// k_major: the summed axis lies along the rows of the tile; the next 16 of it are k_step(k) further.
+__device__ inline uint64_t k_major(void const* tile) {
+  return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
+         (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+}
+// The summed axis is the tile's rows; 16 of them are kRowStep.
+__device__ inline uint64_t row_major(void const* tile) {
+  return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t{kTileBytes >> 4} << 16) |
+         (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+}
+__device__ constexpr uint64_t k_step(int k) { return (k / 4) * (kTileBytes >> 4) + (k % 4) * 2; }
+inline constexpr uint64_t kRowStep = 2048 >> 4;
+
+using cute::SM90::GMMA::Major;
+
+template <class T, int kN, Major kMajorB>
+struct Wgmma;
+#define LT2_WGMMA(N, T, NAME)                                                           \
+  template <Major kMajorB>                                                              \
+  struct Wgmma<T, N, kMajorB> {                                                         \
+    using Registers = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_RS<Major::K, kMajorB>; \
+    using Shared = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_SS<Major::K, kMajorB>;    \
+  };
+LT2_WGMMA(64, __nv_bfloat16, F32BF16BF16)
+LT2_WGMMA(96, __nv_bfloat16, F32BF16BF16)
+LT2_WGMMA(128, __nv_bfloat16, F32BF16BF16)
+LT2_WGMMA(192, __nv_bfloat16, F32BF16BF16)
+LT2_WGMMA(64, __half, F32F16F16)
+LT2_WGMMA(96, __half, F32F16F16)
+LT2_WGMMA(128, __half, F32F16F16)
+LT2_WGMMA(192, __half, F32F16F16)
+#undef LT2_WGMMA
+
+template <class Atom, int... kI>
+__device__ __forceinline__ void fma_registers(uint32_t const* a, uint64_t b, float* d,
+                                              cute::SM90::GMMA::ScaleOut scale,
+                                              std::integer_sequence<int, kI...>) {
+  Atom::fma(a[0], a[1], a[2], a[3], b, d[kI]..., scale);
+}
+template <class Atom, int... kI>
+__device__ __forceinline__ void fma_shared(uint64_t a, uint64_t b, float* d, cute::SM90::GMMA::ScaleOut scale,
+                                           std::integer_sequence<int, kI...>) {
+  Atom::fma(a, b, d[kI]..., scale);
+}
+
+// One step of 16: A in 4 registers, or in shared memory (k_major).
+template <class T, int kN, Major kMajorB = Major::K>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint32_t const* a, uint64_t b, bool accumulate) {
+  fma_registers<typename Wgmma<T, kN, kMajorB>::Registers>(
+      a, b, d, accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero,
+      std::make_integer_sequence<int, kN / 2>{});
+}
+template <class T, int kN, Major kMajorB = Major::K>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+  fma_shared<typename Wgmma<T, kN, kMajorB>::Shared>(
+      a, b, d, accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero,
+      std::make_integer_sequence<int, kN / 2>{});
+}
+
+// Before the first product after registers that products use were touched.
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// At most kPending committed groups are still running.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving accesses of the registers across.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+
+// Two elements in one register, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t r;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  }
+  return r;
+}
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<__half2*>(&x));
+  } else {
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+  }
+}
+
+// Four 8 x 8 matrices of 2-byte elements; lane l names row l % 8 of matrix l / 8. Register m of lane l holds
+// elements 2 (l % 4), + 1 of row l / 4 of matrix m; of its transpose with _transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
+                                               uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint32_t r0, uint32_t r1,
+                                                          uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+}  // namespace lt2::cuda::sm90
