@@ -188,8 +188,12 @@ std::tuple<Tensor, Tensor> gdn_fwd(Tensor const& q, Tensor const& k, Tensor cons
   gdn::ForwardParams const p{x.params, recurrent, strided(o), floats(final_state)};
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    check_status(gdn::portable::supports(p));
-    check_status(gdn::portable::forward(p, current_cuda_stream(q)));
+    if (gdn::sm90::supports(p) == kOk) {
+      check_status(gdn::sm90::forward(p, current_cuda_stream(q)));
+    } else {
+      check_status(gdn::portable::supports(p));
+      check_status(gdn::portable::forward(p, current_cuda_stream(q)));
+    }
   } else {
     ThreadPool const pool = torch_pool();
     Tensor const workspace = empty(q, {gdn::cpu::forward_workspace(p, pool)}, ScalarType::Float);

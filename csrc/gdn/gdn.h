@@ -76,6 +76,12 @@ void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool)
 void step(StepParams const& p, ThreadPool const& pool);
 }  // namespace cpu
 
+// Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken.
+namespace sm90 {
+Status supports(ForwardParams const& p);
+Status forward(ForwardParams const& p, void* cuda_stream);
+}  // namespace sm90
+
 // Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.
 namespace portable {
 Status supports(Inputs const& p);

@@ -1,0 +1,57 @@
+#include "gdn/cuda/sm90/forward_launch.h"
+
+namespace lt2::gdn::sm90 {
+namespace {
+
+using namespace cuda::sm90;
+
+// Of the current device; wgmma exists on compute capability 9.0 alone.
+bool is_hopper() {
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+}
+
+Status supports_inputs(Inputs const& p) {
+  if (p.dtype == Dtype::kFloat32) return "the Hopper kernels take bfloat16 and float16";
+  if (p.key_dim != 64 && p.key_dim != 96 && p.key_dim != 128 && p.key_dim != 192)
+    return "the Hopper kernels take K = 64, 96, 128 or 192";
+  if (p.value_dim % kTileSide != 0) return "the Hopper kernels take multiples of 64 as V";
+  if (p.tokens == 0 || p.tokens > INT32_MAX) return "the Hopper kernels take T in 1..2^31 - 1";
+  for (TokenMajor const& x :
+       {token_major(p.q, p, p.heads, p.key_dim), token_major(p.k, p, p.heads, p.key_dim),
+        token_major(p.v, p, p.value_heads, p.value_dim)}) {
+    if (!tma_compatible(x)) return "the Hopper kernels take q, k, v with strides of multiples of 8 elements";
+  }
+  return is_hopper() ? kOk : "the Hopper kernels need compute capability 9.0";
+}
+
+template <Dtype kDtype>
+Status launch_by_key_dim(ForwardParams const& p, void* stream) {
+  switch (p.key_dim) {
+    case 64:
+      return launch_forward<kDtype, 64>(p, stream);
+    case 96:
+      return launch_forward<kDtype, 96>(p, stream);
+    case 128:
+      return launch_forward<kDtype, 128>(p, stream);
+    default:
+      return launch_forward<kDtype, 192>(p, stream);
+  }
+}
+
+}  // namespace
+
+Status supports(ForwardParams const& p) {
+  if (p.recurrent) return "the Hopper kernels scan by chunks";
+  return supports_inputs(p);
+}
+
+Status forward(ForwardParams const& p, void* stream) {
+  return p.dtype == Dtype::kFloat16 ? launch_by_key_dim<Dtype::kFloat16>(p, stream)
+                                    : launch_by_key_dim<Dtype::kBFloat16>(p, stream);
+}
+
+}  // namespace lt2::gdn::sm90
