@@ -1,5 +1,5 @@
 // The chunked forward pass in one launch: one block per segment of a sequence, value head and kSlices x 64
-// value columns. A helper warpgroup loads k and q, and prepares each chunk (chunk.cuh) one ahead; each state
+// value columns. A helper warpgroup loads k and q, and prepares each chunk (tile.cuh) one ahead; each state
 // warpgroup keeps S^T [64 x K] of its columns in the registers that wgmma accumulates in, and chains the
 // products through them:
 //   W = V - e^G K S      U = T~ W      O = scale e^G Q S + P U      S <- e^(G_last) S + (e^(G_last - G) K)^T
@@ -8,13 +8,13 @@
 // registers.
 #pragma once
 
-#include "gdn/cuda/sm90/chunk.cuh"
+#include "gdn/cuda/sm90/tile.cuh"
 
 namespace lt2::gdn::sm90 {
 
 template <class T_, int kKeyDim_, int kSlices_>
 struct ForwardTraits {
-  using T = T_;
+  using T = T_;  // of q, k, v, o
   static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
   static constexpr int kSlices = kSlices_;  // state warpgroups
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
@@ -22,16 +22,16 @@ struct ForwardTraits {
   static constexpr int kStateThreads = kSlices * kWarpgroup;
   static constexpr int kThreads = kStateThreads + kWarpgroup;
   // With two state warpgroups, registers a thread: of 168 at launch the helpers give up what the others need.
-  static constexpr int kHelperRegisters = 88, kStateRegisters = 208;
+  static constexpr int kHelperRegisters = 136, kStateRegisters = 184;
 
   struct Shared {
     alignas(1024) char k[kStages][kKeyTiles * kTileBytes];
     char q[2][kKeyTiles * kTileBytes];  // two suffice: the states read q early
     char v[kSlices][2][kTileBytes];     // then the output of the same chunk
-    char inverse[2][kInverseParts<T> * kTileBytes];
+    char inverse[2][kTileBytes];
     char scores[2][kTileBytes];
-    ChunkScratch scratch;
-    ChunkScalars scalars[2];
+    TileScratch scratch;
+    TileScalars scalars[2];
     Barrier k_loaded[kStages], q_loaded[2], v_loaded[kSlices][2], prepared[2], q_read[2], released[2];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
@@ -52,10 +52,10 @@ struct ForwardLaunch {
 struct ForwardUnit {
   int sequence, row, begin, tokens;
   int head, qk_head, column;  // value head, its query/key head, first value column
-  int chunks;
+  int tiles;
 
-  __device__ ChunkTokens chunk(int i) const {
-    return {row, begin + i * kChunk, min(tokens - i * kChunk, kChunk)};
+  __device__ TileTokens tile(int i) const {
+    return {row, begin + i * kTileSide, min(tokens - i * kTileSide, kTileSide)};
   }
 };
 
@@ -71,61 +71,61 @@ __device__ inline ForwardUnit forward_unit(ForwardLaunch const& a, int columns) 
           head,
           head / (a.p.value_heads / a.p.heads),
           group * columns,
-          (tokens + kChunk - 1) / kChunk};
+          (tokens + kTileSide - 1) / kTileSide};
 }
 
 template <int kTiles>
-__device__ void load_tiles(char* tiles, CUtensorMap const& map, int head, ChunkTokens const& c,
-                           Barrier& loaded) {
+__device__ void load_tiles(char* tiles, CUtensorMap const& map, int head, TileTokens const& t, Barrier& loaded) {
   loaded.arrive_expecting(kTiles * kTileBytes);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    load_tile(tiles + tile * kTileBytes, map, tile * kTileSide, head, c.begin, c.row, loaded);
+    load_tile(tiles + tile * kTileBytes, map, tile * kTileSide, head, t.begin, t.row, loaded);
   }
 }
 
 // The helper warpgroup.
 template <class Traits>
-__device__ void prepare_chunks(typename Traits::Shared& shared, ForwardLaunch const& a,
-                               ForwardMaps const& maps, ForwardUnit const& unit, int thread) {
+__device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a, ForwardMaps const& maps,
+                              ForwardUnit const& unit, int thread) {
   using T = typename Traits::T;
   constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages;
   auto const load_k = [&](int i) {
-    load_tiles<kTiles>(shared.k[i % kStages], maps.k, unit.qk_head, unit.chunk(i),
-                       shared.k_loaded[i % kStages]);
+    load_tiles<kTiles>(shared.k[i % kStages], maps.k, unit.qk_head, unit.tile(i), shared.k_loaded[i % kStages]);
   };
   auto const load_q = [&](int i) {
-    load_tiles<kTiles>(shared.q[i % 2], maps.q, unit.qk_head, unit.chunk(i), shared.q_loaded[i % 2]);
+    load_tiles<kTiles>(shared.q[i % 2], maps.q, unit.qk_head, unit.tile(i), shared.q_loaded[i % 2]);
   };
-  if (unit.chunks == 0) return;
-  if (thread < 32) request_gates(a.p, unit.chunk(0), unit.head, thread, shared.scratch);
+  if (unit.tiles == 0) return;
+  bool const scans = thread / 32 % 2 == 0;  // first warp of a chunk: a lane per token
+  int token = thread / kPair * kChunk + thread % 32;
+  if (scans) request_gates(a.p, unit.tile(0), unit.head, token, shared.scratch);
   if (thread == 0) {
     load_k(0);
     load_q(0);
   }
-  for (int i = 0; i < unit.chunks; ++i) {
+  for (int i = 0; i < unit.tiles; ++i) {
     int const slot = i % 2, next = i + 1;
-    // What follows from the thread's number is cheaper to compute again than to keep from chunk to chunk in
-    // the few registers there are.
-    asm volatile("" : "+r"(thread));
-    ChunkScalars& s = shared.scalars[slot];
-    int const count = unit.chunk(i).count;
+    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the few
+    // registers there are.
+    asm volatile("" : "+r"(thread), "+r"(token));
+    TileScalars& s = shared.scalars[slot];
+    int const count = unit.tile(i).count;
     if (i >= 2) shared.released[slot].wait((i / 2 - 1) & 1);
-    if (thread < 32) {
-      scan_gates(a.p, count, unit.head, thread, shared.scratch, s);
-      if (next < unit.chunks) {
-        request_gates(a.p, unit.chunk(next), unit.head, thread, shared.scratch);
+    if (scans) {
+      scan_gates(a.p, count, unit.head, token, shared.scratch, s);
+      if (next < unit.tiles) {
+        request_gates(a.p, unit.tile(next), unit.head, token, shared.scratch);
         if (thread == 0) load_k(next);
       }
     }
     shared.k_loaded[i % kStages].wait((i / kStages) & 1);
     shared.q_loaded[slot].wait((i / 2) & 1);
-    prepare_chunk<T, Traits::kKeyDim>(a.p, count, shared.k[i % kStages], shared.q[slot], s, shared.scratch,
-                                      shared.inverse[slot], shared.scores[slot], thread, [&] {
-                                        if (thread != 0 || next >= unit.chunks) return;
-                                        if (next >= 2) shared.q_read[next % 2].wait((next / 2 - 1) & 1);
-                                        load_q(next);
-                                      });
+    prepare_tile<T, Traits::kKeyDim>(a.p, count, shared.k[i % kStages], shared.q[slot], s, shared.scratch,
+                                     shared.inverse[slot], shared.scores[slot], thread, [&] {
+                                       if (thread != 0 || next >= unit.tiles) return;
+                                       if (next >= 2) shared.q_read[next % 2].wait((next / 2 - 1) & 1);
+                                       load_q(next);
+                                     });
     shared.prepared[slot].arrive();
   }
 }
@@ -169,43 +169,36 @@ __device__ void store_state(float const (&s)[kKeyDim / 2], float* state, bool v_
   });
 }
 
-// Tile [tokens x 64 values] <- O^T, packed, each warp the 16 values that it owns.
-__device__ __forceinline__ void stage_output(uint32_t const (&o)[kChunk / 4], char* tile, int warp,
-                                             int lane) {
-  uint32_t const address = shared_address(tile);
-#pragma unroll
-  for (int n = 0; n < kChunk / 8; n += 2) {
-    store_matrices_transposed(address + tile_offset((n + lane / 16) * 8 + lane % 8, warp * 2 + lane / 8 % 2),
-                              o[2 * n], o[2 * n + 1], o[2 * n + 2], o[2 * n + 3]);
-  }
+// Byte offset, in a tile [tokens x 64 values], of the matrix rows that lane `lane` names for the fragments of tokens
+// 8 n .. 8 n + 15 and the warp's 16 values.
+__device__ __forceinline__ int value_offset(int token, int warp, int lane) {
+  return tile_offset(token + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 }
 
 // The first `count` rows of a tile, where a tensor map would also write the sequence that follows.
 template <class T>
-__device__ void store_rows(char const* tile, Strided const& o, ChunkTokens const& c, int head, int column,
-                           int thread) {
-  for (int i = thread; i < c.count * 8; i += kWarpgroup) {
-    T* const row = portable::token_row<T>(o, c.row, c.begin + i / 8, head);
+__device__ void store_rows(char const* tile, Strided const& o, TileTokens const& t, int head, int column, int thread) {
+  for (int i = thread; i < t.count * 8; i += kWarpgroup) {
+    T* const row = portable::token_row<T>(o, t.row, t.begin + i / 8, head);
     *reinterpret_cast<uint4*>(row + column + i % 8 * 8) =
         *reinterpret_cast<uint4 const*>(tile + tile_offset(i / 8, i % 8));
   }
 }
 
-// W = V - k_in (K S), as fragments; tokens that are not there write nothing.
+// W = V - k_in (K S) of a chunk whose first token in the tile is `first`, as fragments; tokens from `count` on write
+// nothing.
 template <class T>
-__device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const (&ks)[kChunk / 2],
-                                          char const* v_tile, float const* k_in, int count, int warp,
-                                          int lane) {
+__device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const (&ks)[kChunk / 2], char const* v_tile,
+                                          float const* k_in, int first, int count, int warp, int lane) {
   uint32_t const address = shared_address(v_tile);
   int const t = 2 * (lane % 4);
 #pragma unroll
   for (int n = 0; n < kChunk / 8; n += 2) {
     uint32_t v[4];
-    load_matrices_transposed(v,
-                             address + tile_offset((n + lane / 16) * 8 + lane % 8, warp * 2 + lane / 8 % 2));
+    load_matrices_transposed(v, address + value_offset(first + 8 * n, warp, lane));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float2 const g = *reinterpret_cast<float2 const*>(k_in + 8 * (n + j) + t);
+      float2 const g = *reinterpret_cast<float2 const*>(k_in + first + 8 * (n + j) + t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float2 const x = unpack<T>(v[2 * j + half]);
@@ -214,10 +207,11 @@ __device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const
       }
     }
   }
-  if (count < kChunk) {
+  if (count < first + kChunk) {
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      uint32_t const mask = (8 * n + t < count ? 0xffffu : 0u) | (8 * n + t + 1 < count ? 0xffff0000u : 0u);
+      int const token = first + 8 * n + t;
+      uint32_t const mask = (token < count ? 0xffffu : 0u) | (token + 1 < count ? 0xffff0000u : 0u);
       w[2 * n] &= mask;
       w[2 * n + 1] &= mask;
     }
@@ -237,33 +231,43 @@ __device__ __forceinline__ void scale_tokens(float (&x)[kChunk / 2], float const
 }
 
 template <class T, int kCount>
-__device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const (&x)[kCount]) {
+__device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const (&x)[kCount], float factor = 1.f) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) a[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < kCount / 2; ++i) a[i] = pack<T>(x[2 * i] * factor, x[2 * i + 1] * factor);
+}
+
+// The power of two that brings the largest of a warp's |x| to 128..256, but at most 2^96.
+template <int kCount>
+__device__ __forceinline__ float range_factor(float const (&x)[kCount]) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  uint32_t const exponent = __reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23;
+  return __uint_as_float((254 + 7 - max(exponent, 254u + 7 - 127 - 96)) << 23);
 }
 
 // A state warpgroup.
 template <class Traits>
-__device__ void scan_chunks(typename Traits::Shared& shared, ForwardLaunch const& a, ForwardMaps const& maps,
-                            ForwardUnit const& unit, int slice, int thread) {
+__device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const& a, ForwardMaps const& maps,
+                           ForwardUnit const& unit, int slice, int thread) {
   using T = typename Traits::T;
   constexpr int kKeyDim = Traits::kKeyDim, kKeySteps = kKeyDim / 16, kStages = Traits::kStages;
+  constexpr int kChunkSteps = kChunk / 16, kGainParts = std::is_same_v<T, __half> ? 1 : 2;
   int const warp = thread / 32, lane = thread % 32;
-  int const barrier = 2 + slice;
+  int const barrier = kPairBarrier + kTileChunks + slice;
   int const column = unit.column + slice * kTileSide;
   auto const load_v = [&](int i) {
     Barrier& loaded = shared.v_loaded[slice][i % 2];
-    ChunkTokens const c = unit.chunk(i);
+    TileTokens const t = unit.tile(i);
     loaded.arrive_expecting(kTileBytes);
-    load_tile(shared.v[slice][i % 2], maps.v, column, unit.head, c.begin, c.row, loaded);
+    load_tile(shared.v[slice][i % 2], maps.v, column, unit.head, t.begin, t.row, loaded);
   };
   if (thread == 0) {
-    load_v(0);
-    if (unit.chunks > 1) load_v(1);
+    if (unit.tiles > 0) load_v(0);
+    if (unit.tiles > 1) load_v(1);
   }
 
-  int64_t const state_index =
-      (int64_t{unit.sequence} * a.p.value_heads + unit.head) * kKeyDim * a.p.value_dim;
+  int64_t const state_index = (int64_t{unit.sequence} * a.p.value_heads + unit.head) * kKeyDim * a.p.value_dim;
   float s[kKeyDim / 2];
   if (a.p.initial_state != nullptr) {
     load_state<kKeyDim>(s, a.p.initial_state + state_index, a.p.state_v_first, a.p.value_dim, column, thread);
@@ -273,27 +277,40 @@ __device__ void scan_chunks(typename Traits::Shared& shared, ForwardLaunch const
   }
 
   float ks[kChunk / 2], o[kChunk / 2] = {};
-  auto const store_output = [&](uint32_t const(&packed)[kChunk / 4], int i) {
-    char* const tile = shared.v[slice][i % 2];
-    stage_output(packed, tile, warp, lane);
+  float unrange = 1.f;  // of o
+  // Chunk c's output goes where its values were; after a tile's last chunk the tile leaves.
+  auto const store_output = [&](uint32_t const(&packed)[kChunk / 4], int c) {
+    int const i = c / kTileChunks, slot = i % 2, first = c % kTileChunks * kChunk;
+    char* const tile = shared.v[slice][slot];
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; n += 2) {
+      store_matrices_transposed(shared_address(tile) + value_offset(first + 8 * n, warp, lane), packed[2 * n],
+                                packed[2 * n + 1], packed[2 * n + 2], packed[2 * n + 3]);
+    }
+    if (c % kTileChunks != kTileChunks - 1) return;
+    if (lane == 0) shared.released[slot].arrive();
     fence_async_shared();
     named_barrier(barrier, kWarpgroup);
-    ChunkTokens const c = unit.chunk(i);
-    if (c.count < kChunk) {
-      store_rows<T>(tile, a.o, c, unit.head, column, thread);
+    TileTokens const t = unit.tile(i);
+    if (t.count < kTileSide) {
+      store_rows<T>(tile, a.o, t, unit.head, column, thread);
     } else if (thread == 0) {
-      store_tile(maps.o, tile, column, unit.head, c.begin, c.row);
+      store_tile(maps.o, tile, column, unit.head, t.begin, t.row);
     }
   };
 
-  for (int i = 0; i < unit.chunks; ++i) {
-    int const slot = i % 2, stage = i % kStages;
-    ChunkScalars const& scalars = shared.scalars[slot];
+  int const chunks = unit.tiles * kTileChunks;
+  for (int c = 0; c < chunks; ++c) {
+    int const i = c / kTileChunks, part = c % kTileChunks, slot = i % 2, first = part * kChunk;
+    uint64_t const rows = part * (kChunk * 128 >> 4);       // of descriptors: the chunk's rows of a tile
+    uint64_t const block = rows + k_step(2) * part;         // and its diagonal block
+    uint64_t const low = rows + k_step(2) * (1 - part);     // and the other block there
+    TileScalars const& scalars = shared.scalars[slot];
     uint32_t fragments[kKeyDim / 4];  // of S^T
     pack_all<T>(fragments, s);
-    shared.prepared[slot].wait((i / 2) & 1);
+    if (part == 0) shared.prepared[slot].wait((i / 2) & 1);
     {
-      uint64_t const k = k_major(shared.k[stage]);
+      uint64_t const k = k_major(shared.k[i % kStages]) + rows;
       pin(fragments);
       pin(ks);
       wgmma_begin();
@@ -304,24 +321,21 @@ __device__ void scan_chunks(typename Traits::Shared& shared, ForwardLaunch const
     wgmma_wait<1>();  // P U of the chunk before
     pin(o);
     uint32_t packed[kChunk / 4];
-    pack_all<T>(packed, o);
-    if (i > 0) {
-      if (lane == 0) shared.released[1 - slot].arrive();
-      store_output(packed, i - 1);
-    }
+    pack_all<T>(packed, o, unrange);
+    if (c > 0) store_output(packed, c - 1);
     {
-      uint64_t const q = k_major(shared.q[slot]);
+      uint64_t const q = k_major(shared.q[slot]) + rows;
       pin(o);
       wgmma_begin();
 #pragma unroll
       for (int j = 0; j < kKeySteps; ++j) wgmma<T, kChunk>(o, fragments + 4 * j, q + k_step(j), j > 0);
       wgmma_commit();
     }
-    shared.v_loaded[slice][slot].wait((i / 2) & 1);
+    if (part == 0) shared.v_loaded[slice][slot].wait((i / 2) & 1);
     wgmma_wait<1>();
     pin(ks);
     uint32_t w[kChunk / 4];
-    residuals<T>(w, ks, shared.v[slice][slot], scalars.k_in, unit.chunk(i).count, warp, lane);
+    residuals<T>(w, ks, shared.v[slice][slot], scalars.k_in, first, unit.tile(i).count, warp, lane);
 
     float u[kChunk / 2];
     {
@@ -330,45 +344,65 @@ __device__ void scan_chunks(typename Traits::Shared& shared, ForwardLaunch const
       pin(u);
       wgmma_begin();
 #pragma unroll
-      for (int part = 0; part < kInverseParts<T>; ++part) {
+      for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + block + k_step(j), j > 0);
 #pragma unroll
-        for (int j = 0; j < kChunk / 16; ++j) {
-          wgmma<T, kChunk>(u, w + 4 * j, inverse + part * (kTileBytes >> 4) + k_step(j), part + j > 0);
-        }
-      }
+      for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + low + k_step(j), true);
       wgmma_commit();
     }
     wgmma_wait<1>();
     pin(o);
-    if (lane == 0) shared.q_read[slot].arrive();
-    scale_tokens(o, scalars.q_in, lane);
-    float const decay = scalars.decay;
+    if (part == kTileChunks - 1 && lane == 0) shared.q_read[slot].arrive();
+    scale_tokens(o, scalars.q_in + first, lane);
+    float const decay = scalars.decay[part];
 #pragma unroll
     for (int j = 0; j < kKeyDim / 2; ++j) s[j] *= decay;
-    if (thread == 0 && i > 0 && i + 1 < unit.chunks) {
+    if (thread == 0 && part == 0 && i > 0 && i + 1 < unit.tiles) {
       wait_stores_read();
       load_v(i + 1);
     }
     wgmma_wait<0>();
     pin(u);
-    uint32_t left[kChunk / 4], written[kChunk / 4];
-    pack_all<T>(written, u);
-    scale_tokens(u, scalars.k_out, lane);
-    pack_all<T>(left, u);
+    float left[kChunk / 2];
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) left[j] = u[j];
+    scale_tokens(left, scalars.k_out + first, lane);
+    uint32_t gain[kGainParts][kChunk / 4];
+    pack_all<T>(gain[0], left);
+    if constexpr (kGainParts == 2) {
+#pragma unroll
+      for (int j = 0; j < kChunk / 4; ++j) {
+        float2 const high = unpack<T>(gain[0][j]);
+        gain[1][j] = pack<T>(left[2 * j] - high.x, left[2 * j + 1] - high.y);
+      }
+    }
     {
-      uint64_t const k = row_major(shared.k[stage]), scores = k_major(shared.scores[slot]);
-      pin(left);
-      pin(written);
+      uint64_t const k = row_major(shared.k[i % kStages]) + rows;
+#pragma unroll
+      for (int g = 0; g < kGainParts; ++g) pin(gain[g]);
       pin(s);
+      wgmma_begin();
+#pragma unroll
+      for (int j = 0; j < kChunkSteps; ++j) {
+#pragma unroll
+        for (int g = 0; g < kGainParts; ++g) {
+          wgmma<T, kKeyDim, Major::MN>(s, gain[g] + 4 * j, k + j * kRowStep, true);
+        }
+      }
+      wgmma_commit();
+    }
+    float const range = range_factor(u);
+    unrange = 1.f / range;
+    uint32_t written[kChunk / 4];
+    pack_all<__half>(written, u, range);
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) o[j] *= range;
+    {
+      uint64_t const scores = k_major(shared.scores[slot]) + block;
+      pin(written);
       pin(o);
       wgmma_begin();
 #pragma unroll
-      for (int j = 0; j < kChunk / 16; ++j) {
-        wgmma<T, kKeyDim, Major::MN>(s, left + 4 * j, k + j * kRowStep, true);
-      }
-      wgmma_commit();
-#pragma unroll
-      for (int j = 0; j < kChunk / 16; ++j) wgmma<T, kChunk>(o, written + 4 * j, scores + k_step(j), true);
+      for (int j = 0; j < kChunkSteps; ++j) wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
       wgmma_commit();
     }
     wgmma_wait<1>();
@@ -376,11 +410,9 @@ __device__ void scan_chunks(typename Traits::Shared& shared, ForwardLaunch const
   }
   wgmma_wait<0>();
   pin(o);
-  if (unit.chunks > 0) {
-    uint32_t packed[kChunk / 4];
-    pack_all<T>(packed, o);
-    store_output(packed, unit.chunks - 1);
-  }
+  uint32_t packed[kChunk / 4];
+  pack_all<T>(packed, o, unrange);
+  if (chunks > 0) store_output(packed, chunks - 1);
   if (a.final_state != nullptr) {
     store_state<kKeyDim>(s, a.final_state + state_index, a.p.state_v_first, a.p.value_dim, column, thread);
   }
@@ -407,10 +439,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   ForwardUnit const unit = forward_unit(a, Traits::kSlices * kTileSide);
   if (group == 0) {
     if constexpr (Traits::kSlices > 1) shrink_registers<Traits::kHelperRegisters>();
-    prepare_chunks<Traits>(shared, a, maps, unit, thread);
+    prepare_tiles<Traits>(shared, a, maps, unit, thread);
   } else {
     if constexpr (Traits::kSlices > 1) grow_registers<Traits::kStateRegisters>();
-    scan_chunks<Traits>(shared, a, maps, unit, group - 1, thread);
+    scan_tiles<Traits>(shared, a, maps, unit, group - 1, thread);
   }
 }
 
