@@ -91,4 +91,10 @@ Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);
 Status step(StepParams const& p, void* cuda_stream);
 }  // namespace portable
 
+// Hopper kernels, asked before the portable ones.
+namespace sm90 {
+Status step_supports(StepParams const& p);  // by the current device
+Status step(StepParams const& p, void* cuda_stream);
+}  // namespace sm90
+
 }  // namespace lt2::gdn

@@ -23,18 +23,23 @@ inline Status status(cudaError_t error) {
 
 inline constexpr int kDefaultSharedBytes = 48 << 10;
 
-// Asynchronous; a grid of no blocks is a success. The attribute is set on every launch because it belongs to
-// one device, and costs next to nothing.
+inline constexpr Status kTooManyBlocks =
+    "too many sequences, heads and chunks for one launch (2^31 - 1 blocks)";
+
+// The attribute is set on every launch because it belongs to one device, and costs next to nothing.
+template <class... Params>
+Status allow_shared(void (*kernel)(Params...), int shared_bytes) {
+  if (shared_bytes <= kDefaultSharedBytes) return kOk;
+  return status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+
+// Asynchronous; a grid of no blocks is a success.
 template <class... Params, class... Args>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, void* stream,
               Args const&... args) {
   if (blocks == 0) return kOk;
-  if (blocks > INT32_MAX) return "too many sequences, heads and chunks for one launch (2^31 - 1 blocks)";
-  if (shared_bytes > kDefaultSharedBytes) {
-    cudaError_t const error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return status(error);
-  }
+  if (blocks > INT32_MAX) return kTooManyBlocks;
+  if (Status const allowed = allow_shared(kernel, shared_bytes); allowed != kOk) return allowed;
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       args...);
   return status(cudaGetLastError());
