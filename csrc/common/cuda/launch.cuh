@@ -23,9 +23,6 @@ inline Status status(cudaError_t error) {
 
 inline constexpr int kDefaultSharedBytes = 48 << 10;
 
-inline constexpr Status kTooManyBlocks =
-    "too many sequences, heads and chunks for one launch (2^31 - 1 blocks)";
-
 // The attribute is set on every launch because it belongs to one device, and costs next to nothing.
 template <class... Params>
 Status allow_shared(void (*kernel)(Params...), int shared_bytes) {
@@ -35,14 +32,19 @@ Status allow_shared(void (*kernel)(Params...), int shared_bytes) {
 
 // Asynchronous; a grid of no blocks is a success.
 template <class... Params, class... Args>
+Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, void* stream,
+              Args const&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return kOk;
+  if (Status const allowed = allow_shared(kernel, shared_bytes); allowed != kOk) return allowed;
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return status(cudaGetLastError());
+}
+
+template <class... Params, class... Args>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, void* stream,
               Args const&... args) {
-  if (blocks == 0) return kOk;
-  if (blocks > INT32_MAX) return kTooManyBlocks;
-  if (Status const allowed = allow_shared(kernel, shared_bytes); allowed != kOk) return allowed;
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      args...);
-  return status(cudaGetLastError());
+  if (blocks > INT32_MAX) return "too many sequences, heads and chunks for one launch (2^31 - 1 blocks)";
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, args...);
 }
 
 }  // namespace lt2::cuda
