@@ -29,14 +29,26 @@ struct StateRows {
   int64_t stride;  // between rows, a multiple of kPiece
 };
 
-// A block's tokens, fp32: q and k normalised, padded with zeros.
-template <int kKeys, int kColumns>
-struct StepTokens {
+// The tokens of a query/key head, fp32: q and k normalised, padded with zeros.
+template <int kKeys>
+struct StepKeys {
   alignas(16) float q[kMaxStepTokens][kKeys];
   alignas(16) float k[kMaxStepTokens][kKeys];
+  float qk[kMaxStepTokens];
+};
+
+// What they write to a slice of columns of a value head.
+template <int kColumns>
+struct StepWrites {
   alignas(16) float v[kMaxStepTokens][kColumns];
-  float qk[kMaxStepTokens], beta[kMaxStepTokens];
-  float decay[kMaxStepTokens], change[kMaxStepTokens];  // e^g and e^g - 1
+  float beta[kMaxStepTokens], decay[kMaxStepTokens], change[kMaxStepTokens];  // e^g and e^g - 1
+
+  __device__ void set_gates(int i, float a, float b, float A_log, float dt_bias, bool neg_eigval) {
+    float const g = gate(a, A_log, dt_bias);
+    decay[i] = expf(g);
+    change[i] = expm1f(g);
+    beta[i] = sigmoid(b) * (neg_eigval ? 2.f : 1.f);
+  }
 };
 
 __device__ inline float4 load_piece(float const* p) { return __ldcg(reinterpret_cast<float4 const*>(p)); }
@@ -64,7 +76,8 @@ struct ValueFirst {
   static constexpr int kLanes = kLanes_, kOwned = kOwned_;
   static constexpr int kKeys = kPiece * kLanes * kPieces;
   static constexpr int kGroups = kStepThreads / kLanes, kColumns = kGroups * kOwned;
-  using Tokens = StepTokens<kKeys, kColumns>;
+  using Keys = StepKeys<kKeys>;
+  using Writes = StepWrites<kColumns>;
   struct Shared {};
 
   float4 s[kOwned][kPieces];
@@ -97,7 +110,7 @@ struct ValueFirst {
     return *reinterpret_cast<float4 const*>(keys + key(c));
   }
   // k^T s and q^T s of the owned columns.
-  __device__ void dots(Tokens const& t, Shared&, int i, float (&ks)[kOwned], float (&qs)[kOwned]) const {
+  __device__ void dots(Keys const& t, Shared&, int i, float (&ks)[kOwned], float (&qs)[kOwned]) const {
 #pragma unroll
     for (int j = 0; j < kOwned; ++j) ks[j] = qs[j] = 0.f;
 #pragma unroll
@@ -116,13 +129,13 @@ struct ValueFirst {
     }
   }
   // s <- e^g s + k write^T
-  __device__ void update(Tokens const& t, int i, float const (&write)[kOwned]) {
+  __device__ void update(Keys const& t, Writes const& w, int i, float const (&write)[kOwned]) {
 #pragma unroll
     for (int c = 0; c < kPieces; ++c) {
       float4 const k = read(t.k[i], c);
 #pragma unroll
       for (int j = 0; j < kOwned; ++j) {
-        apply_decay(s[j][c], t.decay[i], t.change[i]);
+        apply_decay(s[j][c], w.decay[i], w.change[i]);
         add(s[j][c], k, splat(write[j]));
       }
     }
@@ -135,7 +148,8 @@ struct KeyFirst {
   static constexpr int kGroups = kStepThreads / kLanes, kKeys = kGroups * kRows;
   static constexpr int kColumns = kPiece * kLanes;
   static_assert(kWarp % kLanes == 0);
-  using Tokens = StepTokens<kKeys, kColumns>;
+  using Keys = StepKeys<kKeys>;
+  using Writes = StepWrites<kColumns>;
   struct Shared {
     alignas(16) float sums[2][kStepWarps][2][kColumns];  // of token i % 2: k^T s and q^T s over a warp's keys
   };
@@ -174,8 +188,7 @@ struct KeyFirst {
     }
     return x;
   }
-  __device__ void dots(Tokens const& t, Shared& shared, int i, float (&ks)[kOwned],
-                       float (&qs)[kOwned]) const {
+  __device__ void dots(Keys const& t, Shared& shared, int i, float (&ks)[kOwned], float (&qs)[kOwned]) const {
     float4 sums[2] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -201,11 +214,11 @@ struct KeyFirst {
       to[0] = total.x, to[1] = total.y, to[2] = total.z, to[3] = total.w;
     }
   }
-  __device__ void update(Tokens const& t, int i, float const (&write)[kOwned]) {
+  __device__ void update(Keys const& t, Writes const& w, int i, float const (&write)[kOwned]) {
     float4 const u = {write[0], write[1], write[2], write[3]};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      apply_decay(s[r], t.decay[i], t.change[i]);
+      apply_decay(s[r], w.decay[i], w.change[i]);
       add(s[r], u, splat(t.k[i][key(r)]));
     }
   }
@@ -214,19 +227,42 @@ struct KeyFirst {
 // Token i; emit(j, q^T S after it) for each owned column: q^T S' = e^g q^T S + (q . k) u takes no second
 // pass.
 template <class Tile, class Emit>
-__device__ void advance(Tile& tile, typename Tile::Tokens const& t, typename Tile::Shared& shared, int i,
-                        Emit const& emit) {
+__device__ void advance(Tile& tile, typename Tile::Keys const& t, typename Tile::Writes const& w,
+                        typename Tile::Shared& shared, int i, Emit const& emit) {
   float ks[Tile::kOwned], qs[Tile::kOwned];
   tile.dots(t, shared, i, ks, qs);
 #pragma unroll
   for (int j = 0; j < Tile::kOwned; ++j) {
-    ks[j] = t.beta[i] * (t.v[i][Tile::column(j)] - t.decay[i] * ks[j]);
-    emit(j, t.decay[i] * qs[j] + t.qk[i] * ks[j]);
+    ks[j] = w.beta[i] * (w.v[i][Tile::column(j)] - w.decay[i] * ks[j]);
+    emit(j, w.decay[i] * qs[j] + t.qk[i] * ks[j]);
   }
-  tile.update(t, i, ks);
+  tile.update(t, w, i, ks);
 }
 
-// A row of q and of k in the registers of a warp.
+// A row of q and of k in the registers of a warp, normalised if asked for.
+template <int kKeys>
+__device__ void store_keys(StepKeys<kKeys>& t, int token, bool normalise, float const (&q)[kKeys / kWarp],
+                           float const (&k)[kKeys / kWarp]) {
+  float qq = 0.f, kk = 0.f, qk = 0.f;
+#pragma unroll
+  for (int e = 0; e < kKeys / kWarp; ++e) {
+    qq = fmaf(q[e], q[e], qq);
+    kk = fmaf(k[e], k[e], kk);
+    qk = fmaf(q[e], k[e], qk);
+  }
+  qq = normalise ? rsqrtf(lane_sum(qq) + kNormEpsilon) : 1.f;
+  kk = normalise ? rsqrtf(lane_sum(kk) + kNormEpsilon) : 1.f;
+  qk = lane_sum(qk) * qq * kk;
+#pragma unroll
+  for (int e = 0; e < kKeys / kWarp; ++e) {
+    int const c = e * kWarp + threadIdx.x % kWarp;
+    t.q[token][c] = q[e] * qq;
+    t.k[token][c] = k[e] * kk;
+  }
+  if (threadIdx.x % kWarp == 0) t.qk[token] = qk;
+}
+
+// The same in the dtype of q and k.
 template <class T, int kKeys>
 struct KeyRow {
   static constexpr int kPerLane = kKeys / kWarp;
@@ -244,27 +280,14 @@ struct KeyRow {
     }
   }
 
-  template <class Tokens>
-  __device__ void normalise_into(Tokens& t, int token, bool normalise) const {
-    float q[kPerLane], k[kPerLane], qq = 0.f, kk = 0.f, qk = 0.f;
+  __device__ void store(StepKeys<kKeys>& t, int token, bool normalise) const {
+    float x[kPerLane], y[kPerLane];
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
-      q[e] = to_float(this->q[e]);
-      k[e] = to_float(this->k[e]);
-      qq = fmaf(q[e], q[e], qq);
-      kk = fmaf(k[e], k[e], kk);
-      qk = fmaf(q[e], k[e], qk);
+      x[e] = to_float(q[e]);
+      y[e] = to_float(k[e]);
     }
-    qq = normalise ? rsqrtf(lane_sum(qq) + kNormEpsilon) : 1.f;
-    kk = normalise ? rsqrtf(lane_sum(kk) + kNormEpsilon) : 1.f;
-    qk = lane_sum(qk) * qq * kk;
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) {
-      int const c = e * kWarp + threadIdx.x % kWarp;
-      t.q[token][c] = q[e] * qq;
-      t.k[token][c] = k[e] * kk;
-    }
-    if (threadIdx.x % kWarp == 0) t.qk[token] = qk;
+    store_keys(t, token, normalise, x, y);
   }
 };
 
@@ -287,9 +310,8 @@ struct Values {
       v[e] = first + c < p.value_dim ? token_row<T const>(p.v, row, i, head)[first + c] : T(0.f);
     });
   }
-  template <class Tokens>
-  __device__ void store(Tokens& t, int tokens) const {
-    each(tokens, [&](int e, int i, int c) { t.v[i][c] = to_float(v[e]); });
+  __device__ void store(StepWrites<kColumns>& w, int tokens) const {
+    each(tokens, [&](int e, int i, int c) { w.v[i][c] = to_float(v[e]); });
   }
 };
 
@@ -304,12 +326,10 @@ struct Gates {
     A_log = p.A_log[head];
     dt_bias = p.dt_bias[head];
   }
-  template <class Tokens>
-  __device__ void store(StepParams const& p, Tokens& t, int token) const {
-    float const g = gate(bits_to_float(p.gate_dtype, a), A_log, dt_bias);
-    t.decay[token] = expf(g);
-    t.change[token] = expm1f(g);
-    t.beta[token] = sigmoid(bits_to_float(p.gate_dtype, b)) * (p.neg_eigval ? 2.f : 1.f);
+  template <class Writes>
+  __device__ void store(StepParams const& p, Writes& w, int token) const {
+    w.set_gates(token, bits_to_float(p.gate_dtype, a), bits_to_float(p.gate_dtype, b), A_log, dt_bias,
+                p.neg_eigval);
   }
 };
 
@@ -329,7 +349,8 @@ constexpr int min_blocks() {
 template <class T, class Tile>
 __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
     decode_kernel(__grid_constant__ StepParams const p) {
-  __shared__ typename Tile::Tokens tokens;
+  __shared__ typename Tile::Keys key_rows;
+  __shared__ typename Tile::Writes writes;
   __shared__ typename Tile::Shared shared;
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -350,11 +371,11 @@ __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
   Tile tile;
   if (live) tile.load(state, first, p.key_dim, p.value_dim);
 
-  values.store(tokens, p.tokens);
-  if (gates_of < p.tokens) gates.store(p, tokens, gates_of);
+  values.store(writes, p.tokens);
+  if (gates_of < p.tokens) gates.store(p, writes, gates_of);
   for (int i = warp; i < p.tokens; i += kStepWarps) {
     if (i != warp) keys.load(p, row, i, key_head);
-    keys.normalise_into(tokens, i, p.qk_l2norm);
+    keys.store(key_rows, i, p.qk_l2norm);
   }
   __syncthreads();
 
@@ -370,7 +391,7 @@ __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
     return;
   }
   for (int i = 0; i < p.tokens; ++i) {
-    advance(tile, tokens, shared, i, [&](int j, float x) { store_output(i, j, p.scale * x); });
+    advance(tile, key_rows, writes, shared, i, [&](int j, float x) { store_output(i, j, p.scale * x); });
   }
   tile.store(state, first, p.key_dim, p.value_dim);
 }
