@@ -81,7 +81,7 @@ def run_case(
             peer = peers.find(package, device.type)
             add(name, peer.version, "peer", build, peer.missing)
 
-    clock = timing.make_clock(device, graph)
+    clock = timing.make_clock(device, graph or case.graph)
     inputs = case.inputs()
     expected = case.oracle(inputs)
     calls = {}
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS), help="default: all")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--graph", action="store_true", help="cuda: time replays of a CUDA graph")
+    parser.add_argument("--graph", action="store_true", help="cuda: time replays of a CUDA graph (decode steps always)")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs: about two minutes on 2 cores")
     parser.add_argument("--json", type=Path, help="the data; default: OUT_DIR/<machine>.json")
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent / "results")

@@ -20,12 +20,12 @@ VARLEN = torch.tensor([2, 2, 9, 9, 10, 12, 150, 200, 200])  # slack before and a
 both_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 
 
-def inputs(B=2, T=64, D=70, W=4, dtype=FP32, sequences=None):
+def inputs(B=2, T=64, D=70, W=4, dtype=FP32, sequences=None, device="cpu"):
     return {
-        "x": torch.randn(B, T, D).to(dtype),
-        "weight": torch.randn(D, W),
-        "bias": torch.randn(D),
-        "initial_state": torch.randn(B if sequences is None else sequences, D, W).to(dtype),
+        "x": torch.randn(B, T, D, device=device).to(dtype),
+        "weight": torch.randn(D, W, device=device),
+        "bias": torch.randn(D, device=device),
+        "initial_state": torch.randn(B if sequences is None else sequences, D, W, device=device).to(dtype),
     }
 
 
@@ -66,28 +66,28 @@ def assert_equal(a, b):
 
 @both_dtypes
 @pytest.mark.parametrize("T", LENGTHS)
-def test_against_oracle(T, dtype):
+def test_against_oracle(device, T, dtype):
     for W in (1, 2, 4, 5, 8, 16):
-        x = inputs(T=T, W=W, dtype=dtype)
+        x = inputs(T=T, W=W, dtype=dtype, device=device)
         check_against_oracle(x, *cotangents_for(x))
 
 
 @both_dtypes
-def test_channel_counts(dtype):
+def test_channel_counts(device, dtype):
     for D in (5, 15, 16, 64, 65, 200):
-        x = inputs(T=9, D=D, dtype=dtype)
+        x = inputs(T=9, D=D, dtype=dtype, device=device)
         check_against_oracle(x, *cotangents_for(x))
 
 
 @pytest.mark.parametrize("options", list(product([False, True], repeat=4)))
-def test_optional_arguments(options):
+def test_optional_arguments(device, options):
     bias, initial_state, final_state, varlen = options
-    x = inputs(B=1 if varlen else 2, T=20, D=33, sequences=3 if varlen else None)
+    x = inputs(B=1 if varlen else 2, T=20, D=33, sequences=3 if varlen else None, device=device)
     dy, dfinal = cotangents_for(x)
     for name, given in (("bias", bias), ("initial_state", initial_state)):
         if not given:
             del x[name]
-    cu_seqlens = torch.tensor([0, 1, 12, 20]) if varlen else None
+    cu_seqlens = torch.tensor([0, 1, 12, 20], device=device) if varlen else None
     for activation in ("silu", None):
         check_against_oracle(x, dy, dfinal if final_state else None, cu_seqlens=cu_seqlens, activation=activation)
     y, state = causal_conv1d(**x, cu_seqlens=cu_seqlens)
@@ -97,9 +97,9 @@ def test_optional_arguments(options):
 
 @both_dtypes
 @pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
-def test_varlen(dtype, offset_dtype):
-    cu_seqlens = VARLEN.to(offset_dtype)
-    x = inputs(B=1, T=210, dtype=dtype, sequences=len(VARLEN) - 1)
+def test_varlen(device, dtype, offset_dtype):
+    cu_seqlens = VARLEN.to(device, offset_dtype)
+    x = inputs(B=1, T=210, dtype=dtype, sequences=len(VARLEN) - 1, device=device)
     dy, dfinal = cotangents_for(x)
     ours = check_against_oracle(x, dy, dfinal, cu_seqlens=cu_seqlens)
     outside = [*range(2), *range(200, 210)]
@@ -109,19 +109,19 @@ def test_varlen(dtype, offset_dtype):
     assert torch.equal(ours["dinitial_state"][0], dfinal[0])
 
 
-def test_no_sequences_at_all():
-    x = inputs(B=1, T=3, sequences=0)
-    y, state = causal_conv1d(**x, output_final_state=True, cu_seqlens=torch.tensor([1]))
+def test_no_sequences_at_all(device):
+    x = inputs(B=1, T=3, sequences=0, device=device)
+    y, state = causal_conv1d(**x, output_final_state=True, cu_seqlens=torch.tensor([1], device=device))
     assert not y.any()
     assert state.shape == (0, 70, 4)
-    grads = with_gradients(causal_conv1d, x, torch.randn(1, 3, 70), cu_seqlens=torch.tensor([1]))
+    grads = with_gradients(causal_conv1d, x, torch.randn_like(x["x"]), cu_seqlens=torch.tensor([1], device=device))
     assert not any(grads[name].any() for name in ("dx", "dweight", "dbias"))
 
 
 @both_dtypes
-def test_varlen_equals_separate_sequences(dtype):
-    x = inputs(B=1, T=210, dtype=dtype, sequences=len(VARLEN) - 1)
-    packed, state = causal_conv1d(**x, output_final_state=True, cu_seqlens=VARLEN)
+def test_varlen_equals_separate_sequences(device, dtype):
+    x = inputs(B=1, T=210, dtype=dtype, sequences=len(VARLEN) - 1, device=device)
+    packed, state = causal_conv1d(**x, output_final_state=True, cu_seqlens=VARLEN.to(device))
     for n, (begin, end) in enumerate(pairwise(VARLEN.tolist())):
         alone = x | {"x": x["x"][:, begin:end], "initial_state": x["initial_state"][n : n + 1]}
         y, final = causal_conv1d(**alone, output_final_state=True)
@@ -129,13 +129,13 @@ def test_varlen_equals_separate_sequences(dtype):
         assert torch.equal(state[n : n + 1], final)
 
 
-def test_documents_do_not_leak():
-    cu_seqlens = torch.tensor([0, 70, 140])
-    x = inputs(B=1, T=140, sequences=2)
+def test_documents_do_not_leak(device):
+    cu_seqlens = torch.tensor([0, 70, 140], device=device)
+    x = inputs(B=1, T=140, sequences=2, device=device)
     dy, dfinal = cotangents_for(x)
     a = with_gradients(causal_conv1d, x, dy, dfinal, cu_seqlens=cu_seqlens)
     for t in (x["x"], dy):
-        t[:, :70] = torch.randn(1, 70, 70)
+        t[:, :70] = torch.randn(1, 70, 70, device=device)
     for t in (x["initial_state"], dfinal):
         t[0] = float("nan")
     b = with_gradients(causal_conv1d, x, dy, dfinal, cu_seqlens=cu_seqlens)
@@ -145,23 +145,23 @@ def test_documents_do_not_leak():
         assert torch.equal(a[name][1], b[name][1])
 
 
-def test_causal():
-    x = inputs(T=200)
+def test_causal(device):
+    x = inputs(T=200, device=device)
     y, _ = causal_conv1d(**x)
     x["x"][:, 150:] = float("nan")
     assert torch.equal(causal_conv1d(**x)[0][:, :150], y[:, :150])
 
 
 @both_dtypes
-def test_strides(dtype):
+def test_strides(device, dtype):
     B, T, D, W = 3, 70, 40, 4
-    x = inputs(B, T, D, W, dtype)
+    x = inputs(B, T, D, W, dtype, device=device)
     dy, dfinal = cotangents_for(x)
     expected = with_gradients(causal_conv1d, x, dy, dfinal)
 
     def padded(t):
         """The same values with gaps after every row, not aligned to vectors."""
-        buffer = torch.full((*t.shape[:-1], t.shape[-1] + 7), float("nan"), dtype=t.dtype)
+        buffer = torch.full((*t.shape[:-1], t.shape[-1] + 7), float("nan"), dtype=t.dtype, device=device)
         buffer[..., 3 : 3 + t.shape[-1]] = t
         return buffer[..., 3 : 3 + t.shape[-1]]
 
@@ -176,28 +176,48 @@ def test_strides(dtype):
         grads = torch.autograd.grad((y, state), list(leaves.values()), (layout(dy), layout(dfinal)))
         actual = {"y": y, "final_state": state} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
         assert_equal(actual, expected)
-    same_row = torch.randn(1, 1, D).to(dtype).expand(B, T, D)
+    same_row = torch.randn(1, 1, D, device=device).to(dtype).expand(B, T, D)
     assert torch.equal(causal_conv1d(same_row, x["weight"])[0], causal_conv1d(same_row.clone(), x["weight"])[0])
     a = with_gradients(causal_conv1d, x, same_row)
     assert_equal(a, with_gradients(causal_conv1d, x, same_row.clone()))
 
 
 @both_dtypes
-def test_threads_change_nothing(dtype, threads):
-    x = inputs(B=1, T=700, D=200, dtype=dtype, sequences=3)
+def test_vectors_change_nothing(device, dtype):
+    """Rows that are aligned for vectors of channels, and the same values in rows that are not."""
+    x = inputs(T=300, D=64, dtype=dtype, device=device)
     dy, dfinal = cotangents_for(x)
+    expected = with_gradients(causal_conv1d, x, dy, dfinal)
+
+    def unaligned(t):
+        memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)
+        memory[1:] = t.flatten()
+        return memory[1:].view_as(t)
+
+    leaves = {n: t.detach().requires_grad_() for n, t in x.items()}
+    y, state = causal_conv1d(**leaves | {"x": unaligned(leaves["x"])}, output_final_state=True)
+    grads = torch.autograd.grad([y, state], list(leaves.values()), [unaligned(dy), dfinal])
+    actual = {"y": y, "final_state": state} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+    assert_equal(actual, expected)
+
+
+@both_dtypes
+def test_threads_change_nothing(device, dtype, threads):
+    x = inputs(B=1, T=700, D=200, dtype=dtype, sequences=3, device=device)
+    dy, dfinal = cotangents_for(x)
+    cu_seqlens = torch.tensor([0, 300, 301, 700], device=device)
     results = []
     for n in (1, 2, 3):
         threads(n)
-        results.append(with_gradients(causal_conv1d, x, dy, dfinal, cu_seqlens=torch.tensor([0, 300, 301, 700])))
+        results.append(with_gradients(causal_conv1d, x, dy, dfinal, cu_seqlens=cu_seqlens))
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
 
 
 @both_dtypes
 @pytest.mark.parametrize("W", [1, 4, 7])
-def test_split_with_state_equals_whole(dtype, W):
-    x = inputs(T=150, W=W, dtype=dtype)
+def test_split_with_state_equals_whole(device, dtype, W):
+    x = inputs(T=150, W=W, dtype=dtype, device=device)
     whole, last = causal_conv1d(**x, output_final_state=True)
     for pieces in ([1, 149], [3, 0, 64, 83], [128, 22], [2] * 75):
         ys, state = [], x["initial_state"]
@@ -210,12 +230,13 @@ def test_split_with_state_equals_whole(dtype, W):
 
 @both_dtypes
 @pytest.mark.parametrize("W", [1, 4, 7])
-def test_step_equals_sequence(dtype, W):
-    x = inputs(T=13, W=W, dtype=dtype)
+def test_step_equals_sequence(device, dtype, W):
+    x = inputs(T=13, W=W, dtype=dtype, device=device)
     whole, last = causal_conv1d(**x, output_final_state=True)
     for t in (1, 3, 13):
-        pool = torch.full((W, 9, 70), float("nan"), dtype=dtype).permute(1, 2, 0)  # strided: taps outermost
-        slots = torch.tensor([7, 2])
+        pool = torch.full((W, 9, 70), float("nan"), dtype=dtype, device=device)
+        pool = pool.permute(1, 2, 0)  # strided: taps outermost
+        slots = torch.tensor([7, 2], device=device)
         pool[slots] = x["initial_state"]
         before = pool.clone()
         taps = (x["weight"], x["bias"])
@@ -226,8 +247,21 @@ def test_step_equals_sequence(dtype, W):
         torch.testing.assert_close(pool[others], before[others], equal_nan=True, rtol=0, atol=0)
 
 
-def test_step_of_one_token_without_slots():
-    x = inputs(T=1)
+@both_dtypes
+def test_step_on_a_dense_pool(device, dtype):
+    """States of four adjacent elements move at once; those of a pool that is not aligned to them do not."""
+    x = inputs(T=3, D=64, dtype=dtype, device=device)
+    whole, last = causal_conv1d(**x, output_final_state=True)
+    memory = torch.empty(2 * 64 * 4 + 1, dtype=dtype, device=device)
+    for pool in (memory[:-1].view(2, 64, 4), memory[1:].view(2, 64, 4)):
+        pool.copy_(x["initial_state"])
+        y = causal_conv1d_step_(pool, x["x"], x["weight"], x["bias"])
+        assert torch.equal(y, whole)
+        assert torch.equal(pool, last)
+
+
+def test_step_of_one_token_without_slots(device):
+    x = inputs(T=1, device=device)
     state = x["initial_state"].clone()
     y = causal_conv1d_step_(state, x["x"][:, 0], x["weight"], x["bias"], activation=None)
     expected, last = causal_conv1d(**x, output_final_state=True, activation=None)
@@ -238,11 +272,11 @@ def test_step_of_one_token_without_slots():
 
 
 @both_dtypes
-def test_step_skips_slots_that_are_not_in_the_pool(dtype):
-    x = inputs(B=5, T=2, dtype=dtype)
-    pool = torch.randn(3, 70, 4).to(dtype)
+def test_step_skips_slots_that_are_not_in_the_pool(device, dtype):
+    x = inputs(B=5, T=2, dtype=dtype, device=device)
+    pool = torch.randn(3, 70, 4, device=device).to(dtype)
     before = pool.clone()
-    slots = torch.tensor([-1, 1, 3, -(2**62), 2**62])
+    slots = torch.tensor([-1, 1, 3, -(2**62), 2**62], device=device)
     y = causal_conv1d_step_(pool, x["x"], x["weight"], slots=slots)
     assert not y[[0, 2, 3, 4]].any()
     assert y[1].any()
@@ -250,8 +284,8 @@ def test_step_skips_slots_that_are_not_in_the_pool(dtype):
     assert torch.equal(pool[1, :, 2:], x["x"][1].T)
 
 
-def test_gradients_only_where_needed():
-    x = inputs(T=20)
+def test_gradients_only_where_needed(device):
+    x = inputs(T=20, device=device)
     dy, dfinal = cotangents_for(x)
     full = with_gradients(causal_conv1d, x, dy, dfinal)
     for name in x:
@@ -266,24 +300,24 @@ def test_gradients_only_where_needed():
     assert not only_state[:, :-4].any()
 
 
-def test_gradients_in_the_dtype_of_the_parameters():
-    x = inputs(T=20)
+def test_gradients_in_the_dtype_of_the_parameters(device):
+    x = inputs(T=20, device=device)
     taps = [x[name].bfloat16().requires_grad_() for name in ("weight", "bias")]
     grads = torch.autograd.grad(causal_conv1d(x["x"], *taps)[0].sum(), taps)
     assert [g.dtype for g in grads] == [BF16, BF16]
 
 
-def test_double_backward_is_an_error():
-    x = inputs(T=5)["x"].requires_grad_()
-    y, _ = causal_conv1d(x, torch.randn(70, 4))
+def test_double_backward_is_an_error(device):
+    x = inputs(T=5, device=device)["x"].requires_grad_()
+    y, _ = causal_conv1d(x, torch.randn(70, 4, device=device))
     (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         dx.sum().backward()
 
 
-def test_autocast():
-    x = inputs(T=5)
-    with torch.autocast("cpu", BF16):
+def test_autocast(device):
+    x = inputs(T=5, device=device)
+    with torch.autocast(device, BF16):
         y, state = causal_conv1d(**x, output_final_state=True)
     expected, last = causal_conv1d(x["x"].bfloat16(), x["weight"], x["bias"], x["initial_state"].bfloat16(), True)
     assert y.dtype == BF16
@@ -292,10 +326,10 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad):
-    x = {n: t.requires_grad_(grad) for n, t in inputs(T=6, D=20).items()}
-    packed = inputs(B=1, T=6, D=20, sequences=2)
-    cu_seqlens = torch.tensor([0, 2, 6])
+def test_opcheck(device, grad):
+    x = {n: t.requires_grad_(grad) for n, t in inputs(T=6, D=20, device=device).items()}
+    packed = inputs(B=1, T=6, D=20, sequences=2, device=device)
+    cu_seqlens = torch.tensor([0, 2, 6], device=device)
     fwd = torch.ops.lt2.causal_conv1d_fwd.default
     torch.library.opcheck(fwd, (x["x"], x["weight"], x["bias"], x["initial_state"], None, True, True))
     torch.library.opcheck(fwd, (x["x"], x["weight"], None, None, None, False, False))
@@ -306,20 +340,20 @@ def test_opcheck(grad):
         torch.library.opcheck(bwd, (dy, dfinal, x["x"], x["weight"], x["bias"], x["initial_state"], None, True))
         torch.library.opcheck(bwd, (dy, None, x["x"], x["weight"], None, None, None, False))
         step = torch.ops.lt2.causal_conv1d_step_.default
-        state, slots = x["initial_state"].clone(), torch.tensor([1, -1])
+        state, slots = x["initial_state"].clone(), torch.tensor([1, -1], device=device)
         torch.library.opcheck(step, (state, x["x"], x["weight"], x["bias"], slots, True))
         torch.library.opcheck(step, (state, x["x"], x["weight"], None, None, False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compile(device, dynamic):
     def f(x, weight, bias, initial_state):
         y, state = causal_conv1d(x * 2, weight, bias, initial_state, True)
         return y + 1, state
 
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for T in (6, 9) if dynamic else (6,):
-        x = inputs(T=T, D=20)
+        x = inputs(T=T, D=20, device=device)
         leaves = {n: t.requires_grad_() for n, t in x.items()}
         results = [with_gradients_of(g, leaves) for g in (f, compiled)]
         for eager, ours in zip(*results, strict=True):
@@ -331,11 +365,11 @@ def with_gradients_of(f, leaves):
     return y, state, *torch.autograd.grad((y.sum() + (state * state).sum()), list(leaves.values()))
 
 
-def test_compile_step():
+def test_compile_step(device):
     def f(state, x, weight, slots):
         return causal_conv1d_step_(state, x, weight, slots=slots) * 2
 
-    x, slots = inputs(T=2, D=20), torch.tensor([1, 0])
+    x, slots = inputs(T=2, D=20, device=device), torch.tensor([1, 0], device=device)
     states = [x["initial_state"].clone() for _ in range(2)]
     args = (x["x"], x["weight"], slots)
     expected = f(states[0], *args)
@@ -345,7 +379,7 @@ def test_compile_step():
 
 REJECTED = {
     "activation must be": {"activation": "relu"},
-    "x must be float32 or bfloat16, got torch.float16": {"x": torch.randn(1, 5, 6).half()},
+    "x must be float32 or bfloat16 on cpu, got torch.float16": {"x": torch.randn(1, 5, 6).half()},
     r"x must have shape \[B, T, D\], got \[5, 6\]": {"x": torch.randn(5, 6)},
     r"weight must have shape \[D, W\] = \[6, W\], got \[5, 4\]": {"weight": torch.randn(5, 4)},
     r"weight must have 1 <= W <= 16, got \[6, 17\]": {"weight": torch.randn(6, 17)},
@@ -399,10 +433,15 @@ def test_step_rejects_gradients_and_duplicates(checks):
         causal_conv1d_step_(state, x, weight, slots=torch.tensor([1, 1]))
 
 
-@pytest.mark.cuda
-def test_cuda_is_a_clear_error():
-    with pytest.raises(RuntimeError, match="lt2::causal_conv1d: not supported on CUDA"):
-        causal_conv1d(torch.randn(1, 5, 6, device="cuda"), torch.randn(6, 4, device="cuda"))
+def test_float16_on_cuda(device):
+    if device == "cpu":
+        pytest.skip("float16 is a CUDA dtype here; the CPU rejects it (test_rejects)")
+    x = inputs(T=130, D=64, dtype=torch.float16, device=device)
+    check_against_oracle(x, *cotangents_for(x))
+    whole, last = causal_conv1d(**x, output_final_state=True)
+    state = x["initial_state"].clone()
+    assert torch.equal(causal_conv1d_step_(state, x["x"], x["weight"], x["bias"]), whole)
+    assert torch.equal(state, last)
 
 
 def test_oracle():

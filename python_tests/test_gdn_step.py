@@ -67,6 +67,46 @@ def test_sizes(device, K, V, H, HV, dtype):
 
 
 @both_dtypes
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+@pytest.mark.parametrize("t", [1, 5])
+@pytest.mark.parametrize("B", [2, 40], ids=["few", "many"])
+@pytest.mark.parametrize("K, V", [(64, 64), (96, 192), (128, 128), (192, 384), (256, 36), (20, 512), (132, 20)])
+def test_head_shapes(device, K, V, B, t, v_first, dtype):
+    """Few and many rows: states are cut into finer or coarser pieces."""
+    x = step_inputs(B=B, t=t, K=K, V=V, dtype=dtype, device=device)
+    if v_first:
+        x["state"] = x["state"].mT.contiguous()
+    check_against_oracle(x, state_v_first=v_first)
+
+
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+@pytest.mark.parametrize("offset, pitch", [(1, 64), (0, 66), (4, 68)])
+def test_unaligned_pool(device, offset, pitch, v_first):
+    """Rows of states that do not begin at multiples of 16 bytes."""
+    x = step_inputs(B=2, t=2, K=64, V=64, device=device)
+    if v_first:
+        x["state"] = x["state"].mT.contiguous()
+    memory = torch.full((offset + 2 * 4 * 64 * pitch,), float("nan"), device=device)
+    view = memory[offset:].view(2, 4, 64, pitch)[..., :64]
+    view.copy_(x["state"])
+    o = gated_delta_step_(**x | {"state": view}, state_v_first=v_first)
+    expected_o, expected = check_against_oracle(x, state_v_first=v_first)
+    assert rel_err(o, expected_o) < 1e-6
+    assert rel_err(view, expected) < 1e-6
+    assert int(memory.isnan().sum()) == memory.numel() - view.numel()
+
+
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+def test_float16_on_cuda(device, v_first):
+    if device == "cpu":
+        pytest.skip("float16 is a CUDA dtype here; the CPU rejects it")
+    x = step_inputs(t=3, K=128, V=128, dtype=torch.float16, device=device)
+    if v_first:
+        x["state"] = x["state"].mT.contiguous()
+    check_against_oracle(x, state_v_first=v_first)
+
+
+@both_dtypes
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("l2norm, neg_eigval, scale", [(False, False, None), (True, True, 0.3), (True, False, 1.0)])
 def test_options(device, v_first, l2norm, neg_eigval, scale, dtype):

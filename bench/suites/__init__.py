@@ -31,6 +31,7 @@ class Case:
     torch: Build
     oracle: Forward  # float64 outputs on the same (rounded) inputs
     peers: Mapping[str, Build] = field(default_factory=dict)  # keys: a name in peers.PEERS, perhaps followed by " ..."
+    graph: bool = False  # on CUDA in a graph, as in a decode loop: eager, it would be the launch that is timed
     headline: bool = False  # ours and the peers get every round, whatever it takes
 
 

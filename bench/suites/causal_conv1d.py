@@ -16,7 +16,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 def cases(device: torch.device, quick: bool) -> list[Case]:
     shape = (4, 8192, 4096) if device.type == "cuda" else (1, 2048, 2048)
     rows = [conv_case(*shape, 4, dtype, backward, device) for dtype in (F32, BF16) for backward in (False, True)]
-    return rows + [step_case(B, shape[2], 4, BF16, device) for B in ([8] if quick else [1, 8, 64])]
+    batches = ([8] if quick else [1, 8, 64]) + ([512] if device.type == "cuda" else [])
+    return rows + [step_case(B, shape[2], 4, BF16, device) for B in batches]
 
 
 def conv_case(B: int, T: int, D: int, W: int, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
@@ -62,6 +63,7 @@ def step_case(B: int, D: int, W: int, dtype: torch.dtype, device: torch.device) 
         ours=step_ours,
         torch=step_torch,
         oracle=lambda x: step_torch({n: t.double() for n, t in x.items()})(),
+        graph=True,
     )
 
 

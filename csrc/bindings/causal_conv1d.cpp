@@ -17,8 +17,10 @@ float const* floats(OptionalTensor const& t) {
 
 void check_tokens(Tensor const& x) {
   LT2_CHECK_DIM(OP, x, 3);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
-                  OP ": x must be float32 or bfloat16, got ", dtype_name(x.scalar_type()));
+  bool const half_ok = x.scalar_type() == ScalarType::Half && x.is_cuda();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16 || half_ok,
+                  OP ": x must be float32 or bfloat16 (or float16 on CUDA), got ",
+                  dtype_name(x.scalar_type()));
 }
 
 void check_taps(Tensor const& x, Tensor const& weight, OptionalTensor const& bias) {
@@ -208,8 +210,10 @@ Gradients backward_cuda(Tensor const& dy, OptionalTensor const& dfinal_state, Te
                         Tensor const& weight, OptionalTensor const& bias, OptionalTensor const& initial_state,
                         OptionalTensor const& cu_seqlens, bool silu) {
   torch::stable::accelerator::DeviceGuard const guard(x.get_device_index());
-  auto const run = [&](BackwardParams const& p, Tensor const&) {
-    check_status(portable::backward(p, current_cuda_stream(x)));
+  auto const run = [&](BackwardParams const& p, Tensor const& like) {
+    Tensor workspace = empty(like, {portable::backward_workspace(p)}, ScalarType::Float);
+    check_status(
+        portable::backward(p, static_cast<float*>(workspace.mutable_data_ptr()), current_cuda_stream(x)));
   };
   return backward(run, dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu);
 }

@@ -316,7 +316,8 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
   p.slot_ids = slot_ids ? static_cast<int64_t const*>(slot_ids->const_data_ptr()) : nullptr;
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    check_status(gdn::portable::step(p, current_cuda_stream(q)));
+    auto const run = gdn::sm90::step_supports(p) == kOk ? gdn::sm90::step : gdn::portable::step;
+    check_status(run(p, current_cuda_stream(q)));
   } else {
     gdn::cpu::step(p, torch_pool());
   }

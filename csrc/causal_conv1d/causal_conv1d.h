@@ -29,7 +29,7 @@ struct State {
 // Sequence n is batch row n, or tokens [cu_seqlens[n], cu_seqlens[n + 1]) of the only row; cu_seqlens must
 // ascend within [0, T]. Tokens of no sequence have y = 0 and dx = 0.
 struct Inputs {
-  Dtype dtype;  // of x, y, the states and their gradients: float32 or bfloat16
+  Dtype dtype;  // of x, y, the states and their gradients; float16 on CUDA only
   int64_t batch, tokens, channels, sequences;
   int width;  // 1 .. kMaxWidth
   bool silu;
@@ -77,9 +77,11 @@ void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool)
 void step(StepParams const& p, ThreadPool const& pool);
 }  // namespace cpu
 
+// Plain CUDA for any GPU that the build has code for.
 namespace portable {
+int64_t backward_workspace(BackwardParams const& p);
 Status forward(ForwardParams const& p, void* cuda_stream);
-Status backward(BackwardParams const& p, void* cuda_stream);
+Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);
 Status step(StepParams const& p, void* cuda_stream);
 }  // namespace portable
 

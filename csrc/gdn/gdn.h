@@ -80,6 +80,8 @@ void step(StepParams const& p, ThreadPool const& pool);
 namespace sm90 {
 Status supports(ForwardParams const& p);
 Status forward(ForwardParams const& p, void* cuda_stream);
+Status step_supports(StepParams const& p);
+Status step(StepParams const& p, void* cuda_stream);
 }  // namespace sm90
 
 // Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.

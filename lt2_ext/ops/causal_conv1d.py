@@ -29,10 +29,10 @@ def causal_conv1d(
 
     Inputs before the first token of a sequence come from ``initial_state``, or are zero. A state holds the last W
     inputs of a sequence, oldest first, as in fla (the convolution needs W - 1 of them); a sequence without tokens
-    passes it through. CPU only so far. Under autocast x is cast to the autocast dtype.
+    passes it through. Under autocast x is cast to the autocast dtype.
 
     Args:
-        x: ``[B, T, D]`` float32 or bfloat16; any strides.
+        x: ``[B, T, D]`` float32 or bfloat16 (on CUDA also float16); any strides.
         weight: ``[D, W]`` of any float dtype, ``1 <= W <= 16``; used in float32.
         bias: ``[D]`` of any float dtype; used in float32.
         initial_state: ``[N, D, W]``, cast to the dtype of x. N is B, or the number of sequences in ``cu_seqlens``.
@@ -48,7 +48,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: a wrong shape, dtype or activation.
-        RuntimeError: offsets in ``cu_seqlens`` that do not ascend within ``0 .. T``; an unsupported device.
+        RuntimeError: on the CPU, offsets in ``cu_seqlens`` that do not ascend within ``0 .. T``; an unsupported device.
     """
     op = "causal_conv1d"
     (x,) = autocast(x, x)
@@ -83,11 +83,11 @@ def causal_conv1d_step_(
     """Convolve the next tokens of each row, updating a pool of states in place.
 
     The equation of :func:`causal_conv1d`, bit for bit. Inference only: there is no derivative, so inputs that require
-    one are an error in grad mode. CPU only so far.
+    one are an error in grad mode.
 
     Args:
         state: ``[slots, D, W]`` in the dtype of x, any strides: the last W inputs of each sequence, oldest first.
-        x: ``[B, t, D]``, or ``[B, D]`` for one token; float32 or bfloat16. Not affected by autocast.
+        x: ``[B, t, D]``, or ``[B, D]`` for one token; dtypes of :func:`causal_conv1d`. Not affected by autocast.
         weight, bias: ``[D, W]`` (``1 <= W <= 16``) and ``[D]`` of any float dtype; used in float32.
         slots: ``[B]`` int64, the state of each row, no valid one twice. A row whose slot is -1 (or not in the pool)
             writes nothing and gives ``y = 0``. None: row b uses slot b.
@@ -125,7 +125,10 @@ def causal_conv1d_step_(
 def _check_inputs(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Whether the activation is SiLU."""
     check(activation in ("silu", "swish", None), op, "activation", 'be "silu", "swish" or None', repr(activation))
-    check(x.dtype in (torch.float32, torch.bfloat16), op, "x", "be float32 or bfloat16", x.dtype)
+    on_cpu = x.device.type == "cpu"
+    known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
+    names = "float32 or bfloat16" if on_cpu else "float32, bfloat16 or float16"
+    check(x.dtype in known, op, "x", f"be {names} on {x.device.type}", x.dtype)
     D = x.shape[-1]
     check(weight.dim() == 2 and weight.shape[0] == D, op, "weight", f"have shape [D, W] = [{D}, W]", list(weight.shape))
     check(1 <= weight.shape[1] <= MAX_WIDTH, op, "weight", f"have 1 <= W <= {MAX_WIDTH}", list(weight.shape))

@@ -1,12 +1,12 @@
-// There are no CUDA kernels of this family: same symbols, one clear message.
 #include "causal_conv1d/causal_conv1d.h"
 
 namespace lt2::causal_conv1d::portable {
 
-static Status const kNotSupported = "not supported on CUDA, only on the CPU";
+static constexpr Status kNotBuilt = "lt2_ext was built without CUDA kernels (no nvcc at build time)";
 
-Status forward(ForwardParams const&, void*) { return kNotSupported; }
-Status backward(BackwardParams const&, void*) { return kNotSupported; }
-Status step(StepParams const&, void*) { return kNotSupported; }
+int64_t backward_workspace(BackwardParams const&) { return 0; }
+Status forward(ForwardParams const&, void*) { return kNotBuilt; }
+Status backward(BackwardParams const&, float*, void*) { return kNotBuilt; }
+Status step(StepParams const&, void*) { return kNotBuilt; }
 
 }  // namespace lt2::causal_conv1d::portable

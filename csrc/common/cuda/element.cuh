@@ -46,16 +46,24 @@ __device__ inline __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// For the odd scalar whose type is not worth a template.
-__device__ inline float load_element(Dtype dtype, void const* data, int64_t i) {
+// For the odd scalar whose type is not worth a template. Loading and converting are two functions, so that a
+// kernel can have several loads under way.
+__device__ inline uint32_t load_bits(Dtype dtype, void const* data, int64_t i) {
+  return dtype == Dtype::kFloat32 ? static_cast<uint32_t const*>(data)[i]
+                                  : static_cast<uint16_t const*>(data)[i];
+}
+__device__ inline float bits_to_float(Dtype dtype, uint32_t bits) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return to_float(static_cast<__nv_bfloat16 const*>(data)[i]);
+      return __uint_as_float(bits << 16);
     case Dtype::kFloat16:
-      return to_float(static_cast<__half const*>(data)[i]);
+      return to_float(__ushort_as_half(static_cast<unsigned short>(bits)));
     default:
-      return static_cast<float const*>(data)[i];
+      return __uint_as_float(bits);
   }
+}
+__device__ inline float load_element(Dtype dtype, void const* data, int64_t i) {
+  return bits_to_float(dtype, load_bits(dtype, data, i));
 }
 
 __device__ inline float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }

@@ -23,21 +23,28 @@ inline Status status(cudaError_t error) {
 
 inline constexpr int kDefaultSharedBytes = 48 << 10;
 
-// Asynchronous; a grid of no blocks is a success. The attribute is set on every launch because it belongs to
-// one device, and costs next to nothing.
+// The attribute is set on every launch because it belongs to one device, and costs next to nothing.
+template <class... Params>
+Status allow_shared(void (*kernel)(Params...), int shared_bytes) {
+  if (shared_bytes <= kDefaultSharedBytes) return kOk;
+  return status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+
+// Asynchronous; a grid of no blocks is a success.
+template <class... Params, class... Args>
+Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, void* stream,
+              Args const&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return kOk;
+  if (Status const allowed = allow_shared(kernel, shared_bytes); allowed != kOk) return allowed;
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return status(cudaGetLastError());
+}
+
 template <class... Params, class... Args>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, void* stream,
               Args const&... args) {
-  if (blocks == 0) return kOk;
   if (blocks > INT32_MAX) return "too many sequences, heads and chunks for one launch (2^31 - 1 blocks)";
-  if (shared_bytes > kDefaultSharedBytes) {
-    cudaError_t const error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return status(error);
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      args...);
-  return status(cudaGetLastError());
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, args...);
 }
 
 }  // namespace lt2::cuda

@@ -1,16 +1,22 @@
 #include "gdn/gdn.h"
 
-namespace lt2::gdn::portable {
-namespace {
+namespace lt2::gdn {
 
-constexpr Status kNotBuilt = "lt2_ext was built without CUDA kernels (no nvcc at build time)";
+static constexpr Status kNotBuilt = "lt2_ext was built without CUDA kernels (no nvcc at build time)";
 
-}  // namespace
-
+namespace portable {
 Status supports(Inputs const&) { return kNotBuilt; }
 int64_t backward_workspace(BackwardParams const&) { return 0; }
 Status forward(ForwardParams const&, void*) { return kNotBuilt; }
 Status backward(BackwardParams const&, float*, void*) { return kNotBuilt; }
 Status step(StepParams const&, void*) { return kNotBuilt; }
+}  // namespace portable
 
-}  // namespace lt2::gdn::portable
+namespace sm90 {
+Status supports(ForwardParams const&) { return kNotBuilt; }
+Status forward(ForwardParams const&, void*) { return kNotBuilt; }
+Status step_supports(StepParams const&) { return kNotBuilt; }
+Status step(StepParams const&, void*) { return kNotBuilt; }
+}  // namespace sm90
+
+}  // namespace lt2::gdn

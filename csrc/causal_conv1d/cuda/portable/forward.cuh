@@ -1,0 +1,100 @@
+// The convolution of sequences, and of the next tokens of a decode step.
+//
+// A thread has kVec channels of one chunk and walks over its tokens, kTile at a time: their loads are under
+// way at once, and the kTaps - 1 rows before them stay in registers. A token's sum always runs in the same
+// order, so splitting a sequence never changes a bit.
+#pragma once
+
+#include "causal_conv1d/cuda/portable/rows.cuh"
+
+namespace lt2::causal_conv1d::portable {
+
+template <class T, int kVec, int kTaps>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(__grid_constant__ ForwardParams const p, int size) {
+  constexpr int kTile = 8, kPast = kTaps - 1;
+  using Row = RowOf<T, kVec>;
+  int64_t const channel = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kVec;
+  Chunk chunk;
+  if (channel >= p.channels || !find_chunk(p, size, blockIdx.x, chunk)) return;
+  if (chunk.sequence < 0) return zero_rows<T, kVec>(p.y, chunk, channel);
+
+  Taps<kVec, kTaps> const taps(p.weight, p.bias, p.width, channel);
+  Row rows[kPast + kTile];
+#pragma unroll
+  for (int j = 0; j < kPast; ++j) {
+    bool const exists = j >= taps.first && chunk.begin < chunk.end;
+    rows[j] = exists ? input_row<T, kVec>(p, chunk, chunk.begin - kPast + j, channel) : Row::zero();
+  }
+  T const* x = token_row<T const>(p.x, chunk.row, chunk.begin, channel);
+  T* y = token_row<T>(p.y, chunk.row, chunk.begin, channel);
+  for (int left = static_cast<int>(chunk.end - chunk.begin); left > 0; left -= kTile) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) rows[kPast + i] = i < left ? Row::load(x + i * p.x.token) : Row::zero();
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      Row out;
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) out[c] = from_float<T>(activate(taps.convolve(rows + i, c), p.silu));
+      if (i < left) out.store(y + i * p.y.token);
+    }
+#pragma unroll
+    for (int j = 0; j < kPast; ++j) rows[j] = rows[kTile + j];
+    x += kTile * p.x.token;
+    y += kTile * p.y.token;
+  }
+  if (p.final_state.data == nullptr || chunk.end != chunk.last) return;
+  for (int w = 0; w < p.width; ++w) {
+    store_tap(p.final_state, chunk.sequence, channel, w,
+              input_row<T, kVec>(p, chunk, chunk.last - p.width + w, channel));
+  }
+}
+
+// A thread has one channel of one row; the state is the window. kPacked: it is 4 adjacent, aligned elements.
+template <class T, int kTaps, bool kPacked>
+__global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepParams const p) {
+  static_assert(!kPacked || kTaps == 4);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  int64_t const row = blockIdx.x, channel = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  if (channel >= p.channels) return;
+  int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
+  T* const y = token_row<T>(p.y, row, 0, channel);
+  if (slot < 0 || slot >= p.slots) {
+    for (int64_t t = 0; t < p.tokens; ++t) y[t * p.y.token] = T(0.f);
+    return;
+  }
+  Taps<1, kTaps> const taps(p.weight, p.bias, p.width, channel);
+  T const* const x = token_row<T const>(p.x, row, 0, channel);
+  T* const state = static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
+  RowOf<T, 1> window[kTaps];
+  if constexpr (kPacked) {
+    auto const four = RowOf<T, 4>::load(state);
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) window[j][0] = four[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      window[j][0] = j >= taps.first ? state[(j - taps.first) * p.state.tap] : T(0.f);
+    }
+  }
+  for (int64_t t = 0; t < p.tokens; ++t) {
+#pragma unroll
+    for (int j = 0; j + 1 < kTaps; ++j) window[j] = window[j + 1];
+    window[kTaps - 1][0] = x[t * p.x.token];
+    y[t * p.y.token] = from_float<T>(activate(taps.convolve(window, 0), p.silu));
+  }
+  if constexpr (kPacked) {
+    RowOf<T, 4> four;
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) four[j] = window[j][0];
+    four.store(state);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      if (j >= taps.first) state[(j - taps.first) * p.state.tap] = window[j][0];
+    }
+  }
+}
+
+}  // namespace lt2::causal_conv1d::portable
