@@ -18,18 +18,22 @@
 
 namespace lt2::cuda::sm90 {
 
-// Descriptors of operands in tiles (see tma.cuh) that follow each other in memory, 64 elements of a row each.
-// k_major: the summed axis lies along the rows of the tile; the next 16 of it are k_step(k) further.
+// Descriptors of operands in tiles (see tma.cuh), 64 elements of a row each, the next kStride bytes further.
+// k_major: the summed axis lies along the rows of the tiles; its k-th 16 elements are k_step(k) further.
 __device__ inline uint64_t k_major(void const* tile) {
   return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
          (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
+template <int kStride = kTileBytes>
+__device__ constexpr uint64_t k_step(int k) {
+  return (k / 4) * (kStride >> 4) + (k % 4) * 2;
+}
 // The summed axis is the tile's rows; 16 of them are kRowStep.
-__device__ inline uint64_t row_major(void const* tile) {
-  return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t{kTileBytes >> 4} << 16) |
+template <int kStride = kTileBytes>
+__device__ uint64_t row_major(void const* tile) {
+  return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t{kStride >> 4} << 16) |
          (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
-__device__ constexpr uint64_t k_step(int k) { return (k / 4) * (kTileBytes >> 4) + (k % 4) * 2; }
 inline constexpr uint64_t kRowStep = 2048 >> 4;
 
 using cute::SM90::GMMA::Major;
@@ -66,15 +70,15 @@ __device__ __forceinline__ void fma_shared(uint64_t a, uint64_t b, float* d, cut
   Atom::fma(a, b, d[kI]..., scale);
 }
 
-// One step of 16: A in 4 registers, or in shared memory (k_major).
+// One step of 16 into d [kN / 2]: A in 4 registers, or in shared memory (k_major).
 template <class T, int kN, Major kMajorB = Major::K>
-__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint32_t const* a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma(float* d, uint32_t const* a, uint64_t b, bool accumulate) {
   fma_registers<typename Wgmma<T, kN, kMajorB>::Registers>(
       a, b, d, accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero,
       std::make_integer_sequence<int, kN / 2>{});
 }
 template <class T, int kN, Major kMajorB = Major::K>
-__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate) {
   fma_shared<typename Wgmma<T, kN, kMajorB>::Shared>(
       a, b, d, accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero,
       std::make_integer_sequence<int, kN / 2>{});

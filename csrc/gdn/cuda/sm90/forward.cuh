@@ -18,21 +18,21 @@ struct ForwardTraits {
   static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
   static constexpr int kSlices = kSlices_;  // state warpgroups
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
-  static constexpr int kStages = 3;  // of k: in use, being prepared, arriving
-  static constexpr int kStateThreads = kSlices * kWarpgroup;
-  static constexpr int kThreads = kStateThreads + kWarpgroup;
-  // With two state warpgroups, registers a thread: of 168 at launch the helpers give up what the others need.
-  static constexpr int kHelperRegisters = 136, kStateRegisters = 184;
+  static constexpr int kHelpers = kKeyDim == 192 ? 1 : 2;  // warpgroups that prepare tiles, in turn
+  static constexpr int kStages = 3;   // tiles of q and k, and of what is prepared of them
+  static constexpr int kThreads = (kSlices + kHelpers) * kWarpgroup;
+  // Registers a thread, where the helpers have to give up what the states need.
+  static constexpr bool kMovesRegisters = kThreads > 256;
+  static constexpr int kHelperRegisters = kSlices == 2 ? 88 : 144, kStateRegisters = kSlices == 2 ? 168 : 216;
 
   struct Shared {
-    alignas(1024) char k[kStages][kKeyTiles * kTileBytes];
-    char q[2][kKeyTiles * kTileBytes];  // two suffice: the states read q early
-    char v[kSlices][2][kTileBytes];     // then the output of the same chunk
-    char inverse[2][kTileBytes];
-    char scores[2][kTileBytes];
-    TileScratch scratch;
-    TileScalars scalars[2];
-    Barrier k_loaded[kStages], q_loaded[2], v_loaded[kSlices][2], prepared[2], q_read[2], released[2];
+    alignas(1024) char qk[kStages][kKeyTiles * kQkBytes];
+    char v[kSlices][2][kTileBytes];  // then the output of the same tile
+    char inverse[kStages][kTileBytes];
+    char scores[kStages][kTileBytes];
+    TileScratch scratch[kHelpers];
+    TileScalars scalars[kStages];
+    Barrier loaded[kStages], prepared[kStages], released[kStages], v_loaded[kSlices][2];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
@@ -74,59 +74,52 @@ __device__ inline ForwardUnit forward_unit(ForwardLaunch const& a, int columns) 
           (tokens + kTileSide - 1) / kTileSide};
 }
 
-template <int kTiles>
-__device__ void load_tiles(char* tiles, CUtensorMap const& map, int head, TileTokens const& t, Barrier& loaded) {
-  loaded.arrive_expecting(kTiles * kTileBytes);
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    load_tile(tiles + tile * kTileBytes, map, tile * kTileSide, head, t.begin, t.row, loaded);
-  }
-}
-
-// The helper warpgroup.
+// A helper warpgroup: tiles `helper`, + kHelpers, ...
 template <class Traits>
 __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a, ForwardMaps const& maps,
-                              ForwardUnit const& unit, int thread) {
+                              ForwardUnit const& unit, int helper, int thread) {
   using T = typename Traits::T;
   constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages;
-  auto const load_k = [&](int i) {
-    load_tiles<kTiles>(shared.k[i % kStages], maps.k, unit.qk_head, unit.tile(i), shared.k_loaded[i % kStages]);
-  };
-  auto const load_q = [&](int i) {
-    load_tiles<kTiles>(shared.q[i % 2], maps.q, unit.qk_head, unit.tile(i), shared.q_loaded[i % 2]);
-  };
-  if (unit.tiles == 0) return;
-  bool const scans = thread / 32 % 2 == 0;  // first warp of a chunk: a lane per token
-  int token = thread / kPair * kChunk + thread % 32;
-  if (scans) request_gates(a.p, unit.tile(0), unit.head, token, shared.scratch);
-  if (thread == 0) {
-    load_k(0);
-    load_q(0);
-  }
-  for (int i = 0; i < unit.tiles; ++i) {
-    int const slot = i % 2, next = i + 1;
-    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the few
-    // registers there are.
-    asm volatile("" : "+r"(thread), "+r"(token));
-    TileScalars& s = shared.scalars[slot];
-    int const count = unit.tile(i).count;
-    if (i >= 2) shared.released[slot].wait((i / 2 - 1) & 1);
-    if (scans) {
-      scan_gates(a.p, count, unit.head, token, shared.scratch, s);
-      if (next < unit.tiles) {
-        request_gates(a.p, unit.tile(next), unit.head, token, shared.scratch);
-        if (thread == 0) load_k(next);
+  TileScratch& scratch = shared.scratch[helper];
+  auto const load_qk = [&](int i) {
+    TileTokens const t = unit.tile(i);
+    Barrier& loaded = shared.loaded[i % kStages];
+    loaded.arrive_expecting(kTiles * kQkBytes);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      char* to = shared.qk[i % kStages] + tile * kQkBytes;
+#pragma unroll
+      for (int c = 0; c < kTileChunks; ++c) {
+        for (CUtensorMap const* map : {&maps.k, &maps.q}) {
+          load_tile(to, *map, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row, loaded);
+          to += kHalfTileBytes;
+        }
       }
     }
-    shared.k_loaded[i % kStages].wait((i / kStages) & 1);
-    shared.q_loaded[slot].wait((i / 2) & 1);
-    prepare_tile<T, Traits::kKeyDim>(a.p, count, shared.k[i % kStages], shared.q[slot], s, shared.scratch,
-                                     shared.inverse[slot], shared.scores[slot], thread, [&] {
-                                       if (thread != 0 || next >= unit.tiles) return;
-                                       if (next >= 2) shared.q_read[next % 2].wait((next / 2 - 1) & 1);
-                                       load_q(next);
-                                     });
-    shared.prepared[slot].arrive();
+  };
+  if (helper >= unit.tiles) return;
+  bool const scans = thread < kTileSide;
+  if (scans) request_gates(a.p, unit.tile(helper), unit.head, thread, scratch);
+  if (thread == 0) load_qk(helper);
+  for (int i = helper; i < unit.tiles; i += Traits::kHelpers) {
+    int const stage = i % kStages, next = i + Traits::kHelpers;
+    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the few
+    // registers there are.
+    asm volatile("" : "+r"(thread));
+    TileScalars& s = shared.scalars[stage];
+    int const count = unit.tile(i).count;
+    if (scans) {
+      scan_gates(a.p, count, unit.head, thread, scratch, s);
+      if (next < unit.tiles) request_gates(a.p, unit.tile(next), unit.head, thread, scratch);
+    }
+    shared.loaded[stage].wait((i / kStages) & 1);
+    prepare_tile<T, Traits::kKeyDim>(a.p, count, shared.qk[stage], s, scratch, shared.inverse[stage],
+                                     shared.scores[stage], 1 + 2 * helper, thread);
+    shared.prepared[stage].arrive();
+    if (next < unit.tiles) {
+      if (next >= kStages) shared.released[next % kStages].wait((next / kStages - 1) & 1);
+      if (thread == 0) load_qk(next);
+    }
   }
 }
 
@@ -188,7 +181,7 @@ __device__ void store_rows(char const* tile, Strided const& o, TileTokens const&
 // W = V - k_in (K S) of a chunk whose first token in the tile is `first`, as fragments; tokens from `count` on write
 // nothing.
 template <class T>
-__device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const (&ks)[kChunk / 2], char const* v_tile,
+__device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const* ks, char const* v_tile,
                                           float const* k_in, int first, int count, int warp, int lane) {
   uint32_t const address = shared_address(v_tile);
   int const t = 2 * (lane % 4);
@@ -219,7 +212,7 @@ __device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const
 }
 
 // x[.., token] *= factor[token].
-__device__ __forceinline__ void scale_tokens(float (&x)[kChunk / 2], float const* factor, int lane) {
+__device__ __forceinline__ void scale_tokens(float* x, float const* factor, int lane) {
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
     float2 const f = *reinterpret_cast<float2 const*>(factor + 8 * n + 2 * (lane % 4));
@@ -254,7 +247,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   constexpr int kKeyDim = Traits::kKeyDim, kKeySteps = kKeyDim / 16, kStages = Traits::kStages;
   constexpr int kChunkSteps = kChunk / 16, kGainParts = std::is_same_v<T, __half> ? 1 : 2;
   int const warp = thread / 32, lane = thread % 32;
-  int const barrier = kPairBarrier + kTileChunks + slice;
+  int const barrier = 1 + 2 * Traits::kHelpers + slice;
   int const column = unit.column + slice * kTileSide;
   auto const load_v = [&](int i) {
     Barrier& loaded = shared.v_loaded[slice][i % 2];
@@ -276,19 +269,18 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     for (int i = 0; i < kKeyDim / 2; ++i) s[i] = 0.f;
   }
 
-  float ks[kChunk / 2], o[kChunk / 2] = {};
+  float o[kChunk / 2] = {};
   float unrange = 1.f;  // of o
   // Chunk c's output goes where its values were; after a tile's last chunk the tile leaves.
   auto const store_output = [&](uint32_t const(&packed)[kChunk / 4], int c) {
-    int const i = c / kTileChunks, slot = i % 2, first = c % kTileChunks * kChunk;
-    char* const tile = shared.v[slice][slot];
+    int const i = c / kTileChunks, first = c % kTileChunks * kChunk;
+    char* const tile = shared.v[slice][i % 2];
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
       store_matrices_transposed(shared_address(tile) + value_offset(first + 8 * n, warp, lane), packed[2 * n],
                                 packed[2 * n + 1], packed[2 * n + 2], packed[2 * n + 3]);
     }
     if (c % kTileChunks != kTileChunks - 1) return;
-    if (lane == 0) shared.released[slot].arrive();
     fence_async_shared();
     named_barrier(barrier, kWarpgroup);
     TileTokens const t = unit.tile(i);
@@ -301,45 +293,42 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 
   int const chunks = unit.tiles * kTileChunks;
   for (int c = 0; c < chunks; ++c) {
-    int const i = c / kTileChunks, part = c % kTileChunks, slot = i % 2, first = part * kChunk;
-    uint64_t const rows = part * (kChunk * 128 >> 4);       // of descriptors: the chunk's rows of a tile
-    uint64_t const block = rows + k_step(2) * part;         // and its diagonal block
-    uint64_t const low = rows + k_step(2) * (1 - part);     // and the other block there
-    TileScalars const& scalars = shared.scalars[slot];
+    int const i = c / kTileChunks, part = c % kTileChunks, stage = i % kStages, first = part * kChunk;
+    uint64_t const rows = part * (kChunk * 128 >> 4);    // of descriptors: the chunk's rows of a tile
+    uint64_t const block = rows + k_step(2) * part;      // and its diagonal block
+    uint64_t const low = rows + k_step(2) * (1 - part);  // and the other block there
+    uint64_t const qk_rows = part * (kTileBytes >> 4);
+    TileScalars const& scalars = shared.scalars[stage];
     uint32_t fragments[kKeyDim / 4];  // of S^T
     pack_all<T>(fragments, s);
-    if (part == 0) shared.prepared[slot].wait((i / 2) & 1);
-    {
-      uint64_t const k = k_major(shared.k[i % kStages]) + rows;
-      pin(fragments);
-      pin(ks);
-      wgmma_begin();
-#pragma unroll
-      for (int j = 0; j < kKeySteps; ++j) wgmma<T, kChunk>(ks, fragments + 4 * j, k + k_step(j), j > 0);
-      wgmma_commit();
-    }
-    wgmma_wait<1>();  // P U of the chunk before
-    pin(o);
     uint32_t packed[kChunk / 4];
     pack_all<T>(packed, o, unrange);
-    if (c > 0) store_output(packed, c - 1);
+    if (part == 0) {
+      if (c > 0 && lane == 0) shared.released[(i - 1) % kStages].arrive();
+      shared.prepared[stage].wait((i / kStages) & 1);
+    }
+    float sums[kChunk];  // K S, then Q S
     {
-      uint64_t const q = k_major(shared.q[slot]) + rows;
-      pin(o);
+      uint64_t const qk = k_major(shared.qk[stage]) + qk_rows;
+      pin(fragments);
+      pin(sums);
       wgmma_begin();
 #pragma unroll
-      for (int j = 0; j < kKeySteps; ++j) wgmma<T, kChunk>(o, fragments + 4 * j, q + k_step(j), j > 0);
+      for (int j = 0; j < kKeySteps; ++j) {
+        wgmma<T, 2 * kChunk>(sums, fragments + 4 * j, qk + k_step<kQkBytes>(j), j > 0);
+      }
       wgmma_commit();
     }
-    if (part == 0) shared.v_loaded[slice][slot].wait((i / 2) & 1);
-    wgmma_wait<1>();
-    pin(ks);
+    if (c > 0) store_output(packed, c - 1);
+    if (part == 0) shared.v_loaded[slice][i % 2].wait((i / 2) & 1);
+    wgmma_wait<0>();
+    pin(sums);
     uint32_t w[kChunk / 4];
-    residuals<T>(w, ks, shared.v[slice][slot], scalars.k_in, first, unit.tile(i).count, warp, lane);
+    residuals<T>(w, sums, shared.v[slice][i % 2], scalars.k_in, first, unit.tile(i).count, warp, lane);
 
     float u[kChunk / 2];
     {
-      uint64_t const inverse = k_major(shared.inverse[slot]);
+      uint64_t const inverse = k_major(shared.inverse[stage]);
       pin(w);
       pin(u);
       wgmma_begin();
@@ -349,9 +338,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + low + k_step(j), true);
       wgmma_commit();
     }
-    wgmma_wait<1>();
-    pin(o);
-    if (part == kTileChunks - 1 && lane == 0) shared.q_read[slot].arrive();
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) o[j] = sums[kChunk / 2 + j];
     scale_tokens(o, scalars.q_in + first, lane);
     float const decay = scalars.decay[part];
 #pragma unroll
@@ -376,7 +364,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       }
     }
     {
-      uint64_t const k = row_major(shared.k[i % kStages]) + rows;
+      uint64_t const k = row_major<kQkBytes>(shared.qk[stage]) + qk_rows;
 #pragma unroll
       for (int g = 0; g < kGainParts; ++g) pin(gain[g]);
       pin(s);
@@ -397,7 +385,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 #pragma unroll
     for (int j = 0; j < kChunk / 2; ++j) o[j] *= range;
     {
-      uint64_t const scores = k_major(shared.scores[slot]) + block;
+      uint64_t const scores = k_major(shared.scores[stage]) + block;
       pin(written);
       pin(o);
       wgmma_begin();
@@ -405,11 +393,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       for (int j = 0; j < kChunkSteps; ++j) wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
       wgmma_commit();
     }
-    wgmma_wait<1>();
+    wgmma_wait<0>();
     pin(s);
+    pin(o);
   }
-  wgmma_wait<0>();
-  pin(o);
   uint32_t packed[kChunk / 4];
   pack_all<T>(packed, o, unrange);
   if (chunks > 0) store_output(packed, chunks - 1);
@@ -425,24 +412,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
-    for (Barrier& b : shared.k_loaded) b.init(1);
-    for (int slot = 0; slot < 2; ++slot) {
-      shared.q_loaded[slot].init(1);
-      for (int slice = 0; slice < Traits::kSlices; ++slice) shared.v_loaded[slice][slot].init(1);
-      shared.prepared[slot].init(kWarpgroup);
-      shared.q_read[slot].init(Traits::kSlices * 4);
-      shared.released[slot].init(Traits::kSlices * 4);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.loaded[stage].init(1);
+      shared.prepared[stage].init(kWarpgroup);
+      shared.released[stage].init(Traits::kSlices * 4);
+    }
+    for (auto& slice : shared.v_loaded) {
+      for (Barrier& b : slice) b.init(1);
     }
     fence_barrier_init();
   }
   __syncthreads();
   ForwardUnit const unit = forward_unit(a, Traits::kSlices * kTileSide);
-  if (group == 0) {
-    if constexpr (Traits::kSlices > 1) shrink_registers<Traits::kHelperRegisters>();
-    prepare_tiles<Traits>(shared, a, maps, unit, thread);
+  if (group < Traits::kHelpers) {
+    if constexpr (Traits::kMovesRegisters) shrink_registers<Traits::kHelperRegisters>();
+    prepare_tiles<Traits>(shared, a, maps, unit, group, thread);
   } else {
-    if constexpr (Traits::kSlices > 1) grow_registers<Traits::kStateRegisters>();
-    scan_tiles<Traits>(shared, a, maps, unit, group - 1, thread);
+    if constexpr (Traits::kMovesRegisters) grow_registers<Traits::kStateRegisters>();
+    scan_tiles<Traits>(shared, a, maps, unit, group - Traits::kHelpers, thread);
   }
 }
 

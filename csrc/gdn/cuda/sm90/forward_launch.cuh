@@ -12,12 +12,13 @@ Status launch_forward(ForwardParams const& p, Dtype dtype, void* stream) {
   struct {
     CUtensorMap* map;
     TokenMajor tensor;
-  } const tensors[] = {{&maps.q, token_major(p.q, p, p.heads, p.key_dim)},
-                       {&maps.k, token_major(p.k, p, p.heads, p.key_dim)},
-                       {&maps.v, token_major(p.v, p, p.value_heads, p.value_dim)},
-                       {&maps.o, token_major(p.o, p, p.value_heads, p.value_dim)}};
+    int tile_tokens;
+  } const tensors[] = {{&maps.q, token_major(p.q, p, p.heads, p.key_dim), kChunk},
+                       {&maps.k, token_major(p.k, p, p.heads, p.key_dim), kChunk},
+                       {&maps.v, token_major(p.v, p, p.value_heads, p.value_dim), kTileSide},
+                       {&maps.o, token_major(p.o, p, p.value_heads, p.value_dim), kTileSide}};
   for (auto const& t : tensors) {
-    if (Status const status = make_tensor_map(t.map, t.tensor, dtype); status != kOk) return status;
+    if (Status const status = make_tensor_map(t.map, t.tensor, dtype, t.tile_tokens); status != kOk) return status;
   }
   int const slice_groups = p.value_dim / (Traits::kSlices * kTileSide);
   return launch(forward_kernel<Traits>, p.sequences * p.value_heads * slice_groups, Traits::kThreads,

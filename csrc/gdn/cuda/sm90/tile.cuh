@@ -21,8 +21,8 @@ using portable::kNormEpsilon;
 
 inline constexpr int kChunk = 32;
 inline constexpr int kTileChunks = kTileSide / kChunk;
-// The 64 threads that prepare chunk c of a tile, two warps, share the named barrier kPairBarrier + c.
-inline constexpr int kPair = 64, kPairBarrier = 1;
+// Of q and k, 64 elements wide: rows of k of the first chunk, then of q, then the same of the second.
+inline constexpr int kHalfTileBytes = kTileBytes / 2, kQkBytes = 2 * kTileBytes;
 // e^(-150 ln 2) is below the smallest float, so a smaller decay of one token changes nothing, and a reset (-inf) stays
 // exact while sums of such decays stay finite.
 inline constexpr float kLeastLog2Decay = -150.f;
@@ -99,24 +99,24 @@ __device__ inline void scan_gates(Inputs const& p, int count, int head, int i, T
   s.strength[i] = i < count ? y : 0.f;
 }
 
-// Row `row` of kTiles tiles becomes zero.
+// One row of q or k, kTiles x 64 elements, kQkBytes apart; `row` counts from the start of the tile's 128.
 template <int kTiles>
-__device__ void clear_row(char* tiles, int row) {
+__device__ void clear_row(char* qk, int row) {
 #pragma unroll 1
   for (int i = 0; i < kTiles * 8; ++i) {
-    *reinterpret_cast<uint4*>(tiles + i / 8 * kTileBytes + tile_offset(row, i % 8)) = uint4{};
+    *reinterpret_cast<uint4*>(qk + i / 8 * kQkBytes + tile_offset(row, i % 8)) = uint4{};
   }
 }
 
 // 1 / |row| as the l2norm has it.
 template <class T, int kTiles>
-__device__ float row_norm(char const* tiles, int row) {
+__device__ float row_norm(char const* qk, int row) {
   float sum[2] = {};
 #pragma unroll 1
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll 4
     for (int chunk = 0; chunk < 8; ++chunk) {
-      uint4 const x = *reinterpret_cast<uint4 const*>(tiles + tile * kTileBytes + tile_offset(row, chunk));
+      uint4 const x = *reinterpret_cast<uint4 const*>(qk + tile * kQkBytes + tile_offset(row, chunk));
       for (uint32_t const word : {x.x, x.y, x.z, x.w}) {
         float2 const e = unpack<T>(word);
         sum[0] += e.x * e.x;
@@ -125,19 +125,6 @@ __device__ float row_norm(char const* tiles, int row) {
     }
   }
   return rsqrtf(sum[0] + sum[1] + kNormEpsilon);
-}
-
-// d [64 x 64] = A B^T over kKeyDim, both k_major tiles.
-template <class T, int kKeyDim>
-__device__ __forceinline__ void multiply_rows(float (&d)[kTileSide / 2], char const* a, char const* b) {
-  uint64_t const da = k_major(a), db = k_major(b);
-  pin(d);
-  wgmma_begin();
-#pragma unroll
-  for (int k = 0; k < kKeyDim / 16; ++k) wgmma<T, kTileSide>(d, da + k_step(k), db + k_step(k), k > 0);
-  wgmma_commit();
-  wgmma_wait<0>();
-  pin(d);
 }
 
 // Two floats as a pair of bf16 pairs that add up to them, to 2^-17.
@@ -266,10 +253,11 @@ __device__ __forceinline__ Split inverse_pair(float const* log2_decay, float con
   return {high, pack<T>(x - h.x, y - h.y)};
 }
 
-// T~ of chunk c from its inverse to a tile: block (c, c) of 32 x 32 the high parts, block (c, 1 - c) the low ones.
+// T~ of chunk c from its inverse to a tile, by 64 threads: block (c, c) of 32 x 32 the high parts, block (c, 1 - c) the
+// low ones.
 template <class T>
-__device__ void store_inverse(float const* inverse, TileScalars const& s, char* tile, int chunk, int pair_thread) {
-  int const row = pair_thread % kChunk, first = pair_thread / kChunk * 16;
+__device__ void store_inverse(float const* inverse, TileScalars const& s, char* tile, int chunk, int thread) {
+  int const row = thread % kChunk, first = thread / kChunk * 16;
   float const *const log2_decay = s.log2_decay + chunk * kChunk, *const strength = s.strength + chunk * kChunk;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -286,13 +274,6 @@ __device__ void store_inverse(float const* inverse, TileScalars const& s, char* 
     *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {t[0].low, t[1].low, t[2].low,
                                                                                          t[3].low};
   }
-}
-
-// A warp's rows of the diagonal block that it is in: columns 32 c .. of accumulators [64 x 64].
-__device__ __forceinline__ void diagonal_block(float (&block)[kChunk / 2], float const (&products)[kTileSide / 2],
-                                               int chunk) {
-#pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) block[i] = chunk == 0 ? products[i] : products[kChunk / 2 + i];
 }
 
 // The strictly lower part of b_i kn_i kn_j k_i.k_j of a warp's 16 rows; `half_row` is the first of them in the chunk.
@@ -340,24 +321,23 @@ __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& 
   }
 }
 
-// The whole preparation of a tile by one warpgroup, two warps a chunk: q and k have arrived in k_major tiles, and the
-// first warp of each chunk is writing log2_decay and strength. `inverse` and `scores` are tiles. All threads call `midway`
-// once. Ends with the writes of this thread ordered before later reads by wgmma.
-template <class T, int kKeyDim, class F>
-__device__ void prepare_tile(Inputs const& p, int count, char* k, char* q, TileScalars& s, TileScratch& scratch,
-                             char* inverse, char* scores, int thread, F const& midway) {
+// The whole preparation of a tile by one warpgroup that shares `barrier` and, its first half, `barrier` + 1. The first two
+// warps have k, one chunk each to scan and to invert, the others q. q and k have arrived, and scan_gates is under way.
+// `inverse` and `scores` are tiles. Ends with the writes of this thread ordered before later reads by wgmma.
+template <class T, int kKeyDim>
+__device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch, char* inverse,
+                             char* scores, int barrier, int thread) {
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide;
-  int const warp = thread / 32, lane = thread % 32, chunk = warp / 2;
+  int const warp = thread / 32, lane = thread % 32, chunk = warp % kTileChunks;
   int const token = chunk * kChunk + lane;
-  bool const first = warp % 2 == 0;  // warp of the chunk
-  auto const synchronize = [&] { named_barrier(kPairBarrier + chunk, kPair); };
-  char* const mine = first ? k : q;
+  bool const has_k = warp < kTileChunks;
+  int const row = chunk * 2 * kChunk + (has_k ? 0 : kChunk) + lane;
   if (token >= count) {  // what follows the sequence may be anything
-    clear_row<kTiles>(mine, token);
+    clear_row<kTiles>(qk, row);
     fence_async_shared();
   }
-  float const norm = p.qk_l2norm ? row_norm<T, kTiles>(mine, token) : 1.f;
-  if (first) {
+  float const norm = p.qk_l2norm ? row_norm<T, kTiles>(qk, row) : 1.f;
+  if (has_k) {
     float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
     s.k_norm[token] = norm;
     s.k_shift[token] = p.qk_l2norm ? decay - __log2f(norm) : decay;
@@ -367,26 +347,38 @@ __device__ void prepare_tile(Inputs const& p, int count, char* k, char* q, TileS
   } else {
     s.q_factor[token] = p.scale * norm;
   }
-  synchronize();
-  if (!first) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
+  named_barrier(barrier, kWarpgroup);
 
-  float products[kTileSide / 2], block[kChunk / 2];
-  float* const m = scratch.inverse[chunk];
-  multiply_rows<T, kKeyDim>(products, k, k);
-  diagonal_block(block, products, chunk);
-  store_correlations(block, s, m, chunk, warp % 2 * 16, lane);
-  multiply_rows<T, kKeyDim>(products, q, k);
-  diagonal_block(block, products, chunk);
-  midway();
-  synchronize();
-  if (first) {
-    invert_32(m, lane);
-  } else {
-    store_scores(block, s, scores, chunk, 16, lane);
+  // Rows 0..31 are K K^T of a chunk, rows 32..63 Q K^T.
+  float products[kTileChunks][kChunk / 2];
+#pragma unroll
+  for (int c = 0; c < kTileChunks; ++c) pin(products[c]);
+  wgmma_begin();
+#pragma unroll
+  for (int c = 0; c < kTileChunks; ++c) {
+    uint64_t const rows = k_major(qk + c * kTileBytes);
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 16; ++k) {
+      wgmma<T, kChunk>(products[c], rows + k_step<kQkBytes>(k), rows + k_step<kQkBytes>(k), k > 0);
+    }
   }
-  synchronize();
-  store_inverse<T>(m, s, inverse, chunk, thread % kPair);
-  if (first) store_scores(block, s, scores, chunk, 0, lane);
+  wgmma_commit();
+  if (!has_k) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
+  wgmma_wait<0>();
+#pragma unroll
+  for (int c = 0; c < kTileChunks; ++c) pin(products[c]);
+  int const half_row = chunk * 16;
+  if (has_k) {
+#pragma unroll
+    for (int c = 0; c < kTileChunks; ++c) store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
+    named_barrier(barrier + 1, kWarpgroup / 2);
+    invert_32(scratch.inverse[chunk], lane);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, c, half_row, lane);
+  }
+  named_barrier(barrier, kWarpgroup);
+  store_inverse<T>(scratch.inverse[thread / 64], s, inverse, thread / 64, thread % 64);
   fence_async_shared();
 }
 
