@@ -164,13 +164,14 @@ def test_every_tail(device, T):
         check_against_oracle(chunk_gated_delta_rule, gdn_inputs(T=T, dtype=dtype, device=device))
 
 
+SIZES = [(8, 8, 1, 2), (24, 40, 2, 4), (96, 192, 1, 1), (100, 36, 2, 2), (1, 3, 1, 1), (256, 512, 1, 1)]
+SIZES += [(128, 128, 1, 4), (64, 192, 2, 2), (96, 128, 1, 3), (128, 64, 2, 2), (192, 384, 1, 1)]
+
+
 @both_dtypes
-@pytest.mark.parametrize(
-    "K, V, H, HV",
-    [(8, 8, 1, 2), (24, 40, 2, 4), (96, 192, 1, 1), (100, 36, 2, 2), (1, 3, 1, 1), (128, 128, 1, 4), (256, 512, 1, 1)],
-)
+@pytest.mark.parametrize("K, V, H, HV", SIZES)
 def test_sizes(device, K, V, H, HV, dtype):
-    x = gdn_inputs(B=2, T=67, H=H, HV=HV, K=K, V=V, dtype=dtype, device=device)
+    x = gdn_inputs(B=2, T=67, H=H, HV=HV, K=K, V=V, dtype=dtype, device=device)  # 67: a chunk and a tail
     for op in OPS.values():
         check_against_oracle(op, x)
 
@@ -190,8 +191,14 @@ VARLEN = {
 def test_varlen(device, offsets, index_dtype):
     cu_seqlens = torch.tensor(offsets, dtype=index_dtype, device=device)
     T = offsets[-1] + (6 if offsets[0] else 0)
-    for dtype, op in ((FP32, chunk_gated_delta_rule), (BF16, chunk_gated_delta_rule), (FP32, OPS["recurrent"])):
-        x = gdn_inputs(T=T, HV=4, K=32, V=24, sequences=len(offsets) - 1, dtype=dtype, device=device)
+    chunk, recurrent = OPS.values()
+    for dtype, op, K, V in (
+        (FP32, chunk, 32, 24),
+        (BF16, chunk, 32, 24),
+        (BF16, chunk, 64, 128),
+        (FP32, recurrent, 32, 24),
+    ):
+        x = gdn_inputs(T=T, HV=4, K=K, V=V, sequences=len(offsets) - 1, dtype=dtype, device=device)
         ours = check_against_oracle(op, x, cu_seqlens=cu_seqlens)
         with_cpu_copy, _ = op(**x, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens.cpu())
         assert torch.equal(with_cpu_copy, ours["o"])
@@ -241,11 +248,11 @@ def test_nothing_to_do(device, op, B, T, offsets):
         assert got[name].count_nonzero() == 0
 
 
-@both_dtypes
-def test_no_leak_between_sequences(device, dtype):
+@pytest.mark.parametrize("dtype, K, V", [(FP32, 32, 32), (BF16, 32, 32), (BF16, 64, 64), (BF16, 96, 128)])
+def test_no_leak_between_sequences(device, dtype, K, V):
     """Whatever the first document holds, even NaN, the second does not change by a bit; nor do other rows and heads."""
     cu_seqlens = torch.tensor([0, 50, 120], device=device)
-    x = gdn_inputs(T=120, HV=4, K=32, V=32, sequences=2, dtype=dtype, device=device)
+    x = gdn_inputs(T=120, HV=4, K=K, V=V, sequences=2, dtype=dtype, device=device)
     cotangents = cotangents_for(x, cu_seqlens=cu_seqlens)
     before = with_gradients(chunk_gated_delta_rule, x, cotangents, cu_seqlens=cu_seqlens)
     for spoil in (lambda t: torch.randn_like(t), lambda t: torch.full_like(t, float("nan"))):
@@ -326,7 +333,8 @@ def pairwise(axes):
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_options_pairwise(device, case):
-    offsets, T, HV, K, V = case["offsets"], 80, 4, 32, 24
+    offsets, T, HV = case["offsets"], 80, 4
+    K, V = (32, 24) if case["dtype"] == FP32 else (64, 128)
     N = 1 if offsets is None else len(offsets) - 1
     x = gdn_inputs(T=T, HV=HV, K=K, V=V, sequences=N, dtype=case["dtype"], device=device)
     options = {"scale": case["scale"], "use_qk_l2norm_in_kernel": case["l2norm"], "state_v_first": case["v_first"]}
@@ -646,7 +654,20 @@ def test_public_function_compiles_in_one_graph(device, dynamic):
 def test_float16_on_cuda(device):
     if device == "cpu":
         pytest.skip("float16 is a CUDA dtype here; the CPU rejects it (test_rejected_inputs)")
-    check_against_oracle(chunk_gated_delta_rule, gdn_inputs(T=130, HV=4, dtype=torch.float16, device=device))
+    for K, V in ((64, 64), (96, 192), (128, 128)):
+        x = gdn_inputs(T=130, HV=4, K=K, V=V, dtype=torch.float16, device=device)
+        check_against_oracle(chunk_gated_delta_rule, x)
+
+
+def test_tiny_and_huge_gradients(device):
+    """The gradients are linear in those of the outputs, also where fp16 would under- or overflow inside the kernel."""
+    x = gdn_inputs(T=130, K=64, V=64, dtype=BF16, gate="small", device=device)
+    cotangents = cotangents_for(x)
+    expected = with_gradients(chunk_gated_delta_rule, x, cotangents)
+    for factor in (2.0**-60, 2.0**60):
+        scaled = with_gradients(chunk_gated_delta_rule, x, {name: t * factor for name, t in cotangents.items()})
+        for name in (n for n in expected if n.startswith("d")):
+            assert rel_err(scaled[name].double() / factor, expected[name]) < 1e-5, name
 
 
 def shape(*sizes, dtype=FP32):

@@ -238,9 +238,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
                               floats(dinitial_state)};
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    check_status(gdn::portable::supports(p));
-    Tensor const workspace = empty(q, {gdn::portable::backward_workspace(p)}, ScalarType::Float);
-    check_status(gdn::portable::backward(p, floats(workspace), current_cuda_stream(q)));
+    bool const hopper = gdn::sm90::supports_backward(p) == kOk;
+    if (!hopper) check_status(gdn::portable::supports(p));
+    int64_t const size = hopper ? gdn::sm90::backward_workspace(p) : gdn::portable::backward_workspace(p);
+    Tensor const workspace = empty(q, {size}, ScalarType::Float);
+    check_status((hopper ? gdn::sm90::backward : gdn::portable::backward)(p, floats(workspace),
+                                                                          current_cuda_stream(q)));
   } else {
     ThreadPool const pool = torch_pool();
     Tensor const workspace = empty(q, {gdn::cpu::backward_workspace(p, pool)}, ScalarType::Float);

@@ -80,6 +80,9 @@ void step(StepParams const& p, ThreadPool const& pool);
 namespace sm90 {
 Status supports(ForwardParams const& p);
 Status forward(ForwardParams const& p, void* cuda_stream);
+Status supports_backward(BackwardParams const& p);
+int64_t backward_workspace(BackwardParams const& p);
+Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);
 Status step_supports(StepParams const& p);
 Status step(StepParams const& p, void* cuda_stream);
 }  // namespace sm90

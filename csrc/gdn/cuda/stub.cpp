@@ -12,11 +12,4 @@ Status backward(BackwardParams const&, float*, void*) { return kNotBuilt; }
 Status step(StepParams const&, void*) { return kNotBuilt; }
 }  // namespace portable
 
-namespace sm90 {
-Status supports(ForwardParams const&) { return kNotBuilt; }
-Status forward(ForwardParams const&, void*) { return kNotBuilt; }
-Status step_supports(StepParams const&) { return kNotBuilt; }
-Status step(StepParams const&, void*) { return kNotBuilt; }
-}  // namespace sm90
-
 }  // namespace lt2::gdn

@@ -94,6 +94,21 @@ __device__ inline void store_tile(CUtensorMap const& map, void const* tile, int 
       : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// Contiguous bytes: addresses and size are multiples of 16.
+__device__ inline void load_bytes(void* to, void const* from, uint32_t bytes, Barrier& loaded) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&loaded))
+      : "memory");
+}
+__device__ inline void store_bytes(void* to, void const* from, uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 // This thread's stores have read shared memory.
 __device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

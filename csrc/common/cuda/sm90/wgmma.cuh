@@ -28,7 +28,7 @@ template <int kStride = kTileBytes>
 __device__ constexpr uint64_t k_step(int k) {
   return (k / 4) * (kStride >> 4) + (k % 4) * 2;
 }
-// The summed axis is the tile's rows; 16 of them are kRowStep.
+// The summed axis is the tile's rows; 16 of them are kRowStep. Either operand may lie this way.
 template <int kStride = kTileBytes>
 __device__ uint64_t row_major(void const* tile) {
   return static_cast<uint64_t>((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t{kStride >> 4} << 16) |
@@ -44,7 +44,8 @@ struct Wgmma;
   template <Major kMajorB>                                                              \
   struct Wgmma<T, N, kMajorB> {                                                         \
     using Registers = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_RS<Major::K, kMajorB>; \
-    using Shared = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_SS<Major::K, kMajorB>;    \
+    template <Major kMajorA>                                                            \
+    using Shared = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_SS<kMajorA, kMajorB>;     \
   };
 LT2_WGMMA(32, __nv_bfloat16, F32BF16BF16)
 LT2_WGMMA(64, __nv_bfloat16, F32BF16BF16)
@@ -70,16 +71,16 @@ __device__ __forceinline__ void fma_shared(uint64_t a, uint64_t b, float* d, cut
   Atom::fma(a, b, d[kI]..., scale);
 }
 
-// One step of 16 into d [kN / 2]: A in 4 registers, or in shared memory (k_major).
+// One step of 16 into d [kN / 2]: A in 4 registers, or in shared memory (k_major; row_major with kMajorA = MN).
 template <class T, int kN, Major kMajorB = Major::K>
 __device__ __forceinline__ void wgmma(float* d, uint32_t const* a, uint64_t b, bool accumulate) {
   fma_registers<typename Wgmma<T, kN, kMajorB>::Registers>(
       a, b, d, accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero,
       std::make_integer_sequence<int, kN / 2>{});
 }
-template <class T, int kN, Major kMajorB = Major::K>
+template <class T, int kN, Major kMajorB = Major::K, Major kMajorA = Major::K>
 __device__ __forceinline__ void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate) {
-  fma_shared<typename Wgmma<T, kN, kMajorB>::Shared>(
+  fma_shared<typename Wgmma<T, kN, kMajorB>::template Shared<kMajorA>>(
       a, b, d, accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero,
       std::make_integer_sequence<int, kN / 2>{});
 }

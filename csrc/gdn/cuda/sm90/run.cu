@@ -1,8 +1,13 @@
+#include "common/cuda/launch.cuh"
+#include "gdn/cuda/portable/gradients.cuh"
+#include "gdn/cuda/sm90/backward.cuh"
+#include "gdn/cuda/sm90/backward_launch.h"
 #include "gdn/cuda/sm90/forward_launch.h"
 
 namespace lt2::gdn::sm90 {
 namespace {
 
+using namespace cuda;
 using namespace cuda::sm90;
 
 // Of the current device; wgmma exists on compute capability 9.0 alone.
@@ -19,6 +24,7 @@ Status supports_inputs(Inputs const& p) {
   if (p.key_dim != 64 && p.key_dim != 96 && p.key_dim != 128 && p.key_dim != 192)
     return "the Hopper kernels take K = 64, 96, 128 or 192";
   if (p.value_dim % kTileSide != 0) return "the Hopper kernels take multiples of 64 as V";
+  if (p.batch == 0) return "the Hopper kernels take B >= 1";
   if (p.tokens == 0 || p.tokens > INT32_MAX) return "the Hopper kernels take T in 1..2^31 - 1";
   for (TokenMajor const& x :
        {token_major(p.q, p, p.heads, p.key_dim), token_major(p.k, p, p.heads, p.key_dim),
@@ -26,6 +32,18 @@ Status supports_inputs(Inputs const& p) {
     if (!tma_compatible(x)) return "the Hopper kernels take q, k, v with strides of multiples of 8 elements";
   }
   return is_hopper() ? kOk : "the Hopper kernels need compute capability 9.0";
+}
+
+template <Dtype kDtype>
+Status launch_by_key_dim(BackwardParams const& p, float* workspace, void* stream) {
+  switch (p.key_dim) {
+    case 64:
+      return launch_backward<kDtype, 64>(p, workspace, stream);
+    case 96:
+      return launch_backward<kDtype, 96>(p, workspace, stream);
+    default:
+      return launch_backward<kDtype, 128>(p, workspace, stream);
+  }
 }
 
 template <Dtype kDtype>
@@ -52,6 +70,32 @@ Status supports(ForwardParams const& p) {
 Status forward(ForwardParams const& p, void* stream) {
   return p.dtype == Dtype::kFloat16 ? launch_by_key_dim<Dtype::kFloat16>(p, stream)
                                     : launch_by_key_dim<Dtype::kBFloat16>(p, stream);
+}
+
+Status supports_backward(BackwardParams const& p) {
+  if (p.key_dim > 128) return "the Hopper kernels of the backward pass take K = 64, 96 or 128";
+  if (!tma_compatible(token_major(p.dout, p, p.value_heads, p.value_dim)))
+    return "the Hopper kernels take a gradient of o with strides of multiples of 8 elements";
+  return supports_inputs(p);
+}
+
+int64_t backward_workspace(BackwardParams const& p) {
+  int64_t bytes;
+  if (p.dtype == Dtype::kFloat16) {
+    backward_pass::backward_layout<__half>(p, nullptr, &bytes);
+  } else {
+    backward_pass::backward_layout<__nv_bfloat16>(p, nullptr, &bytes);
+  }
+  return bytes / static_cast<int64_t>(sizeof(float));
+}
+
+Status backward(BackwardParams const& p, float* workspace, void* stream) {
+  Status const gradients = p.dtype == Dtype::kFloat16
+                               ? launch_by_key_dim<Dtype::kFloat16>(p, workspace, stream)
+                               : launch_by_key_dim<Dtype::kBFloat16>(p, workspace, stream);
+  if (gradients != kOk || p.A_log == nullptr) return gradients;
+  return launch(portable::gate_gradients, p.sequences * p.value_heads, portable::kGradientThreads, 0, stream,
+                p);
 }
 
 }  // namespace lt2::gdn::sm90

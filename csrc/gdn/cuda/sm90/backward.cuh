@@ -1,0 +1,160 @@
+// The backward pass of the chunked form in three launches: prepare (backward_prepare.cuh, all chunks at
+// once), scan (backward_scan.cuh, the state forward and its gradient in reverse, chunk after chunk),
+// gradients (backward_gradients.cuh, all chunks at once). This file: what they hand to each other.
+//
+// Of a chunk, with L_ij = E_ij kn_i kn_j k_i.k_j below the diagonal and N = L (I + diag(b) L)^-1, strictly
+// lower as well,
+//   r = Y - N (b o Y), Y = V - e^G K S         what token i finds to be missing;  U = b o r is what it writes
+//   rho = dU - N^T (b o dU)                    the loss's gradient by that write, dU without later tokens of
+//   the chunk dV = b o rho      dbeta = r . rho
+// N instead of T~ = diag(b) - diag(b) N diag(b): r and rho come without a division by b, and the part of them
+// that is not a product stays in fp32.
+#pragma once
+
+#include "gdn/cuda/sm90/forward.cuh"
+
+namespace lt2::gdn::sm90::backward_pass {
+
+inline constexpr int kChunk = kTileSide;
+// -N is kept to fp16's precision or better: one fp16, or a pair of bf16 that add up to it.
+template <class T>
+inline constexpr int kInverseParts = std::is_same_v<T, __half> ? 1 : 2;
+
+// One value per token of the chunk.
+struct alignas(16) ChunkScalars {
+  float log2_decay[kChunk];              // G / ln 2
+  float strength[kChunk];                // b
+  float k_norm[kChunk], q_norm[kChunk];  // kn, qn
+  float k_in[kChunk];                    // e^G kn: what k sees of the state before the chunk
+  float q_in[kChunk];                    // scale e^G qn
+  float k_out[kChunk];                   // e^(G_last - G) kn: what is left of a write at the end of the chunk
+  float decay;                           // e^(G_last)
+};
+
+// Prepared of a chunk and value head. Tiles are as wgmma reads them: copies are contiguous.
+template <class T>
+struct ChunkRecord {
+  alignas(1024) char negative_n[kInverseParts<T> * kTileBytes];  // -N: high parts, then low parts
+  char scores[kTileBytes];                                       // P
+  ChunkScalars scalars;
+};
+inline constexpr uint32_t kScalarBytes = sizeof(ChunkScalars);
+template <class T>
+inline constexpr uint32_t kMatrixBytes = (kInverseParts<T> + 1) * kTileBytes;
+
+__host__ __device__ constexpr int key_tiles(int key_dim) { return (key_dim + kTileSide - 1) / kTileSide; }
+
+// What a scan leaves of a chunk, value head and 64 value columns. The gradient of the decay needs <S, dS> to
+// more than bf16's precision: states are kept in fp16, the 16 rows of a warp times a power of two.
+template <int kKeyTiles>
+struct SliceRecord {
+  alignas(1024) char state[kKeyTiles *
+                           kTileBytes];  // S^T before the chunk (dS^T after it): tiles of 64 value rows
+  char tokens[kTileBytes];               // r (rho) [token, value]
+  float units[4];                        // of the rows of each warp: what 1 stands for
+};
+constexpr int64_t slice_record_bytes(int64_t key_tiles) { return (key_tiles + 1) * kTileBytes + 1024; }
+static_assert(sizeof(SliceRecord<1>) == slice_record_bytes(1) &&
+              sizeof(SliceRecord<3>) == slice_record_bytes(3));
+template <int kKeyTiles>
+inline constexpr uint32_t kSliceBytes =
+    (kKeyTiles + 1) * kTileBytes + 4 * sizeof(float);  // without the padding
+
+// All of it in units of chunk numbers x value heads: chunk number c and head h have index c HV + h.
+struct BackwardWorkspace {
+  char* records;   // [index] ChunkRecord
+  char* forward;   // [index, V / 64] SliceRecord
+  char* reverse;   // [index, V / 64] SliceRecord
+  float* partial;  // [block of gradients, 2, 64, K padded]: sums of dq and dk over value heads
+
+  template <class T>
+  __device__ ChunkRecord<T>* record(int64_t index) const {
+    return reinterpret_cast<ChunkRecord<T>*>(records) + index;
+  }
+};
+
+// H100 and H200 have as many; elsewhere only the balance of work suffers.
+inline constexpr int kMultiprocessors = 132;
+
+template <class T>
+BackwardWorkspace backward_layout(BackwardParams const& p, char* base, int64_t* bytes) {
+  char* next = base;
+  auto const take = [&](int64_t size) {
+    char* const piece = next;
+    next += size;
+    return piece;
+  };
+  int64_t const chunks = portable::chunk_numbers(p) * p.value_heads, tiles = key_tiles(p.key_dim);
+  int64_t const slices = chunks * (p.value_dim / kTileSide) * slice_record_bytes(tiles);
+  BackwardWorkspace w;
+  w.records = take(chunks * sizeof(ChunkRecord<T>));
+  w.forward = take(slices);
+  w.reverse = take(slices);
+  w.partial = nullptr;
+  if (p.value_heads > p.heads) {
+    w.partial =
+        reinterpret_cast<float*>(take(kMultiprocessors * tiles * 2 * kTileSide * kTileSide * sizeof(float)));
+  }
+  *bytes = next - base;
+  return w;
+}
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout, dv;
+};
+
+// Zeroes what a tensor map loaded of the rows that follow the sequence. Threads of one warpgroup.
+template <int kTiles>
+__device__ __forceinline__ void clear_tail(char* tiles, int count, int thread) {
+  if (thread >= count && thread < kTileSide) clear_row<kTiles>(tiles, thread);
+  fence_async_shared();
+}
+
+template <int kTiles>
+__device__ __forceinline__ void request_tiles(char* tiles, CUtensorMap const& map, int element, int head,
+                                              TileTokens const& c, Barrier& loaded) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    load_tile(tiles + tile * kTileBytes, map, element + tile * kTileSide, head, c.begin, c.row, loaded);
+  }
+}
+
+__device__ __forceinline__ float2 pair_at(float const* x, int i) {
+  return *reinterpret_cast<float2 const*>(x + i);
+}
+
+__device__ inline TileTokens chunk_tokens(portable::Chunk const& c) {
+  return {static_cast<int>(c.row), static_cast<int>(c.begin), c.tokens};
+}
+
+// Rows of accumulators to columns [first, first + kN) of a tile.
+template <class T, int kN>
+__device__ __forceinline__ void put_rows(float const (&x)[kN / 2], char* tile, int first, int warp,
+                                         int lane) {
+  uint32_t const address = shared_address(tile);
+  int const row = warp * 16 + lane % 16;
+#pragma unroll
+  for (int n = 0; n < kN / 8; n += 2) {
+    store_matrices(address + tile_offset(row, first / 8 + n + lane / 16), pack<T>(x[4 * n], x[4 * n + 1]),
+                   pack<T>(x[4 * n + 2], x[4 * n + 3]), pack<T>(x[4 * n + 4], x[4 * n + 5]),
+                   pack<T>(x[4 * n + 6], x[4 * n + 7]));
+  }
+}
+
+// Tile [tokens x 64 values] <- its transpose, packed, each warp the 16 values that it owns.
+__device__ __forceinline__ void stage_values(uint32_t const (&x)[kChunk / 4], char* tile, int warp,
+                                             int lane) {
+  uint32_t const address = shared_address(tile);
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; n += 2) {
+    store_matrices_transposed(address + value_offset(8 * n, warp, lane), x[2 * n], x[2 * n + 1], x[2 * n + 2],
+                              x[2 * n + 3]);
+  }
+}
+
+template <class Shared>
+__device__ __forceinline__ Shared& aligned_shared(char* dynamic) {
+  return *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) / 1024 * 1024);
+}
+
+}  // namespace lt2::gdn::sm90::backward_pass

@@ -1,0 +1,508 @@
+// Third launch of the backward pass: everything that is left of a chunk once S, dS, r and rho are known. With
+// U = b o r, dY = b o rho, M = K K^T and hats for normalised rows:
+//   dP_ij = scale E_ij dO_i.U_j  (i >= j)          dM_ij = -E_ij dY_i.U_j  (i > j)
+//   dQ^ = scale e^G dO S^T + dP K^                 dK^ = -e^G dY S^T + e^(G_last - G) U dS^T + dP^T Q^ + (dM
+//   + dM^T) K^ dbeta_i = rho_i.r_i
+// dL/dg_m is what of the loss passes token m: from the chunk's start to tokens i >= m, from tokens j < m to
+// its end, from j < m to i >= m, and from start to end; each is a sum of terms that carry the decay
+// themselves.
+//
+// Blocks stay and take (chunk, query/key head) after another; a warpgroup owns kColumns columns of dq and dk,
+// the first one also dP, the second dM. One thread loads: slices of 64 value columns, kSliceStages ahead.
+#pragma once
+
+#include "gdn/cuda/sm90/backward.cuh"
+
+namespace lt2::gdn::sm90::backward_pass {
+
+struct GradientLaunch {
+  BackwardParams p;
+  BackwardWorkspace w;
+  int64_t chunk_numbers;
+};
+
+template <class T_, int kKeyDim_>
+struct GradientTraits {
+  using T = T_;
+  static constexpr int kKeyDim = kKeyDim_, kKeyTiles = key_tiles(kKeyDim);
+  static constexpr int kGroups = kKeyTiles > 2 ? kKeyTiles : 2;     // warpgroups that compute
+  static constexpr int kColumns = kKeyTiles == 1 ? 32 : kTileSide;  // of each, padded with zeros
+  static constexpr int kWorkers = kGroups * kWarpgroup, kThreads = kWorkers + kWarpgroup;
+  static constexpr int kLoadRegisters = 24, kWorkRegisters = 240;
+  static constexpr int kKeyStages = kKeyTiles > 2 ? 1 : 2, kSliceStages = 2;
+  static constexpr int kScalarStages = kSliceStages + 1;  // value heads that can be under way
+
+  struct Keys {
+    char k[kKeyTiles * kTileBytes], q[kKeyTiles * kTileBytes];
+  };
+  struct Slice {
+    SliceRecord<kKeyTiles> forward, reverse;
+    char dout[kTileBytes];
+    static constexpr uint32_t kBytes = 2 * kSliceBytes<kKeyTiles> + kTileBytes;
+  };
+  struct Shared {
+    alignas(1024) Keys keys[kKeyStages];
+    Slice slices[kSliceStages];
+    alignas(1024) char dscores[kTileBytes], dgram[kTileBytes];  // dP and dM, times the norms of both rows
+    ChunkScalars scalars[kScalarStages];
+    float from_start[kGroups][kChunk], to_end[kGroups][kChunk];  // parts of rows' sums
+    float crossing_rows[2][kChunk], crossing_columns[2][4][kChunk];
+    float dbeta[kChunk];
+    float through[kGroups * 4];
+    float q_dots[kGroups][kChunk], k_dots[kGroups][kChunk];
+    Barrier keys_loaded[kKeyStages], keys_released[kKeyStages];
+    Barrier slice_loaded[kSliceStages], slice_released[kSliceStages];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+inline constexpr int kWorkersBarrier = 1;
+
+// f(chunk, its number, query/key head) for all work of this block.
+template <class F>
+__device__ void for_work(GradientLaunch const& a, F const& f) {
+  int64_t const items = a.chunk_numbers * a.p.heads;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    portable::Chunk const chunk = portable::find_chunk(a.p, item / a.p.heads);
+    if (chunk.tokens > 0) f(chunk_tokens(chunk), item / a.p.heads, static_cast<int>(item % a.p.heads));
+  }
+}
+
+// A ring's position: slot and parity of the barriers.
+template <int kStages>
+struct Ring {
+  int slot = 0, parity = 0;
+
+  __device__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One thread.
+template <class Traits>
+__device__ void load_work(typename Traits::Shared& shared, GradientLaunch const& a,
+                          BackwardMaps const& maps) {
+  using T = typename Traits::T;
+  int const heads = a.p.value_heads / a.p.heads, slices = a.p.value_dim / kTileSide;
+  Ring<Traits::kKeyStages> keys;
+  Ring<Traits::kSliceStages> ring;
+  int scalars = 0;
+  for_work(a, [&](TileTokens const& c, int64_t number, int qk_head) {
+    Barrier& keys_loaded = shared.keys_loaded[keys.slot];
+    shared.keys_released[keys.slot].wait(keys.parity ^ 1);
+    keys_loaded.arrive_expecting(sizeof(typename Traits::Keys));
+    request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot].k, maps.k, 0, qk_head, c, keys_loaded);
+    request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot].q, maps.q, 0, qk_head, c, keys_loaded);
+    keys.advance();
+    for (int h = 0; h < heads; ++h) {
+      int const head = qk_head * heads + h;
+      int64_t const index = number * a.p.value_heads + head;
+      for (int slice = 0; slice < slices; ++slice) {
+        typename Traits::Slice& to = shared.slices[ring.slot];
+        Barrier& loaded = shared.slice_loaded[ring.slot];
+        int64_t const from = index * slices + slice;
+        shared.slice_released[ring.slot].wait(ring.parity ^ 1);
+        loaded.arrive_expecting(Traits::Slice::kBytes + (slice == 0 ? kScalarBytes : 0));
+        load_bytes(&to.forward, reinterpret_cast<SliceRecord<Traits::kKeyTiles> const*>(a.w.forward) + from,
+                   kSliceBytes<Traits::kKeyTiles>, loaded);
+        load_bytes(&to.reverse, reinterpret_cast<SliceRecord<Traits::kKeyTiles> const*>(a.w.reverse) + from,
+                   kSliceBytes<Traits::kKeyTiles>, loaded);
+        request_tiles<1>(to.dout, maps.dout, slice * kTileSide, head, c, loaded);
+        if (slice == 0)
+          load_bytes(&shared.scalars[scalars], &a.w.record<T>(index)->scalars, kScalarBytes, loaded);
+        ring.advance();
+      }
+      scalars = scalars + 1 == Traits::kScalarStages ? 0 : scalars + 1;
+    }
+  });
+}
+
+// f(row, column, element) for pairs of columns of [64 x kN] accumulators.
+template <int kN, class F>
+__device__ __forceinline__ void for_pairs(int warp, int lane, F const& f) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n)
+      f(half, warp * 16 + lane / 4 + 8 * half, 8 * n + 2 * (lane % 4), 4 * n + 2 * half);
+  }
+}
+
+// The pair of elements (row, column), (row, column + 1) of a tile.
+template <class T>
+__device__ __forceinline__ float2 tile_pair(char const* tile, int row, int column) {
+  return unpack<T>(*reinterpret_cast<uint32_t const*>(tile + tile_offset(row, column / 8) + column % 8 * 2));
+}
+
+template <int kN>
+__device__ __forceinline__ void clear(float (&x)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) x[i] = 0.f;
+}
+
+// 8 elements of S and dS in fp16 with units -> in T; their dot product before they are rounded to T.
+template <class T>
+__device__ __forceinline__ float rescale_states(uint4& state, float unit, uint4& dstate, float dunit) {
+  float sum = 0.f;
+  auto const rescale = [&](uint32_t& x, uint32_t& y) {
+    float2 const u = unpack<__half>(x), v = unpack<__half>(y);
+    sum += u.x * v.x + u.y * v.y;
+    x = pack<T>(unit * u.x, unit * u.y);
+    y = pack<T>(dunit * v.x, dunit * v.y);
+  };
+  rescale(state.x, dstate.x);
+  rescale(state.y, dstate.y);
+  rescale(state.z, dstate.z);
+  rescale(state.w, dstate.w);
+  return unit * (dunit * sum);
+}
+
+// dg and dbeta of a chunk, by one warp: lane l has tokens 2 l and 2 l + 1.
+template <class Traits>
+__device__ void store_scalars(typename Traits::Shared const& shared, ChunkScalars const& scalars,
+                              BackwardParams const& p, TileTokens const& c, int head, int lane) {
+  if (p.dbeta.data != nullptr) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      int const i = 2 * lane + j;
+      if (i >= c.count) continue;
+      float x = shared.dbeta[i];
+      if (p.beta_sigmoid) {
+        float const b = sigmoid(*portable::token_row<float const>(p.beta, c.row, c.begin + i, head));
+        x *= b * (1.f - b) * (p.neg_eigval ? 2.f : 1.f);
+      }
+      *portable::token_row<float>(p.dbeta, c.row, c.begin + i, head) = x;
+    }
+  }
+  if (p.dg.data == nullptr) return;
+  float after[2], before[2];  // sums from a token on; sums until before a token
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    int const i = 2 * lane + j;
+    after[j] = shared.crossing_rows[0][i] + shared.crossing_rows[1][i];
+    before[j] = 0.f;
+    float columns = 0.f;
+#pragma unroll
+    for (int w = 0; w < 8; ++w) columns += shared.crossing_columns[w / 4][w % 4][i];
+    after[j] -= columns;
+#pragma unroll
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      after[j] += shared.from_start[group][i];
+      before[j] += shared.to_end[group][i];
+    }
+  }
+  float through = 0.f;
+#pragma unroll
+  for (int w = 0; w < Traits::kGroups * 4; ++w) through += shared.through[w];
+  through *= scalars.decay;
+  float suffix = after[0] + after[1], prefix = before[0] + before[1];
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    float const next = __shfl_down_sync(0xffffffffu, suffix, d),
+                previous = __shfl_up_sync(0xffffffffu, prefix, d);
+    if (lane + d < 32) suffix += next;
+    if (lane >= d) prefix += previous;
+  }
+  float const earlier = __shfl_up_sync(0xffffffffu, prefix, 1),
+              later = __shfl_down_sync(0xffffffffu, suffix, 1);
+  float const start = lane > 0 ? earlier : 0.f, end = lane < 31 ? later : 0.f;
+  float const dg[2] = {through + start + suffix, through + (start + before[0]) + (after[1] + end)};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    int const i = 2 * lane + j;
+    if (i >= c.count) continue;
+    float const decay = scalars.log2_decay[i] - (i > 0 ? scalars.log2_decay[i - 1] : 0.f);
+    // Nothing passes a reset; the sums above leave a rounding error there.
+    *portable::token_row<float>(p.dg, c.row, c.begin + i, head) = decay < kLeastLog2Decay + 1.f ? 0.f : dg[j];
+  }
+}
+
+// What follows from a thread's number is cheaper to compute again than to keep through loops.
+__device__ __forceinline__ int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Warpgroup `group` of those that compute.
+template <class Traits>
+__device__ void compute_work(typename Traits::Shared& shared, GradientLaunch const& a, int group,
+                             int const own_thread) {
+  using T = typename Traits::T;
+  constexpr int kKeyTiles = Traits::kKeyTiles, kN = Traits::kColumns;
+  int const heads = a.p.value_heads / a.p.heads, slices = a.p.value_dim / kTileSide;
+  int const tile = kN == kTileSide ? group * kTileBytes : 0;  // of its columns, and where in it
+  int const first = kN == kTileSide ? 0 : group * kN;
+  uint64_t const first_step = first / 8;
+  Ring<Traits::kKeyStages> keys;
+  Ring<Traits::kSliceStages> ring;
+  int scalar_slot = 0;
+  float* const partial =
+      a.w.partial + (int64_t{blockIdx.x} * Traits::kGroups + group) * (kN * kWarpgroup) + own_thread;
+
+  for_work(a, [&](TileTokens const& c, int64_t, int qk_head) {
+    char* const k = shared.keys[keys.slot].k;
+    char* const q = shared.keys[keys.slot].q;
+    shared.keys_loaded[keys.slot].wait(keys.parity);
+    if (c.count < kChunk) {
+      if (group == 0) {
+        clear_tail<kKeyTiles>(k, c.count, own_thread);
+        clear_tail<kKeyTiles>(q, c.count, own_thread);
+      }
+      named_barrier(kWorkersBarrier, Traits::kWorkers);
+    }
+    for (int h = 0; h < heads; ++h) {
+      int const head = qk_head * heads + h;
+      ChunkScalars const& s = shared.scalars[scalar_slot];
+      float dq[kN / 2], dk[kN / 2], written[kN / 2], pairs[kChunk / 2];
+      float through = 0.f;
+      for (int slice = 0; slice < slices; ++slice) {
+        int const thread = forget(own_thread), lane = thread % 32;
+        typename Traits::Slice& x = shared.slices[ring.slot];
+        shared.slice_loaded[ring.slot].wait(ring.parity);
+        if (c.count < kChunk) {
+          if (group == 0) clear_tail<1>(x.dout, c.count, thread);
+          named_barrier(kWorkersBarrier, Traits::kWorkers);
+        }
+        uint64_t const dout = k_major(x.dout), rho = k_major(x.reverse.tokens), r = k_major(x.forward.tokens);
+        uint64_t const state = row_major(x.forward.state + tile) + first_step;
+        uint64_t const dstate = row_major(x.reverse.state + tile) + first_step;
+        uint64_t const left = group == 0 ? dout : rho;
+        bool const more = slice > 0;
+        pin(pairs);
+        wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < kTileSide / 16; ++j) {
+          wgmma<T, kChunk>(pairs, left + k_step(j), r + k_step(j), more || j > 0);
+        }
+        wgmma_commit();
+        // This warpgroup's columns of the states, from fp16 with a unit to what the products take.
+#pragma unroll
+        for (int e = thread; e < kTileSide * kN / 8; e += kWarpgroup) {
+          int const row = e / (kN / 8), offset = tile + tile_offset(row, first / 8 + e % (kN / 8));
+          auto* const y = reinterpret_cast<uint4*>(x.forward.state + offset);
+          auto* const z = reinterpret_cast<uint4*>(x.reverse.state + offset);
+          through += rescale_states<T>(*y, x.forward.units[row / 16], *z, x.reverse.units[row / 16]);
+        }
+        fence_async_shared();
+        named_barrier(kWorkersBarrier + 1 + group, kWarpgroup);
+        pin(dq);
+        pin(dk);
+        pin(written);
+        wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < kTileSide / 16; ++j) {
+          wgmma<T, kN, Major::MN>(dq, dout + k_step(j), state + j * kRowStep, more || j > 0);
+          wgmma<T, kN, Major::MN>(dk, rho + k_step(j), state + j * kRowStep, more || j > 0);
+          wgmma<T, kN, Major::MN>(written, r + k_step(j), dstate + j * kRowStep, more || j > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(dq);
+        pin(dk);
+        pin(written);
+        pin(pairs);
+        if (lane == 0) shared.slice_released[ring.slot].arrive();
+        ring.advance();
+      }
+
+      int const thread = forget(own_thread), warp = thread / 32, lane = thread % 32;
+      // Row dots of what goes through S and dS, for dg; then dq and dk of these, times the row's norm.
+      float from_start[2] = {}, to_end[2] = {};
+      for_pairs<kN>(warp, lane, [&](int half, int row, int column, int i) {
+        float2 const q2 = tile_pair<T>(q + tile, row, first + column),
+                     k2 = tile_pair<T>(k + tile, row, first + column);
+        float const b = s.strength[row], q_in = s.q_in[row], k_in = -s.k_in[row] * b,
+                    k_out = s.k_out[row] * b;
+        dq[i] *= q_in;
+        dq[i + 1] *= q_in;
+        dk[i] *= k_in;
+        dk[i + 1] *= k_in;
+        from_start[half] += dq[i] * q2.x + dq[i + 1] * q2.y + dk[i] * k2.x + dk[i + 1] * k2.y;
+        float const y = k_out * written[i], z = k_out * written[i + 1];
+        to_end[half] += y * k2.x + z * k2.y;
+        dk[i] += y;
+        dk[i + 1] += z;
+      });
+      through = lane_sum(through);
+      if (lane == 0) shared.through[group * 4 + warp] = through;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const start = lane_sum<4>(from_start[half]), end = lane_sum<4>(to_end[half]);
+        int const row = warp * 16 + lane / 4 + 8 * half;
+        if (lane % 4 == 0) {
+          shared.from_start[group][row] = start;
+          shared.to_end[group][row] = end;
+        }
+      }
+      if (group < 2) {
+        float products[kChunk / 2];  // of q and k, or of k and k
+        multiply_rows<T, Traits::kKeyDim>(products, group == 0 ? q : k, k);
+        float rows[2] = {}, columns[kChunk / 4] = {};
+        for_pairs<kChunk>(warp, lane, [&](int half, int row, int column, int i) {
+          float const g = s.log2_decay[row];
+          float const factor = group == 0 ? a.p.scale * s.q_norm[row] : -s.strength[row] * s.k_norm[row];
+          float2 const gs = pair_at(s.log2_decay, column), b = pair_at(s.strength, column),
+                       norm = pair_at(s.k_norm, column);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            int const col = column + j;
+            bool const earlier = row > col;
+            if (group == 1 && row == col) shared.dbeta[row] = pairs[i + j];
+            float const decay =
+                earlier || (group == 0 && row == col) ? exp2_fast(g - (j == 0 ? gs.x : gs.y)) : 0.f;
+            pairs[i + j] *= factor * decay * (j == 0 ? b.x * norm.x : b.y * norm.y);
+            float const crossing = earlier ? pairs[i + j] * products[i + j] : 0.f;
+            rows[half] += crossing;
+            columns[i / 4 * 2 + j] += crossing;
+          }
+        });
+        put_rows<T, kChunk>(pairs, group == 0 ? shared.dscores : shared.dgram, 0, warp, lane);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float const sum = lane_sum<4>(rows[half]);
+          if (lane % 4 == 0) shared.crossing_rows[group][warp * 16 + lane / 4 + 8 * half] = sum;
+        }
+#pragma unroll
+        for (int i = 0; i < kChunk / 4; ++i) {
+          float sum = columns[i];
+#pragma unroll
+          for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+          if (lane < 4) shared.crossing_columns[group][warp][i / 2 * 8 + 2 * lane + i % 2] = sum;
+        }
+      }
+      fence_async_shared();
+      named_barrier(kWorkersBarrier, Traits::kWorkers);
+      {
+        uint64_t const dscores = k_major(shared.dscores), dscores_t = row_major(shared.dscores);
+        uint64_t const dgram = k_major(shared.dgram), dgram_t = row_major(shared.dgram);
+        uint64_t const k_rows = row_major(k + tile) + first_step, q_rows = row_major(q + tile) + first_step;
+        pin(dq);
+        pin(dk);
+        wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < kChunk / 16; ++j) {
+          wgmma<T, kN, Major::MN>(dq, dscores + k_step(j), k_rows + j * kRowStep, true);
+          wgmma<T, kN, Major::MN, Major::MN>(dk, dscores_t + j * kRowStep, q_rows + j * kRowStep, true);
+          wgmma<T, kN, Major::MN>(dk, dgram + k_step(j), k_rows + j * kRowStep, true);
+          wgmma<T, kN, Major::MN, Major::MN>(dk, dgram_t + j * kRowStep, k_rows + j * kRowStep, true);
+        }
+        wgmma_commit();
+      }
+      if (group == Traits::kGroups - 1 && warp == 0) store_scalars<Traits>(shared, s, a.p, c, head, lane);
+      wgmma_wait<0>();
+      pin(dq);
+      pin(dk);
+      // The sum over the value heads of a query/key head; each thread reads what it wrote.
+      if (h > 0) {
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i) {
+          dq[i] += partial[2 * i * kWarpgroup];
+          dk[i] += partial[(2 * i + 1) * kWarpgroup];
+        }
+      }
+      if (h + 1 < heads) {
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i) {
+          partial[2 * i * kWarpgroup] = dq[i];
+          partial[(2 * i + 1) * kWarpgroup] = dk[i];
+        }
+        named_barrier(kWorkersBarrier, Traits::kWorkers);
+      } else {
+        int const thread = forget(own_thread), warp = thread / 32, lane = thread % 32;
+        // Through the norms: dx = n (dx^ - x^ (x^ . dx^)), where dq and dk are n dx^ already.
+        if (a.p.qk_l2norm) {
+          float q_dots[2] = {}, k_dots[2] = {};
+          for_pairs<kN>(warp, lane, [&](int half, int row, int column, int i) {
+            float2 const q2 = tile_pair<T>(q + tile, row, first + column),
+                         k2 = tile_pair<T>(k + tile, row, first + column);
+            q_dots[half] += dq[i] * q2.x + dq[i + 1] * q2.y;
+            k_dots[half] += dk[i] * k2.x + dk[i + 1] * k2.y;
+          });
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float const x = lane_sum<4>(q_dots[half]), y = lane_sum<4>(k_dots[half]);
+            int const row = warp * 16 + lane / 4 + 8 * half;
+            if (lane % 4 == 0) {
+              shared.q_dots[group][row] = x;
+              shared.k_dots[group][row] = y;
+            }
+          }
+        }
+        named_barrier(kWorkersBarrier, Traits::kWorkers);
+        if (a.p.qk_l2norm) {
+          for_pairs<kN>(warp, lane, [&](int, int row, int column, int i) {
+            float2 const q2 = tile_pair<T>(q + tile, row, first + column),
+                         k2 = tile_pair<T>(k + tile, row, first + column);
+            float q_dot = 0.f, k_dot = 0.f;
+#pragma unroll
+            for (int other = 0; other < Traits::kGroups; ++other) {
+              q_dot += shared.q_dots[other][row];
+              k_dot += shared.k_dots[other][row];
+            }
+            q_dot *= s.q_norm[row] * s.q_norm[row];
+            k_dot *= s.k_norm[row] * s.k_norm[row];
+            dq[i] -= q_dot * q2.x;
+            dq[i + 1] -= q_dot * q2.y;
+            dk[i] -= k_dot * k2.x;
+            dk[i + 1] -= k_dot * k2.y;
+          });
+        }
+        // q and k have been read: their places take dq and dk. Only this warp has to do with its rows and
+        // columns.
+        __syncwarp();
+        put_rows<T, kN>(dq, q + tile, first, warp, lane);
+        put_rows<T, kN>(dk, k + tile, first, warp, lane);
+        __syncwarp();
+        for (int e = lane; e < 16 * (kN / 8); e += 32) {
+          int const row = warp * 16 + e / (kN / 8), chunk = first / 8 + e % (kN / 8);
+          if (row >= c.count) break;
+          int const column = tile / kTileBytes * kTileSide + chunk * 8,
+                    offset = tile + tile_offset(row, chunk);
+          if (column >= Traits::kKeyDim) continue;
+          *reinterpret_cast<uint4*>(portable::token_row<T>(a.p.dq, c.row, c.begin + row, qk_head) + column) =
+              *reinterpret_cast<uint4 const*>(q + offset);
+          *reinterpret_cast<uint4*>(portable::token_row<T>(a.p.dk, c.row, c.begin + row, qk_head) + column) =
+              *reinterpret_cast<uint4 const*>(k + offset);
+        }
+        fence_async_shared();
+        __syncwarp();
+        if (lane == 0) shared.keys_released[keys.slot].arrive();
+      }
+      scalar_slot = scalar_slot + 1 == Traits::kScalarStages ? 0 : scalar_slot + 1;
+    }
+    keys.advance();
+  });
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    gradient_kernel(__grid_constant__ GradientLaunch const a, __grid_constant__ BackwardMaps const maps) {
+  extern __shared__ char dynamic_shared[];
+  auto& shared = aligned_shared<typename Traits::Shared>(dynamic_shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kKeyStages; ++i) {
+      shared.keys_loaded[i].init(1);
+      shared.keys_released[i].init(Traits::kGroups * 4);
+    }
+    for (int i = 0; i < Traits::kSliceStages; ++i) {
+      shared.slice_loaded[i].init(1);
+      shared.slice_released[i].init(Traits::kGroups * 4);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
+  if (group == Traits::kGroups) {
+    shrink_registers<Traits::kLoadRegisters>();
+    if (thread == 0) load_work<Traits>(shared, a, maps);
+    return;
+  }
+  grow_registers<Traits::kWorkRegisters>();
+  compute_work<Traits>(shared, a, group, thread);
+}
+
+}  // namespace lt2::gdn::sm90::backward_pass

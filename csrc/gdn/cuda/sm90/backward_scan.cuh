@@ -1,0 +1,507 @@
+// Second launch of the backward pass. Half of the blocks carry the state forward, half its gradient in
+// reverse; a block has one sequence, value head and kSlices x 64 value columns. As in the forward pass a
+// warpgroup keeps S^T (dS^T) [64 x K] of its columns in registers and chains the products through them; one
+// more thread loads, kStages ahead.
+//   forward: r = Y - N (b o Y), Y = V - e^G K S       S <- e^(G_last) S + (e^(G_last - G) K)^T (b o r)
+//   reverse: dU = P^T dO + e^(G_last - G) K dS        rho = dU - N^T (b o dU)      dV = b o rho
+//            dS <- e^(G_last) dS + scale (e^G Q)^T dO - (e^G K)^T dV
+// Each chunk leaves S before it and r, dS after it and rho.
+#pragma once
+
+#include "gdn/cuda/sm90/backward.cuh"
+
+namespace lt2::gdn::sm90::backward_pass {
+
+inline constexpr int kStateBarrier = 8;  // of all state warpgroups; 1 + slice is of one
+
+struct ScanLaunch {
+  BackwardParams p;
+  BackwardWorkspace w;
+  int slice_groups;
+};
+
+template <class T_, int kKeyDim_, int kSlices_>
+struct ScanTraits {
+  using T = T_;
+  static constexpr int kKeyDim = kKeyDim_, kKeyTiles = key_tiles(kKeyDim), kSlices = kSlices_;
+  static constexpr int kStateThreads = kSlices * kWarpgroup, kThreads = kStateThreads + kWarpgroup;
+  // With two slices, registers a thread: of 168 at launch the loader's warpgroup gives up what the others
+  // need.
+  static constexpr int kLoadRegisters = 24, kStateRegisters = 240;
+
+  // Of a stage, everything but the values comes by the copy engine from q, k and the chunk's record.
+  struct ForwardStage {
+    alignas(1024) char k[kKeyTiles * kTileBytes];
+    char values[kSlices][kTileBytes];  // v
+    char negative_n[kInverseParts<T> * kTileBytes];
+    ChunkScalars scalars;
+  };
+  struct ReverseStage {
+    alignas(1024) char k[kKeyTiles * kTileBytes];
+    char q[kKeyTiles * kTileBytes];
+    char values[kSlices][kTileBytes];  // dO
+    ChunkRecord<T> record;
+  };
+  // A state on its way out, then r, or rho and dV.
+  static constexpr int kStagingTiles = kKeyTiles > 2 ? kKeyTiles : 2;
+  static constexpr int kStagingBytes = kSlices * kStagingTiles * kTileBytes;
+  static constexpr int kRoom = 227 * 1024 - 2048 - kStagingBytes;
+  template <class Stage>
+  static constexpr int kStages = kRoom / sizeof(Stage) > 3 ? 3 : kRoom / sizeof(Stage);
+  static_assert(kStages<ReverseStage> >= 2);
+
+  template <class Stage>
+  struct Shared {
+    Stage stages[kStages<Stage>];
+    char staging[kSlices][kStagingTiles * kTileBytes];
+    Barrier loaded[kStages<Stage>], released[kStages<Stage>];
+  };
+  static constexpr int kSharedBytes =
+      (sizeof(Shared<ForwardStage>) > sizeof(Shared<ReverseStage>) ? sizeof(Shared<ForwardStage>)
+                                                                   : sizeof(Shared<ReverseStage>)) +
+      1024;
+};
+
+// What a block works on. Chunks are counted in the order of work: from the last one in reverse.
+struct ScanUnit {
+  bool reverse;
+  int64_t state, first_chunk;  // [N, HV]; number of the sequence's first chunk
+  int row, begin, tokens, chunks;
+  int head, qk_head, column;
+
+  __device__ int place(int i) const { return reverse ? chunks - 1 - i : i; }
+  __device__ TileTokens chunk(int i) const {
+    int const offset = place(i) * kChunk;
+    return {row, begin + offset, min(tokens - offset, kChunk)};
+  }
+};
+
+__device__ inline ScanUnit scan_unit(ScanLaunch const& a, int columns) {
+  unsigned block = blockIdx.x;
+  bool const reverse = block % 2;
+  block /= 2;
+  int const group = block % a.slice_groups;
+  block /= a.slice_groups;
+  int const head = block % a.p.value_heads;
+  int64_t const n = block / a.p.value_heads;
+  portable::Sequence const s = portable::sequence(a.p, n);
+  int const tokens = static_cast<int>(s.length);
+  return {reverse,
+          n * a.p.value_heads + head,
+          portable::first_chunk(a.p, n),
+          static_cast<int>(s.row),
+          static_cast<int>(s.begin),
+          tokens,
+          (tokens + kChunk - 1) / kChunk,
+          head,
+          head / (a.p.value_heads / a.p.heads),
+          group * columns};
+}
+
+// One thread.
+template <class Traits, class Stage>
+__device__ void load_chunks(typename Traits::template Shared<Stage>& shared, ScanLaunch const& a,
+                            BackwardMaps const& maps, ScanUnit const& unit) {
+  using T = typename Traits::T;
+  constexpr int kStages = Traits::template kStages<Stage>;
+  constexpr bool kReverse = std::is_same_v<Stage, typename Traits::ReverseStage>;
+  constexpr uint32_t kKeyBytes = Traits::kKeyTiles * kTileBytes;
+  for (int i = 0; i < unit.chunks; ++i) {
+    int const slot = i % kStages;
+    Stage& stage = shared.stages[slot];
+    Barrier& loaded = shared.loaded[slot];
+    TileTokens const c = unit.chunk(i);
+    ChunkRecord<T> const* const record =
+        a.w.record<T>((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head);
+    if (i >= kStages) shared.released[slot].wait((i / kStages - 1) & 1);
+    if constexpr (kReverse) {
+      loaded.arrive_expecting(2 * kKeyBytes + Traits::kSlices * kTileBytes + kMatrixBytes<T> + kScalarBytes);
+      request_tiles<Traits::kKeyTiles>(stage.k, maps.k, 0, unit.qk_head, c, loaded);
+      load_bytes(&stage.record, record, kMatrixBytes<T> + kScalarBytes, loaded);
+      request_tiles<Traits::kSlices>(stage.values[0], maps.dout, unit.column, unit.head, c, loaded);
+      request_tiles<Traits::kKeyTiles>(stage.q, maps.q, 0, unit.qk_head, c, loaded);
+    } else {
+      loaded.arrive_expecting(kKeyBytes + Traits::kSlices * kTileBytes + kMatrixBytes<T> - kTileBytes +
+                              kScalarBytes);
+      request_tiles<Traits::kKeyTiles>(stage.k, maps.k, 0, unit.qk_head, c, loaded);
+      request_tiles<Traits::kSlices>(stage.values[0], maps.v, unit.column, unit.head, c, loaded);
+      load_bytes(stage.negative_n, record->negative_n, kMatrixBytes<T> - kTileBytes, loaded);
+      load_bytes(&stage.scalars, &record->scalars, kScalarBytes, loaded);
+    }
+  }
+}
+
+// What a state warpgroup writes goes through its staging tiles.
+template <class Traits>
+struct Staging {
+  char* tiles;
+  int barrier, thread;
+
+  // The tiles may be written again.
+  __device__ void acquire() const {
+    if (thread == 0) wait_stores_read();
+    named_barrier(barrier, kWarpgroup);
+  }
+  // The tiles are written: one thread may have them copied.
+  __device__ void publish() const {
+    fence_async_shared();
+    named_barrier(barrier, kWarpgroup);
+  }
+  // S^T [64 x K] as in SliceRecord, zeros up to whole tiles.
+  __device__ void put_state(float const (&s)[Traits::kKeyDim / 2], float* units, int warp, int lane) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (float const x : s) largest = max(largest, __float_as_uint(x) & 0x7fffffffu);
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    int const exponent = min(268 - static_cast<int>(largest >> 23), 253);  // the largest element below 2^15
+    float const scale = __int_as_float(exponent << 23);
+    if (lane == 0) units[warp] = __int_as_float((254 - exponent) << 23);
+    uint32_t const address = shared_address(tiles);
+    int const row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int n = 0; n < Traits::kKeyTiles * 8; n += 2) {
+      uint32_t x[4] = {};
+      if (n < Traits::kKeyDim / 8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          x[i] = pack<__half>(scale * s[4 * n + 2 * i], scale * s[4 * n + 2 * i + 1]);
+      }
+      store_matrices(address + n / 8 * kTileBytes + tile_offset(row, n % 8 + lane / 16), x[0], x[1], x[2],
+                     x[3]);
+    }
+  }
+};
+
+// Fragments [values x tokens] of a tile [tokens x values].
+__device__ __forceinline__ void load_values(uint32_t (&x)[kChunk / 4], char const* tile, int warp, int lane) {
+  uint32_t const address = shared_address(tile);
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; n += 2) {
+    uint32_t r[4];
+    load_matrices_transposed(r, address + value_offset(8 * n, warp, lane));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[2 * n + j] = r[j];
+  }
+}
+
+// f(factor[token], element) for all elements of [values x tokens] accumulators, two tokens at a time.
+template <class F>
+__device__ __forceinline__ void for_tokens(int lane, F const& f) {
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) f(8 * n + 2 * (lane % 4), 4 * n + 2 * half);
+  }
+}
+
+// a = x o factor, packed.
+template <class T>
+__device__ __forceinline__ void pack_scaled(uint32_t (&a)[kChunk / 4], float const (&x)[kChunk / 2],
+                                            float const* factor, int lane) {
+  for_tokens(lane, [&](int token, int i) {
+    float2 const f = pair_at(factor, token);
+    a[i / 2] = pack<T>(f.x * x[i], f.y * x[i + 1]);
+  });
+}
+
+// The two elements, and what is left of them after rounding.
+template <class T>
+__device__ __forceinline__ void pack_exactly(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack<T>(x, y);
+  float2 const rounded = unpack<T>(high);
+  low = pack<T>(x - rounded.x, y - rounded.y);
+}
+
+// d -= (high + low) N^T, or N for kMajor = MN. Where N is one fp16, `low` is below its precision.
+template <class T, Major kMajor>
+__device__ __forceinline__ void multiply_negative_n(float (&d)[kChunk / 2],
+                                                    uint32_t const (&high)[kChunk / 4],
+                                                    uint32_t const (&low)[kChunk / 4], uint64_t n) {
+  auto const step = [](int j) { return kMajor == Major::K ? k_step(j) : j * kRowStep; };
+#pragma unroll
+  for (int j = 0; j < kChunk / 16; ++j) wgmma<T, kChunk, kMajor>(d, high + 4 * j, n + step(j), true);
+  if constexpr (kInverseParts<T> == 2) {
+#pragma unroll
+    for (int j = 0; j < kChunk / 16; ++j) {
+      wgmma<T, kChunk, kMajor>(d, high + 4 * j, n + (kTileBytes >> 4) + step(j), true);
+      wgmma<T, kChunk, kMajor>(d, low + 4 * j, n + step(j), true);
+    }
+  }
+}
+
+template <class Traits>
+__device__ void scan_forward(typename Traits::template Shared<typename Traits::ForwardStage>& shared,
+                             ScanLaunch const& a, ScanUnit const& unit, int slice, int thread) {
+  using T = typename Traits::T;
+  using Stage = typename Traits::ForwardStage;
+  constexpr int kKeyDim = Traits::kKeyDim, kStages = Traits::template kStages<Stage>;
+  int const warp = thread / 32, lane = thread % 32;
+  int const column = unit.column + slice * kTileSide, value_slices = a.p.value_dim / kTileSide;
+  Staging<Traits> const staging{shared.staging[slice], 1 + slice, thread};
+
+  float s[kKeyDim / 2];
+  if (a.p.initial_state != nullptr) {
+    load_state<kKeyDim>(s, a.p.initial_state + unit.state * kKeyDim * a.p.value_dim, a.p.state_v_first,
+                        a.p.value_dim, column, thread);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kKeyDim / 2; ++i) s[i] = 0.f;
+  }
+
+  for (int i = 0; i < unit.chunks; ++i) {
+    int const slot = i % kStages;
+    Stage& stage = shared.stages[slot];
+    ChunkScalars const& scalars = stage.scalars;
+    int const count = unit.chunk(i).count;
+    auto& out = reinterpret_cast<SliceRecord<Traits::kKeyTiles>*>(
+        a.w.forward)[((unit.first_chunk + i) * a.p.value_heads + unit.head) * value_slices +
+                     column / kTileSide];
+    uint32_t state[kKeyDim / 4];
+    pack_all<T>(state, s);
+    shared.loaded[slot].wait((i / kStages) & 1);
+    if (count < kChunk) {
+      clear_tail<Traits::kKeyTiles>(stage.k, count, thread);
+      clear_tail<1>(stage.values[slice], count, thread);
+      named_barrier(kStateBarrier, Traits::kStateThreads);
+    }
+    float r[kChunk / 2];
+    {
+      uint64_t const k = k_major(stage.k);
+      pin(state);
+      pin(r);
+      wgmma_begin();
+#pragma unroll
+      for (int j = 0; j < kKeyDim / 16; ++j) wgmma<T, kChunk>(r, state + 4 * j, k + k_step(j), j > 0);
+      wgmma_commit();
+    }
+    staging.acquire();
+    staging.put_state(s, out.units, warp, lane);
+    staging.publish();
+    if (thread == 0) store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes);
+    uint32_t fragments[kChunk / 4], rest[kChunk / 4];  // v, then b o Y, and what its rounding leaves
+    load_values(fragments, stage.values[slice], warp, lane);
+    wgmma_wait<0>();
+    pin(r);
+    for_tokens(lane, [&](int token, int j) {
+      float2 const in = pair_at(scalars.k_in, token), b = pair_at(scalars.strength, token);
+      float2 const v = unpack<T>(fragments[j / 2]);
+      r[j] = v.x - in.x * r[j];
+      r[j + 1] = v.y - in.y * r[j + 1];
+      pack_exactly<T>(b.x * r[j], b.y * r[j + 1], fragments[j / 2], rest[j / 2]);
+    });
+    {
+      pin(fragments);
+      pin(rest);
+      pin(r);
+      wgmma_begin();
+      multiply_negative_n<T, Major::K>(r, fragments, rest, k_major(stage.negative_n));
+      wgmma_commit();
+    }
+    float const decay = scalars.decay;
+#pragma unroll
+    for (int j = 0; j < kKeyDim / 2; ++j) s[j] *= decay;
+    wgmma_wait<0>();
+    pin(r);
+    uint32_t left[kChunk / 4];  // e^(G_last - G) b o r
+    for_tokens(lane, [&](int token, int j) {
+      float2 const to_end = pair_at(scalars.k_out, token), b = pair_at(scalars.strength, token);
+      left[j / 2] = pack<T>(to_end.x * (b.x * r[j]), to_end.y * (b.y * r[j + 1]));
+    });
+    {
+      uint64_t const k = row_major(stage.k);
+      pin(left);
+      pin(s);
+      wgmma_begin();
+#pragma unroll
+      for (int j = 0; j < kChunk / 16; ++j) {
+        wgmma<T, kKeyDim, Major::MN>(s, left + 4 * j, k + j * kRowStep, true);
+      }
+      wgmma_commit();
+    }
+    pack_all<T>(fragments, r);
+    staging.acquire();
+    stage_values(fragments, staging.tiles, warp, lane);
+    staging.publish();
+    if (thread == 0) store_bytes(out.tokens, staging.tiles, kTileBytes);
+    wgmma_wait<0>();
+    pin(s);
+    if (lane == 0) shared.released[slot].arrive();
+  }
+  if (thread == 0) wait_stores_read();
+}
+
+template <class Traits>
+__device__ void scan_reverse(typename Traits::template Shared<typename Traits::ReverseStage>& shared,
+                             ScanLaunch const& a, BackwardMaps const& maps, ScanUnit const& unit, int slice,
+                             int thread) {
+  using T = typename Traits::T;
+  using Stage = typename Traits::ReverseStage;
+  constexpr int kKeyDim = Traits::kKeyDim, kStages = Traits::template kStages<Stage>;
+  int const warp = thread / 32, lane = thread % 32;
+  int const column = unit.column + slice * kTileSide, value_slices = a.p.value_dim / kTileSide;
+  int64_t const state_offset = unit.state * kKeyDim * a.p.value_dim;
+  Staging<Traits> const staging{shared.staging[slice], 1 + slice, thread};
+
+  float ds[kKeyDim / 2];
+  if (a.p.dfinal_state != nullptr) {
+    load_state<kKeyDim>(ds, a.p.dfinal_state + state_offset, a.p.state_v_first, a.p.value_dim, column,
+                        thread);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kKeyDim / 2; ++i) ds[i] = 0.f;
+  }
+
+  for (int i = 0; i < unit.chunks; ++i) {
+    int const slot = i % kStages;
+    Stage& stage = shared.stages[slot];
+    ChunkScalars const& scalars = stage.record.scalars;
+    TileTokens const c = unit.chunk(i);
+    auto& out = reinterpret_cast<SliceRecord<Traits::kKeyTiles>*>(
+        a.w.reverse)[((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head) * value_slices +
+                     column / kTileSide];
+    uint32_t state[kKeyDim / 4];
+    pack_all<T>(state, ds);
+    shared.loaded[slot].wait((i / kStages) & 1);
+    if (c.count < kChunk) {
+      clear_tail<Traits::kKeyTiles>(stage.k, c.count, thread);
+      clear_tail<Traits::kKeyTiles>(stage.q, c.count, thread);
+      clear_tail<1>(stage.values[slice], c.count, thread);
+      named_barrier(kStateBarrier, Traits::kStateThreads);
+    }
+    uint32_t dout[kChunk / 4];
+    load_values(dout, stage.values[slice], warp, lane);
+    float kds[kChunk / 2], du[kChunk / 2];
+    {
+      uint64_t const k = k_major(stage.k), scores = row_major(stage.record.scores);
+      pin(state);
+      pin(dout);
+      pin(kds);
+      pin(du);
+      wgmma_begin();
+#pragma unroll
+      for (int j = 0; j < kKeyDim / 16; ++j) wgmma<T, kChunk>(kds, state + 4 * j, k + k_step(j), j > 0);
+#pragma unroll
+      for (int j = 0; j < kChunk / 16; ++j) {
+        wgmma<T, kChunk, Major::MN>(du, dout + 4 * j, scores + j * kRowStep, j > 0);
+      }
+      wgmma_commit();
+    }
+    staging.acquire();
+    staging.put_state(ds, out.units, warp, lane);
+    staging.publish();
+    if (thread == 0) store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes);
+    wgmma_wait<0>();
+    pin(kds);
+    pin(du);
+    uint32_t fragments[kChunk / 4], rest[kChunk / 4];  // b o dU, and what its rounding leaves
+    for_tokens(lane, [&](int token, int j) {
+      float2 const to_end = pair_at(scalars.k_out, token), b = pair_at(scalars.strength, token);
+      du[j] += to_end.x * kds[j];
+      du[j + 1] += to_end.y * kds[j + 1];
+      pack_exactly<T>(b.x * du[j], b.y * du[j + 1], fragments[j / 2], rest[j / 2]);
+    });
+    float const decay = scalars.decay;
+#pragma unroll
+    for (int j = 0; j < kKeyDim / 2; ++j) ds[j] *= decay;
+    for_tokens(lane, [&](int token, int j) {
+      float2 const in = pair_at(scalars.q_in, token), x = unpack<T>(dout[j / 2]);
+      dout[j / 2] = pack<T>(in.x * x.x, in.y * x.y);
+    });
+    {
+      uint64_t const q = row_major(stage.q);
+      pin(fragments);
+      pin(rest);
+      pin(dout);
+      pin(du);
+      pin(ds);
+      wgmma_begin();
+      multiply_negative_n<T, Major::MN>(du, fragments, rest, row_major(stage.record.negative_n));
+      wgmma_commit();
+#pragma unroll
+      for (int j = 0; j < kChunk / 16; ++j) {
+        wgmma<T, kKeyDim, Major::MN>(ds, dout + 4 * j, q + j * kRowStep, true);
+      }
+      wgmma_commit();
+    }
+    wgmma_wait<1>();
+    pin(du);
+    uint32_t rho[kChunk / 4], left[kChunk / 4];  // left: -e^G dV
+    pack_all<T>(rho, du);
+    for_tokens(lane, [&](int token, int j) {
+      float2 const in = pair_at(scalars.k_in, token), b = pair_at(scalars.strength, token);
+      du[j] *= b.x;
+      du[j + 1] *= b.y;
+      left[j / 2] = pack<T>(-in.x * du[j], -in.y * du[j + 1]);
+    });
+    {
+      uint64_t const k = row_major(stage.k);
+      pin(left);
+      wgmma_begin();
+#pragma unroll
+      for (int j = 0; j < kChunk / 16; ++j) {
+        wgmma<T, kKeyDim, Major::MN>(ds, left + 4 * j, k + j * kRowStep, true);
+      }
+      wgmma_commit();
+    }
+    pack_all<T>(fragments, du);
+    staging.acquire();
+    stage_values(rho, staging.tiles, warp, lane);
+    stage_values(fragments, staging.tiles + kTileBytes, warp, lane);
+    staging.publish();
+    if (thread == 0) store_bytes(out.tokens, staging.tiles, kTileBytes);
+    if (c.count < kChunk) {
+      store_rows<T>(staging.tiles + kTileBytes, a.p.dv, c, unit.head, column, thread);
+    } else if (thread == 0) {
+      store_tile(maps.dv, staging.tiles + kTileBytes, column, unit.head, c.begin, c.row);
+    }
+    wgmma_wait<0>();
+    pin(ds);
+    if (lane == 0) shared.released[slot].arrive();
+  }
+  if (a.p.dinitial_state != nullptr) {
+    store_state<kKeyDim>(ds, a.p.dinitial_state + state_offset, a.p.state_v_first, a.p.value_dim, column,
+                         thread);
+  }
+  if (thread == 0) wait_stores_read();
+}
+
+template <class Traits, class Stage>
+__device__ void scan(char* dynamic_shared, ScanLaunch const& a, BackwardMaps const& maps,
+                     ScanUnit const& unit) {
+  constexpr int kStages = Traits::template kStages<Stage>;
+  auto& shared = aligned_shared<typename Traits::template Shared<Stage>>(dynamic_shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      shared.loaded[i].init(1);
+      shared.released[i].init(Traits::kSlices * 4);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
+  if (group == Traits::kSlices) {
+    if constexpr (Traits::kSlices > 1) shrink_registers<Traits::kLoadRegisters>();
+    if (thread == 0) load_chunks<Traits, Stage>(shared, a, maps, unit);
+    return;
+  }
+  if constexpr (Traits::kSlices > 1) grow_registers<Traits::kStateRegisters>();
+  if constexpr (std::is_same_v<Stage, typename Traits::ReverseStage>) {
+    scan_reverse<Traits>(shared, a, maps, unit, group, thread);
+  } else {
+    scan_forward<Traits>(shared, a, unit, group, thread);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    scan_kernel(__grid_constant__ ScanLaunch const a, __grid_constant__ BackwardMaps const maps) {
+  extern __shared__ char dynamic_shared[];
+  ScanUnit const unit = scan_unit(a, Traits::kSlices * kTileSide);
+  if (unit.reverse) {
+    scan<Traits, typename Traits::ReverseStage>(dynamic_shared, a, maps, unit);
+  } else {
+    scan<Traits, typename Traits::ForwardStage>(dynamic_shared, a, maps, unit);
+  }
+}
+
+}  // namespace lt2::gdn::sm90::backward_pass
