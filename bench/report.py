@@ -177,7 +177,8 @@ def plot(run: Run, path: Path) -> str:
     axes.set_yticks(range(len(drawn)), [f"{results[0].op}  {results[0].shape}" for results in drawn], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8)
+    if points:
+        figure.legend(loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
     return f"![time of each implementation over ours]({path.name})"
 
