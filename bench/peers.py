@@ -20,11 +20,12 @@ Tensors = dict[str, Tensor]
 Call = Callable[[], Tensors]
 
 os.environ.setdefault("FLA_FLASH_QLA", "0")  # else fla's public functions run flash_qla where it is installed
+os.environ.setdefault("FLA_TILELANG", "0")  # and a kernel of its backward in TileLang
 VLLM_CPU_SO = "LT2_VLLM_CPU_SO"
 QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
 PEERS = {  # name: (distribution, module, devices)
     "transformers": ("transformers", QWEN, "cpu cuda"),
-    "fla": ("flash-linear-attention", "fla.ops.gated_delta_rule", "cuda"),
+    "fla": ("fla-core", "fla.ops.gated_delta_rule", "cuda"),
     "flash_qla": ("flash-qla", "flash_qla", "cuda"),
     "flashinfer": ("flashinfer-python", "flashinfer.gdn_prefill", "cuda"),
     "causal_conv1d": ("causal-conv1d", "causal_conv1d", "cuda"),
@@ -95,15 +96,28 @@ def transformers_chunk(x: Tensors) -> Tensors:
     return {"o": torch.cat([f(*piece, use_qk_l2norm_in_kernel=True)[0] for piece in pieces], 1)}
 
 
-def triton_chunk(module: str) -> Callable[[Tensors], Tensors]:
+def chunk(f: Callable[..., tuple[Tensor, Tensor | None]], x: Tensors) -> Tensors:
     """fla and flash_qla have the same interface."""
+    cu = x["cu_seqlens"].long() if "cu_seqlens" in x else None
+    return {"o": f(x["q"], x["k"], x["v"], x["g"], x["beta"], use_qk_l2norm_in_kernel=True, cu_seqlens=cu)[0]}
 
-    def forward(x: Tensors) -> Tensors:
-        f = importlib.import_module(module).chunk_gated_delta_rule
-        cu = x["cu_seqlens"].long() if "cu_seqlens" in x else None
-        return {"o": f(x["q"], x["k"], x["v"], x["g"], x["beta"], use_qk_l2norm_in_kernel=True, cu_seqlens=cu)[0]}
 
-    return forward
+def fla_chunk(x: Tensors) -> Tensors:
+    """On Hopper fla refuses its backward under Triton 3.4 to 3.7.0, which miscompile a kernel where its block of K is
+    64. Larger blocks are tried: what they compute is checked like everything else."""
+    from fla.ops.common import chunk_o
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.utils import TRITON_ABOVE_3_7_1
+
+    chunk_o.TRITON_ABOVE_3_7_1 = TRITON_ABOVE_3_7_1 or x["q"].shape[-1] > 64
+    return chunk(chunk_gated_delta_rule, x)
+
+
+def flash_qla_chunk(x: Tensors) -> Tensors:
+    from flash_qla import chunk_gated_delta_rule
+
+    needs_width(x, 128)
+    return chunk(chunk_gated_delta_rule, x)
 
 
 def offsets(x: Tensors) -> Tensor:
@@ -117,8 +131,16 @@ def needs_bf16(x: Tensors) -> None:
         raise Unsupported("bf16 only")
 
 
-def no_backward(x: Tensors) -> Call:
-    raise Unsupported("no backward")
+def needs_width(x: Tensors, width: int) -> None:
+    if {x["q"].shape[-1], x["v"].shape[-1]} != {width}:
+        raise Unsupported(f"K=V={width} only")
+
+
+def unsupported(reason: str) -> Callable[[Tensors], Call]:
+    def build(x: Tensors) -> Call:
+        raise Unsupported(reason)
+
+    return build
 
 
 def flashinfer_chunk(x: Tensors) -> Call:
@@ -126,6 +148,7 @@ def flashinfer_chunk(x: Tensors) -> Call:
     from flashinfer.gdn_prefill import chunk_gated_delta_rule as f
 
     needs_bf16(x)
+    needs_width(x, 128)
     q, k = (F.normalize(x[n].float(), dim=-1).bfloat16().flatten(0, 1) for n in ("q", "k"))
     v, decay, beta = (t.flatten(0, 1) for t in (x["v"], x["g"].exp(), x["beta"]))
     args = (q, k, v, decay, beta, q.shape[-1] ** -0.5, None, True, offsets(x), False)

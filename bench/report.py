@@ -86,6 +86,12 @@ def over(run: Run, result: Result, ours: Result) -> float | None:
     return other / t if t and other else None
 
 
+def line(run: Run, results: list[Result]) -> str:
+    """One case, every implementation: its time, or why there is none."""
+    cells = [f"{r.name} {duration(s) if (s := run.seconds(r)) else f'({r.note})'}" for r in results]
+    return f"{results[0].op}, {results[0].shape}: {'; '.join(cells)}"
+
+
 def quality(run: Run, result: Result) -> list[str]:
     """Percent of the floor, and the error."""
     seconds = run.seconds(result)
@@ -143,7 +149,8 @@ def facts(run: Run) -> str:
 - ceilings in this run: copy (read + write, by working set) {copy}; matmul {matmul}
 - one time is the {run.statistic} of interleaved runs; ratio = best peer, else torch, over ours: above 1 ours is faster
 - floor = the larger of FLOPs / matmul rate and bytes / copy rate; an update in place can exceed the latter
-- error = relative to a float64 oracle, of the output nearest to its tolerance; beyond its tolerance nothing is timed"""
+- error = relative to a float64 oracle, of the output nearest to its tolerance (for a peer three times ours); beyond its
+  tolerance nothing is timed; long sequences are checked by shorter ones"""
 
 
 def plot(run: Run, path: Path) -> str:
@@ -170,7 +177,8 @@ def plot(run: Run, path: Path) -> str:
     axes.set_yticks(range(len(drawn)), [f"{results[0].op}  {results[0].shape}" for results in drawn], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8)
+    if points:
+        figure.legend(loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
     return f"![time of each implementation over ours]({path.name})"
 

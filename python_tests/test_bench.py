@@ -14,6 +14,8 @@ import run as bench
 import timing
 from suites import Case, causal_conv1d, gdn, loop_state
 
+from lt2_ext.testing import TOLERANCE
+
 CPU = torch.device("cpu")
 CEILINGS = timing.Ceilings({1 << 20: 1e10}, {"torch.float32": 1e11, "torch.bfloat16": 2e11})
 SMALL = gdn.Shape(T=70, H=1, HV=2, K=32, V=32)
@@ -71,6 +73,80 @@ def test_the_gate_refuses_a_wrong_output(output: str):
     assert ours.times is None
     assert ours.note.startswith(f"WRONG err=1.0e-03 ({output}, ")
     assert plain.times
+
+
+def test_a_peer_may_round_more_than_ours_but_not_err(monkeypatch):
+    monkeypatch.setattr(peers, "find", lambda name, device: peers.Peer("1"))
+    case = gdn.chunk_case(SMALL, F32, False, CPU)
+
+    def scaled(factor):
+        def build(x):
+            call = case.torch(x)
+            return lambda: {n: t * factor for n, t in call().items()}
+
+        return build
+
+    limit = TOLERANCE[F32]["out"][0]
+    names = {"fla": scaled(1 + 2 * limit), "flash_qla": scaled(1 + 4 * limit)}
+    ours, plain, rounds, errs = measure(dataclasses.replace(case, peers=names, ours=names["fla"]), tuple(names))
+    assert ours.note.startswith("WRONG")
+    assert plain.times
+    assert rounds.times
+    assert errs.note.startswith("WRONG")
+
+
+def test_a_long_sequence_is_checked_on_a_shorter_one(monkeypatch):
+    monkeypatch.setattr(gdn, "CHECKED", 64)
+    case = gdn.chunk_case(SMALL, F32, True, CPU)
+    lengths = []
+
+    def recorded(x):
+        lengths.append(x["q"].shape[1])
+        return case.torch(x)
+
+    def wrong_where_long(x):
+        call = case.torch(x)
+        return lambda: {n: t / (t.shape[1] <= 64) for n, t in call().items()}
+
+    ours, plain, *_ = measure(dataclasses.replace(case, ours=wrong_where_long, torch=recorded))
+    assert ours.note == "WRONG not finite: o, dq, dk, dv, dg, dbeta"
+    assert plain.times
+    assert lengths == [64, 70]
+
+
+def test_the_mix_of_gates_has_heads_that_keep_all():
+    g = gdn.GATES["mix"](torch.randn(2, 500, 8))
+    assert g.shape == (2, 500, 8)
+    assert not g[..., ::4].any()
+    rest = g[..., [1, 2, 3, 5, 6, 7]]
+    assert rest.max() <= 0
+    assert rest.min() >= -0.1
+    assert rest.mean().item() == pytest.approx(-0.05, abs=2e-3)
+
+
+def test_the_cuda_shapes_differ():
+    cases = gdn.cases(torch.device("cuda"), False)
+    assert len({(c.op, c.shape) for c in cases}) == len(cases)
+    assert {c.shape for c in gdn.cases(torch.device("cuda"), True)} < {c.shape for c in cases}
+
+
+def test_a_killed_run_keeps_the_cases_before_it(monkeypatch, tmp_path: Path):
+    first, second, other = (gdn.chunk_case(dataclasses.replace(SMALL, T=T), F32, False, CPU) for T in (3, 5, 7))
+
+    def killed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "measure_ceilings", lambda device: CEILINGS)
+    listed = [other, first, dataclasses.replace(second, inputs=killed)]
+    monkeypatch.setattr(gdn, "cases", lambda device, quick: listed)
+    file = tmp_path / "run.json"
+    command = ["--suite", "gdn", "--quick", "--peers", "--match", r"gdn fwd .*T=[35]", "--json", str(file)]
+    command += ["--out-dir", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(command)
+    assert {r.shape for r in report.Run.load(file).results} == {first.shape}
+    assert bench.main([*command, "--minutes", "0"]) == 0
+    assert report.Run.load(file).results == []
 
 
 def test_a_missing_peer_and_a_failure_are_rows_with_their_reason(monkeypatch):

