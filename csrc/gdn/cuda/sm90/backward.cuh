@@ -16,6 +16,19 @@
 namespace lt2::gdn::sm90::backward_pass {
 
 inline constexpr int kChunk = kTileSide;
+
+// d [64 x 64] = A B^T over kKeyDim, both k_major tiles.
+template <class T, int kKeyDim>
+__device__ __forceinline__ void multiply_rows(float (&d)[kTileSide / 2], char const* a, char const* b) {
+  uint64_t const da = k_major(a), db = k_major(b);
+  pin(d);
+  wgmma_begin();
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 16; ++k) wgmma<T, kTileSide>(d, da + k_step(k), db + k_step(k), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(d);
+}
 // -N is kept to fp16's precision or better: one fp16, or a pair of bf16 that add up to it.
 template <class T>
 inline constexpr int kInverseParts = std::is_same_v<T, __half> ? 1 : 2;
