@@ -189,7 +189,8 @@ std::tuple<Tensor, Tensor> gdn_fwd(Tensor const& q, Tensor const& k, Tensor cons
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
     if (gdn::sm90::supports(p) == kOk) {
-      check_status(gdn::sm90::forward(p, current_cuda_stream(q)));
+      Tensor const workspace = empty(q, {gdn::sm90::forward_workspace(p)}, ScalarType::Float);
+      check_status(gdn::sm90::forward(p, floats(workspace), current_cuda_stream(q)));
     } else {
       check_status(gdn::portable::supports(p));
       check_status(gdn::portable::forward(p, current_cuda_stream(q)));

@@ -76,10 +76,12 @@ void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool)
 void step(StepParams const& p, ThreadPool const& pool);
 }  // namespace cpu
 
-// Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken.
+// Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are in
+// floats.
 namespace sm90 {
 Status supports(ForwardParams const& p);
-Status forward(ForwardParams const& p, void* cuda_stream);
+int64_t forward_workspace(ForwardParams const& p);
+Status forward(ForwardParams const& p, float* workspace, void* cuda_stream);
 Status supports_backward(BackwardParams const& p);
 int64_t backward_workspace(BackwardParams const& p);
 Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);

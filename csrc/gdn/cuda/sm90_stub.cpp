@@ -6,7 +6,8 @@ namespace lt2::gdn::sm90 {
 static constexpr Status kNotBuilt = "lt2_ext was built without sm_90a";
 
 Status supports(ForwardParams const&) { return kNotBuilt; }
-Status forward(ForwardParams const&, void*) { return kNotBuilt; }
+int64_t forward_workspace(ForwardParams const&) { return 0; }
+Status forward(ForwardParams const&, float*, void*) { return kNotBuilt; }
 Status supports_backward(BackwardParams const&) { return kNotBuilt; }
 int64_t backward_workspace(BackwardParams const&) { return 0; }
 Status backward(BackwardParams const&, float*, void*) { return kNotBuilt; }

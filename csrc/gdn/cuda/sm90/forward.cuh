@@ -8,13 +8,17 @@
 // registers.
 #pragma once
 
-#include "gdn/cuda/sm90/tile.cuh"
+#include "gdn/cuda/sm90/segments.cuh"
 
 namespace lt2::gdn::sm90 {
 
-template <class T_, int kKeyDim_, int kSlices_>
+// What a launch computes: outputs and final states, or the maps of segments (segments.cuh).
+enum class Pass { kOutputs, kMaps };
+
+template <class T_, int kKeyDim_, int kSlices_, Pass kPass_ = Pass::kOutputs>
 struct ForwardTraits {
   using T = T_;  // of q, k, v, o
+  static constexpr Pass kPass = kPass_;
   static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
   static constexpr int kSlices = kSlices_;  // state warpgroups
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
@@ -45,33 +49,77 @@ struct ForwardLaunch {
   Inputs p;
   Strided o;
   float* final_state;
+  Segments segments;
   int slice_groups;
 };
 
-// What a block works on.
+// What a block works on: tiles of a segment, for a value head and some rows of S^T.
 struct ForwardUnit {
-  int sequence, row, begin, tokens;
-  int head, qk_head, column;  // value head, its query/key head, first value column
+  int row, begin, tokens;     // from the first tile on; no tiles where tokens is 0
+  int head, qk_head, column;  // value head, its query/key head, first value column; from V on they are of M
   int tiles;
+  float const* initial;       // or null: zero, or the identity for M
+  float* final;               // or null
+  bool initial_v_first, final_v_first;
 
   __device__ TileTokens tile(int i) const {
     return {row, begin + i * kTileSide, min(tokens - i * kTileSide, kTileSide)};
   }
 };
 
-__device__ inline ForwardUnit forward_unit(ForwardLaunch const& a, int columns) {
+template <class Traits>
+__device__ ForwardUnit forward_unit(ForwardLaunch const& a) {
+  Inputs const& p = a.p;
+  constexpr int kKeyDim = Traits::kKeyDim;
   int const group = blockIdx.x % a.slice_groups, unit = blockIdx.x / a.slice_groups;
-  int const head = unit % a.p.value_heads, n = unit / a.p.value_heads;
-  portable::Sequence const s = portable::sequence(a.p, n);
-  int const tokens = static_cast<int>(s.length);
-  return {n,
-          static_cast<int>(s.row),
-          static_cast<int>(s.begin),
+  int const head = unit % p.value_heads, number = unit / p.value_heads;
+  int const column = group * Traits::kSlices * kTileSide;
+  Segment const segment = find_segment(p, a.segments.span, number);
+  int64_t const sequence_state = (int64_t{segment.sequence} * p.value_heads + head) * kKeyDim * p.value_dim;
+  int64_t const segment_head = int64_t{number} * p.value_heads + head;
+  int64_t const segment_state = segment_head * kKeyDim * p.value_dim;
+  bool const last = segment.index == segment.count - 1;
+  int begin = segment.begin, tokens = max(segment.tokens, 0);
+  float const* initial = nullptr;
+  float* final = nullptr;
+  bool initial_v_first = p.state_v_first, final_v_first = true;
+  if (segment.index == 0 && p.initial_state != nullptr) initial = p.initial_state + sequence_state;
+  if constexpr (Traits::kPass == Pass::kOutputs) {
+    if (segment.index > 0) {
+      initial = a.segments.starts + segment_state;
+      initial_v_first = true;
+    }
+    if (last && a.final_state != nullptr) final = a.final_state + sequence_state;
+    final_v_first = p.state_v_first;
+    if (segment.tokens < 0) final = nullptr;
+  } else {
+    int const first_tile = segment.tokens < 0 ? 0 : a.segments.first_tiles[segment_head];
+    bool const of_keys = column >= p.value_dim;
+    if (segment.tokens < 0 || last || (of_keys && (segment.index == 0 || first_tile != kWhole))) {
+      tokens = 0;
+    } else if (of_keys) {
+      initial = nullptr;
+      final = a.segments.maps + segment_head * Traits::kKeyTiles * kTileSide * kKeyDim;
+    } else {
+      final = a.segments.ends + segment_state;
+      if (first_tile > 0) {
+        begin += first_tile * kTileSide;
+        tokens -= first_tile * kTileSide;
+        initial = nullptr;
+      }
+    }
+  }
+  return {segment.row,
+          begin,
           tokens,
           head,
-          head / (a.p.value_heads / a.p.heads),
-          group * columns,
-          (tokens + kTileSide - 1) / kTileSide};
+          head / (p.value_heads / p.heads),
+          column,
+          (tokens + kTileSide - 1) / kTileSide,
+          initial,
+          final,
+          initial_v_first,
+          final_v_first};
 }
 
 // A helper warpgroup: tiles `helper`, + kHelpers, ...
@@ -80,20 +128,23 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
                               ForwardUnit const& unit, int helper, int thread) {
   using T = typename Traits::T;
   constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages;
+  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
   TileScratch& scratch = shared.scratch[helper];
   auto const load_qk = [&](int i) {
     TileTokens const t = unit.tile(i);
     Barrier& loaded = shared.loaded[i % kStages];
-    loaded.arrive_expecting(kTiles * kQkBytes);
+    loaded.arrive_expecting(kTiles * (kOutputs ? kQkBytes : kTileBytes));
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       char* to = shared.qk[i % kStages] + tile * kQkBytes;
 #pragma unroll
       for (int c = 0; c < kTileChunks; ++c) {
-        for (CUtensorMap const* map : {&maps.k, &maps.q}) {
-          load_tile(to, *map, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row, loaded);
-          to += kHalfTileBytes;
+        load_tile(to, maps.k, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row, loaded);
+        if constexpr (kOutputs) {
+          load_tile(to + kHalfTileBytes, maps.q, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row,
+                    loaded);
         }
+        to += kTileBytes;
       }
     }
   };
@@ -113,7 +164,7 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
       if (next < unit.tiles) request_gates(a.p, unit.tile(next), unit.head, thread, scratch);
     }
     shared.loaded[stage].wait((i / kStages) & 1);
-    prepare_tile<T, Traits::kKeyDim>(a.p, count, shared.qk[stage], s, scratch, shared.inverse[stage],
+    prepare_tile<T, Traits::kKeyDim, kOutputs>(a.p, count, shared.qk[stage], s, scratch, shared.inverse[stage],
                                      shared.scores[stage], 1 + 2 * helper, thread);
     shared.prepared[stage].arrive();
     if (next < unit.tiles) {
@@ -249,24 +300,34 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   int const warp = thread / 32, lane = thread % 32;
   int const barrier = 1 + 2 * Traits::kHelpers + slice;
   int const column = unit.column + slice * kTileSide;
+  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
+  // A column past the values is one of the identity, and has no values: its tiles of v stay zero.
+  bool const of_keys = !kOutputs && column >= a.p.value_dim;
   auto const load_v = [&](int i) {
     Barrier& loaded = shared.v_loaded[slice][i % 2];
     TileTokens const t = unit.tile(i);
     loaded.arrive_expecting(kTileBytes);
     load_tile(shared.v[slice][i % 2], maps.v, column, unit.head, t.begin, t.row, loaded);
   };
-  if (thread == 0) {
+  if (of_keys) {
+    for (int i = thread; i < 2 * kTileBytes / 16; i += kWarpgroup) {
+      reinterpret_cast<uint4*>(shared.v[slice])[i] = uint4{};
+    }
+    named_barrier(barrier, kWarpgroup);
+  } else if (thread == 0) {
     if (unit.tiles > 0) load_v(0);
     if (unit.tiles > 1) load_v(1);
   }
 
-  int64_t const state_index = (int64_t{unit.sequence} * a.p.value_heads + unit.head) * kKeyDim * a.p.value_dim;
   float s[kKeyDim / 2];
-  if (a.p.initial_state != nullptr) {
-    load_state<kKeyDim>(s, a.p.initial_state + state_index, a.p.state_v_first, a.p.value_dim, column, thread);
+  if (unit.initial != nullptr) {
+    load_state<kKeyDim>(s, unit.initial, unit.initial_v_first, a.p.value_dim, column, thread);
   } else {
-#pragma unroll
-    for (int i = 0; i < kKeyDim / 2; ++i) s[i] = 0.f;
+    int const diagonal = column - a.p.value_dim;
+    for_state_elements<kKeyDim>(diagonal, thread, [&](int i, int v, int k) {
+      s[i] = of_keys && v == k ? 1.f : 0.f;
+      s[i + 1] = of_keys && v == k + 1 ? 1.f : 0.f;
+    });
   }
 
   float o[kChunk / 2] = {};
@@ -302,12 +363,13 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     uint32_t fragments[kKeyDim / 4];  // of S^T
     pack_all<T>(fragments, s);
     uint32_t packed[kChunk / 4];
-    pack_all<T>(packed, o, unrange);
+    if constexpr (kOutputs) pack_all<T>(packed, o, unrange);
     if (part == 0) {
       if (c > 0 && lane == 0) shared.released[(i - 1) % kStages].arrive();
       shared.prepared[stage].wait((i / kStages) & 1);
     }
-    float sums[kChunk];  // K S, then Q S
+    constexpr int kRows = kOutputs ? 2 * kChunk : kChunk;
+    float sums[kRows / 2];  // K S, then Q S
     {
       uint64_t const qk = k_major(shared.qk[stage]) + qk_rows;
       pin(fragments);
@@ -315,12 +377,14 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       wgmma_begin();
 #pragma unroll
       for (int j = 0; j < kKeySteps; ++j) {
-        wgmma<T, 2 * kChunk>(sums, fragments + 4 * j, qk + k_step<kQkBytes>(j), j > 0);
+        wgmma<T, kRows>(sums, fragments + 4 * j, qk + k_step<kQkBytes>(j), j > 0);
       }
       wgmma_commit();
     }
-    if (c > 0) store_output(packed, c - 1);
-    if (part == 0) shared.v_loaded[slice][i % 2].wait((i / 2) & 1);
+    if constexpr (kOutputs) {
+      if (c > 0) store_output(packed, c - 1);
+    }
+    if (part == 0 && !of_keys) shared.v_loaded[slice][i % 2].wait((i / 2) & 1);
     wgmma_wait<0>();
     pin(sums);
     uint32_t w[kChunk / 4];
@@ -338,15 +402,19 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + low + k_step(j), true);
       wgmma_commit();
     }
+    if constexpr (kOutputs) {
 #pragma unroll
-    for (int j = 0; j < kChunk / 2; ++j) o[j] = sums[kChunk / 2 + j];
-    scale_tokens(o, scalars.q_in + first, lane);
+      for (int j = 0; j < kChunk / 2; ++j) o[j] = sums[kChunk / 2 + j];
+      scale_tokens(o, scalars.q_in + first, lane);
+    }
     float const decay = scalars.decay[part];
 #pragma unroll
     for (int j = 0; j < kKeyDim / 2; ++j) s[j] *= decay;
-    if (thread == 0 && part == 0 && i > 0 && i + 1 < unit.tiles) {
-      wait_stores_read();
-      load_v(i + 1);
+    if constexpr (kOutputs) {
+      if (thread == 0 && part == 0 && i > 0 && i + 1 < unit.tiles) {
+        wait_stores_read();
+        load_v(i + 1);
+      }
     }
     wgmma_wait<0>();
     pin(u);
@@ -378,30 +446,40 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       }
       wgmma_commit();
     }
-    float const range = range_factor(u);
-    unrange = 1.f / range;
-    uint32_t written[kChunk / 4];
-    pack_all<__half>(written, u, range);
+    if constexpr (kOutputs) {
+      float const range = range_factor(u);
+      unrange = 1.f / range;
+      uint32_t written[kChunk / 4];
+      pack_all<__half>(written, u, range);
 #pragma unroll
-    for (int j = 0; j < kChunk / 2; ++j) o[j] *= range;
-    {
-      uint64_t const scores = k_major(shared.scores[stage]) + block;
-      pin(written);
-      pin(o);
-      wgmma_begin();
+      for (int j = 0; j < kChunk / 2; ++j) o[j] *= range;
+      {
+        uint64_t const scores = k_major(shared.scores[stage]) + block;
+        pin(written);
+        pin(o);
+        wgmma_begin();
 #pragma unroll
-      for (int j = 0; j < kChunkSteps; ++j) wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
-      wgmma_commit();
+        for (int j = 0; j < kChunkSteps; ++j) wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
+        wgmma_commit();
+      }
     }
     wgmma_wait<0>();
     pin(s);
-    pin(o);
+    if constexpr (kOutputs) {
+      pin(o);
+    } else if (part == kTileChunks - 1 && !of_keys && i + 2 < unit.tiles) {
+      named_barrier(barrier, kWarpgroup);  // the values have been read
+      if (thread == 0) load_v(i + 2);
+    }
   }
-  uint32_t packed[kChunk / 4];
-  pack_all<T>(packed, o, unrange);
-  if (chunks > 0) store_output(packed, chunks - 1);
-  if (a.final_state != nullptr) {
-    store_state<kKeyDim>(s, a.final_state + state_index, a.p.state_v_first, a.p.value_dim, column, thread);
+  if constexpr (kOutputs) {
+    uint32_t packed[kChunk / 4];
+    pack_all<T>(packed, o, unrange);
+    if (chunks > 0) store_output(packed, chunks - 1);
+  }
+  if (unit.final != nullptr) {
+    store_state<kKeyDim>(s, unit.final, unit.final_v_first, a.p.value_dim, of_keys ? column - a.p.value_dim : column,
+                         thread);
   }
 }
 
@@ -423,7 +501,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  ForwardUnit const unit = forward_unit(a, Traits::kSlices * kTileSide);
+  ForwardUnit const unit = forward_unit<Traits>(a);
   if (group < Traits::kHelpers) {
     if constexpr (Traits::kMovesRegisters) shrink_registers<Traits::kHelperRegisters>();
     prepare_tiles<Traits>(shared, a, maps, unit, group, thread);

@@ -11,6 +11,6 @@ inline cuda::sm90::TokenMajor token_major(Strided const& x, Inputs const& p, int
 }
 
 template <Dtype, int kKeyDim>
-Status launch_forward(ForwardParams const& p, void* stream);
+Status launch_forward(ForwardParams const& p, float* workspace, void* stream);
 
 }  // namespace lt2::gdn::sm90

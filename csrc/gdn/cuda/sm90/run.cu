@@ -2,7 +2,7 @@
 #include "gdn/cuda/portable/gradients.cuh"
 #include "gdn/cuda/sm90/backward.cuh"
 #include "gdn/cuda/sm90/backward_launch.h"
-#include "gdn/cuda/sm90/forward_launch.h"
+#include "gdn/cuda/sm90/forward_launch.cuh"
 
 namespace lt2::gdn::sm90 {
 namespace {
@@ -47,16 +47,16 @@ Status launch_by_key_dim(BackwardParams const& p, float* workspace, void* stream
 }
 
 template <Dtype kDtype>
-Status launch_by_key_dim(ForwardParams const& p, void* stream) {
+Status launch_by_key_dim(ForwardParams const& p, float* workspace, void* stream) {
   switch (p.key_dim) {
     case 64:
-      return launch_forward<kDtype, 64>(p, stream);
+      return launch_forward<kDtype, 64>(p, workspace, stream);
     case 96:
-      return launch_forward<kDtype, 96>(p, stream);
+      return launch_forward<kDtype, 96>(p, workspace, stream);
     case 128:
-      return launch_forward<kDtype, 128>(p, stream);
+      return launch_forward<kDtype, 128>(p, workspace, stream);
     default:
-      return launch_forward<kDtype, 192>(p, stream);
+      return launch_forward<kDtype, 192>(p, workspace, stream);
   }
 }
 
@@ -67,9 +67,15 @@ Status supports(ForwardParams const& p) {
   return supports_inputs(p);
 }
 
-Status forward(ForwardParams const& p, void* stream) {
-  return p.dtype == Dtype::kFloat16 ? launch_by_key_dim<Dtype::kFloat16>(p, stream)
-                                    : launch_by_key_dim<Dtype::kBFloat16>(p, stream);
+int64_t forward_workspace(ForwardParams const& p) {
+  int64_t floats;
+  segment_layout(p, nullptr, &floats);
+  return floats;
+}
+
+Status forward(ForwardParams const& p, float* workspace, void* stream) {
+  return p.dtype == Dtype::kFloat16 ? launch_by_key_dim<Dtype::kFloat16>(p, workspace, stream)
+                                    : launch_by_key_dim<Dtype::kBFloat16>(p, workspace, stream);
 }
 
 Status supports_backward(BackwardParams const& p) {

@@ -323,8 +323,9 @@ __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& 
 
 // The whole preparation of a tile by one warpgroup that shares `barrier` and, its first half, `barrier` + 1. The first two
 // warps have k, one chunk each to scan and to invert, the others q. q and k have arrived, and scan_gates is under way.
-// `inverse` and `scores` are tiles. Ends with the writes of this thread ordered before later reads by wgmma.
-template <class T, int kKeyDim>
+// `inverse` and `scores` are tiles. Without kScores there is no q. Ends with the writes of this thread ordered before later
+// reads by wgmma.
+template <class T, int kKeyDim, bool kScores>
 __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch, char* inverse,
                              char* scores, int barrier, int thread) {
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide;
@@ -332,11 +333,11 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
   int const token = chunk * kChunk + lane;
   bool const has_k = warp < kTileChunks;
   int const row = chunk * 2 * kChunk + (has_k ? 0 : kChunk) + lane;
-  if (token >= count) {  // what follows the sequence may be anything
+  if (token >= count && (kScores || has_k)) {  // what follows the sequence may be anything
     clear_row<kTiles>(qk, row);
     fence_async_shared();
   }
-  float const norm = p.qk_l2norm ? row_norm<T, kTiles>(qk, row) : 1.f;
+  float const norm = p.qk_l2norm && (kScores || has_k) ? row_norm<T, kTiles>(qk, row) : 1.f;
   if (has_k) {
     float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
     s.k_norm[token] = norm;
@@ -373,7 +374,7 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     for (int c = 0; c < kTileChunks; ++c) store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
     named_barrier(barrier + 1, kWarpgroup / 2);
     invert_32(scratch.inverse[chunk], lane);
-  } else {
+  } else if constexpr (kScores) {
 #pragma unroll
     for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, c, half_row, lane);
   }

@@ -1,0 +1,158 @@
+// Few long sequences: each is cut into segments that run side by side. A segment is an affine map of the state,
+//   S_end = M S_start + N,   M [K x K], N [K x V],
+// so three passes give the same result as one: maps (N is a scan from zero, M one of the identity without values), a
+// join that walks the segments of each head, and the outputs from the states that it found.
+//
+// Where a segment has decayed all that came before it, M is zero, and N needs the last tiles only. plan_segments decides
+// that for each segment and head on the device, from a bound that holds for any gate, strength and key: a token
+// multiplies the norm of a state by at most e^g max(1, |1 - b |k|^2|).
+#pragma once
+
+#include "gdn/cuda/sm90/tile.cuh"
+
+namespace lt2::gdn::sm90 {
+
+struct Segments {
+  int64_t span;  // tokens of a segment, a multiple of 64; 0: sequences are not cut
+  // By the number of a segment, 0..count - 1; null where sequences are not cut.
+  float *starts, *ends;  // [count, HV, V, K]: before the segment; N^T, or the state after a sequence's first
+  float* maps;           // [count, HV, K rounded up to 64, K]: M^T
+  int* first_tiles;      // [count, HV]: the first tile on which the end depends; kWhole: on all, and on the start
+};
+
+inline constexpr int kWhole = -1;
+
+struct Segment {
+  int sequence, index, count;      // count: of the sequence's segments, at least 1
+  int row, begin, tokens;          // of this segment
+};
+
+// Segments are numbered without reading cu_seqlens on the host, as chunks are: those of a sequence end before those of
+// the next one begin, with gaps.
+__device__ inline int64_t first_segment(Inputs const& p, int64_t span, int64_t n) {
+  portable::Sequence const s = portable::sequence(p, n);
+  return (s.row * p.tokens + s.begin) / span + n;
+}
+inline int64_t segment_numbers(Inputs const& p, int64_t span) {
+  return span == 0 ? p.sequences : p.batch * p.tokens / span + p.sequences;
+}
+
+// tokens < 0: no segment has this number.
+__device__ inline Segment find_segment(Inputs const& p, int64_t span, int64_t number) {
+  int64_t low = 0, high = p.sequences;
+  if (span == 0) {
+    low = number;
+  } else {
+    while (high - low > 1) {
+      int64_t const middle = (low + high) / 2;
+      (first_segment(p, span, middle) <= number ? low : high) = middle;
+    }
+  }
+  portable::Sequence const s = portable::sequence(p, low);
+  int64_t const index = span == 0 ? 0 : number - first_segment(p, span, low);
+  int64_t const count = span == 0 ? 1 : max((s.length + span - 1) / span, int64_t{1});
+  int64_t const offset = index * span;
+  int64_t const tokens = index >= count ? -1 : span == 0 ? s.length : min(s.length - offset, span);
+  return {static_cast<int>(low),   static_cast<int>(index),           static_cast<int>(count),
+          static_cast<int>(s.row), static_cast<int>(s.begin + offset), static_cast<int>(tokens)};
+}
+
+inline constexpr int kPlanWarps = 8, kPlanRounds = 8;
+inline constexpr float kForgotten = -40.f;  // log2
+
+// One block per segment and value head, a warp per tile, from the end of the segment backwards.
+template <class T>
+__global__ void __launch_bounds__(kPlanWarps * 32) plan_segments(Inputs const p, Segments const segments, int key_dim) {
+  __shared__ float growth[kPlanWarps];
+  int const number = blockIdx.x / p.value_heads, head = blockIdx.x % p.value_heads;
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Segment const segment = find_segment(p, segments.span, number);
+  if (segment.tokens < 0) return;
+  int const tiles = (segment.tokens + kTileSide - 1) / kTileSide;
+  int const qk_head = head / (p.value_heads / p.heads);
+  int result = kWhole;
+  float total = 0.f;
+  for (int round = 0; round < kPlanRounds && result == kWhole; ++round) {
+    int const tile = tiles - 1 - round * kPlanWarps - warp;
+    float sum = 0.f;
+    if (tile >= 0) {
+      for (int i = 0; i < 2; ++i) {
+        int const token = tile * kTileSide + 32 * i + lane;
+        bool const there = token < segment.tokens;
+        int64_t const at = segment.begin + token;
+        float const decay = there ? portable::log_decay(p, segment.row, at, head) * kLog2E : 0.f;
+        float const strength = there ? portable::write_strength(p, segment.row, at, head) : 0.f;
+        float norm2 = 1.f;
+        if (!p.qk_l2norm) {
+          for (int t = 0; t < 32; ++t) {
+            float mine = 0.f;
+            int const other = tile * kTileSide + 32 * i + t;
+            if (other < segment.tokens) {
+              T const* const k = portable::token_row<T const>(p.k, segment.row, segment.begin + other, qk_head);
+              for (int j = lane; j < key_dim; j += 32) mine += to_float(k[j]) * to_float(k[j]);
+            }
+            mine = lane_sum(mine);
+            if (t == lane) norm2 = mine;
+          }
+        }
+        // |k| <= 1 after l2norm, so that 1 - b |k|^2 lies between 1 and 1 - b.
+        sum += decay + log2f(fmaxf(1.f, fabsf(1.f - strength * norm2)));
+      }
+    }
+    sum = lane_sum(sum);
+    if (lane == 0) growth[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < kPlanWarps && result == kWhole; ++w) {
+      int const at = tiles - 1 - round * kPlanWarps - w;
+      total += growth[w];
+      if (at >= 0 && total < kForgotten) result = at;
+    }
+    __syncthreads();
+    if (tiles - 1 - (round + 1) * kPlanWarps < 0) break;
+  }
+  if (threadIdx.x == 0) segments.first_tiles[number * p.value_heads + head] = result;
+}
+
+inline constexpr int kJoinRows = 16;
+
+// One block per sequence, value head and kJoinRows value columns; a thread per key column.
+template <int kKeyDim>
+__global__ void __launch_bounds__(kKeyDim) join_segments(Inputs const p, Segments const segments) {
+  constexpr int kMapRows = (kKeyDim + kTileSide - 1) / kTileSide * kTileSide;
+  __shared__ __align__(16) float state[kJoinRows][kKeyDim];
+  int const parts = p.value_dim / kJoinRows;
+  int const part = blockIdx.x % parts, unit = blockIdx.x / parts;
+  int const head = unit % p.value_heads, n = unit / p.value_heads, column = threadIdx.x;
+  int64_t const first = first_segment(p, segments.span, n);
+  int const count = find_segment(p, segments.span, first).count;
+  for (int i = 1; i < count; ++i) {
+    int64_t const before = (first + i - 1) * p.value_heads + head, after = before + p.value_heads;
+    float const* const end = segments.ends + (before * p.value_dim + part * kJoinRows) * kKeyDim + column;
+    float sum[kJoinRows];
+#pragma unroll
+    for (int r = 0; r < kJoinRows; ++r) sum[r] = end[r * kKeyDim];
+    if (i > 1 && segments.first_tiles[before] == kWhole) {
+      float const* const map = segments.maps + before * kMapRows * kKeyDim + column;
+#pragma unroll 4
+      for (int j = 0; j < kKeyDim; j += 4) {
+        float const m[4] = {map[j * kKeyDim], map[(j + 1) * kKeyDim], map[(j + 2) * kKeyDim],
+                            map[(j + 3) * kKeyDim]};
+#pragma unroll
+        for (int r = 0; r < kJoinRows; ++r) {
+          float4 const s = *reinterpret_cast<float4 const*>(&state[r][j]);
+          sum[r] += s.x * m[0] + s.y * m[1] + s.z * m[2] + s.w * m[3];
+        }
+      }
+    }
+    __syncthreads();
+    float* const start = segments.starts + (after * p.value_dim + part * kJoinRows) * kKeyDim + column;
+#pragma unroll
+    for (int r = 0; r < kJoinRows; ++r) {
+      state[r][column] = sum[r];
+      start[r * kKeyDim] = sum[r];
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace lt2::gdn::sm90
