@@ -139,6 +139,14 @@ def gated_delta_step_(device: str) -> Pairs:
     return compare(ops.gated_delta_step_, gdn_reference.gated_delta_step, device, tensors, ("state",))
 
 
+def gdn_decode_fused_(device: str) -> Pairs:
+    raw = {n: torch.randn(2, 1, 4) for n in ("a", "b")} | {"A_log": torch.rand(4), "dt_bias": torch.randn(4)}
+    layer = {"conv_weight": torch.randn(768, 4) / 2, "norm_weight": torch.randn(128)}
+    pools = {"state": torch.randn(2, 4, 64, 128), "conv_state": torch.randn(2, 768, 4)}
+    tensors = {**pools, "qkv": torch.randn(2, 1, 768), "z": torch.randn(2, 1, 4, 128), **raw, **layer}
+    return compare(ops.gdn_decode_fused_, gdn_reference.decode_fused, device, tensors, ("state", "conv_state"))
+
+
 def causal_conv1d(device: str) -> Pairs:
     tensors = {"x": torch.randn(2, 50, 96), "weight": torch.randn(96, 4), "bias": torch.randn(96)}
     return compare(ops.causal_conv1d, conv_reference.causal_conv1d, device, tensors, output_final_state=True)
@@ -188,6 +196,7 @@ SELF_TESTS: dict[str, Callable[[str], Pairs]] = {
         chunk_gated_delta_rule,
         fused_recurrent_gated_delta_rule,
         gated_delta_step_,
+        gdn_decode_fused_,
         causal_conv1d,
         causal_conv1d_step_,
         loop_residual,

@@ -34,6 +34,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         gdn.chunk_case(VARLEN, BF16, True, CPU),
         gdn.chunk_case(VARLEN, BF16, False, CPU),
         gdn.step_case(2, 2, 4, 32, BF16, CPU),
+        gdn.layer_case(2, 2, 4, 32, BF16, CPU),
         causal_conv1d.conv_case(2, 9, 16, 4, F32, True, CPU),
         causal_conv1d.conv_case(2, 9, 16, 4, BF16, False, CPU),
         causal_conv1d.step_case(2, 16, 4, BF16, CPU),
@@ -204,8 +205,13 @@ def test_cuda_clock_times_short_and_long_calls_alike(graph: bool):
 @pytest.mark.parametrize("graph", [False, True])
 def test_suites_on_cuda(graph: bool):
     cuda = torch.device("cuda")
-    for case in (gdn.step_case(2, 2, 4, 32, BF16, cuda), causal_conv1d.step_case(2, 16, 4, BF16, cuda),
-                 causal_conv1d.conv_case(2, 9, 16, 4, BF16, True, cuda)):  # fmt: skip
+    cases = [
+        gdn.step_case(2, 2, 4, 32, BF16, cuda),
+        gdn.layer_case(2, 2, 4, 32, BF16, cuda),
+        causal_conv1d.step_case(2, 16, 4, BF16, cuda),
+        causal_conv1d.conv_case(2, 9, 16, 4, BF16, True, cuda),
+    ]
+    for case in cases:
         results = bench.run_case(case, "suite", cuda, CEILINGS, (), rounds=2, budget=0, graph=graph)
         assert [r.note for r in results] == ["", ""]
 

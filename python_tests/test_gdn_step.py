@@ -211,6 +211,41 @@ def test_deterministic(device, threads):
         assert torch.equal(other, state)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+def test_steps_in_a_row_wait_for_each_other(v_first):
+    """Kernels of a stream overlap, but not before the inputs, the state and the outputs of the one before are there:
+    in a CUDA graph, eagerly, and one at a time the same bits."""
+    x = step_inputs(B=4, H=4, HV=8, K=128, V=128, dtype=BF16, device="cuda")
+    scratch = [torch.empty_like(x[n]) for n in "qkv"]
+
+    def steps(state, wait):
+        total = torch.zeros(4, 1, 8, 128, device="cuda")
+        for i in range(20):
+            for t, n in zip(scratch, "qkv", strict=True):
+                torch.mul(x[n], 1 + i / 16, out=t)  # the next step's inputs, in the memory of the last one's
+            a = x["a"] + total[..., 0].to(BF16)
+            total += gated_delta_step_(state, *scratch, a, x["b"], x["A_log"], x["dt_bias"], state_v_first=v_first)
+            if wait:
+                torch.cuda.synchronize()
+        return total
+
+    states = [x["state"].clone() for _ in range(3)]
+    expected = steps(states[0], wait=True)
+    for _ in range(20):
+        states[1].copy_(x["state"])
+        assert torch.equal(steps(states[1], wait=False), expected)
+        assert torch.equal(states[1], states[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = steps(states[2], wait=False)
+    for _ in range(20):
+        states[2].copy_(x["state"])
+        graph.replay()
+        assert torch.equal(total, expected)
+        assert torch.equal(states[2], states[0])
+
+
 def test_threads_of_python(device):
     x = step_inputs(B=8, device=device)
     expected_state = x["state"].clone()

@@ -71,6 +71,18 @@ def gdn_step() -> list[dict[str, Any]]:
     return [sample, sample | low | options | {"state": pool}]
 
 
+def gdn_fused() -> list[dict[str, Any]]:
+    sample = {"state": torch.randn(2, 4, 8, 12), "conv_state": torch.randn(2, 80, 4), "qkv": torch.randn(2, 3, 80),
+              "z": torch.randn(2, 3, 4, 12), "a": torch.randn(2, 3, 4), "b": torch.randn(2, 3, 4),
+              "conv_weight": torch.randn(80, 4), "conv_bias": None, "A_log": torch.randn(4),
+              "dt_bias": torch.randn(4), "norm_weight": torch.randn(12), "slots": None, "scale": 0.2, "eps": 1e-6,
+              "use_qk_l2norm": True, "allow_neg_eigval": False, "state_v_first": False}  # fmt: skip
+    low = {n: sample[n].to(BF16) for n in ("qkv", "z", "a", "b")}
+    pools = {"state": torch.randn(5, 3, 4, 12, 8)[:, 1], "conv_state": torch.randn(4, 5, 80).to(BF16).permute(1, 2, 0)}
+    options = {"slots": torch.tensor([3, -1]), "conv_bias": torch.randn(80), "allow_neg_eigval": True}
+    return [sample, sample | low | pools | options | {"state_v_first": True}]
+
+
 def conv_samples() -> list[dict[str, Any]]:
     plain = {"x": torch.randn(2, 5, 6), "weight": torch.randn(6, 4), "bias": None, "initial_state": None,
              "cu_seqlens": None, "silu": False}  # fmt: skip
@@ -148,6 +160,7 @@ CONTRACTS = {
     "gdn_fwd": Contract(gdn_fwd, {"k": torch.zeros(2, 5, 2, 7), "beta": torch.zeros(2, 5, 3)}, differentiable=True),
     "gdn_bwd": Contract(gdn_bwd, {"dout": torch.zeros(2, 5, 4, 7), "v": torch.zeros(2, 5, 3, 6)}),
     "gdn_step_": Contract(gdn_step, {"state": torch.zeros(2, 4, 8, 7), "slots": torch.zeros(3, dtype=torch.int64)}),
+    "gdn_decode_fused_": Contract(gdn_fused, {"z": torch.zeros(2, 3, 4, 8), "norm_weight": torch.zeros(8)}),
     "causal_conv1d_fwd": Contract(conv_fwd, {"weight": torch.zeros(7, 4)}, differentiable=True),
     "causal_conv1d_bwd": Contract(conv_bwd, {"dy": torch.zeros(2, 5, 7)}),
     "causal_conv1d_step_": Contract(conv_step, {"state": torch.zeros(2, 6, 3)}),

@@ -99,7 +99,8 @@ CUDA_STEPS = [(B, HV, HV, BF16, B in (1, 32, 512)) for B in (1, 8, 32, 128, 512)
 def cases(device: torch.device, quick: bool) -> list[Case]:
     rows, steps = (CUDA, CUDA_STEPS) if device.type == "cuda" else (CPU, CPU_STEPS)
     chunked = [chunk_case(s, dtype, backward, device) for s, dtype, backward, fast in rows if fast or not quick]
-    decode = [step_case(B, H, HV, 128, dtype, device) for B, H, HV, dtype, fast in steps if fast or not quick]
+    chosen = [step[:4] for step in steps if step[4] or not quick]
+    decode = [case(B, H, HV, 128, dtype, device) for case in (step_case, layer_case) for B, H, HV, dtype in chosen]
     return decode + chunked if device.type == "cuda" else chunked + decode
 
 
@@ -215,5 +216,63 @@ def step_torch(x: Tensors) -> Call:
         S.mul_(decay)
         S.add_(k.mT * (beta * (v - k @ S)))
         return {"o": (q.shape[-1] ** -0.5 * (q @ S)).transpose(1, 2).to(x["v"].dtype), "state": S}
+
+    return torch.no_grad()(call)
+
+
+def layer_case(B: int, H: int, HV: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """The step with the convolution before and the gated norm after it."""
+    W, channels = 4, (2 * H + HV) * D
+
+    def inputs() -> Tensors:
+        randn = generator(device)
+        x = {"qkv": randn(B, 1, channels), "z": randn(B, 1, HV, D), "a": randn(B, 1, HV), "b": randn(B, 1, HV)}
+        x = cast(x, dtype) | {"state": randn(B, HV, D, D), "conv_state": randn(B, channels, W).to(dtype)}
+        x |= {"conv_weight": randn(channels, W) / 2, "norm_weight": randn(D)}
+        return x | {"A_log": randn(HV) / 4, "dt_bias": randn(HV)}
+
+    return Case(
+        op="gdn decode layer",
+        shape=f"B={B} H={H if H == HV else f'{H}/{HV}'} K=V={D} W={W} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=B * HV * 6 * D * D,
+        moved=B * (HV * (2 * D * D * 4 + 2 * D * dtype.itemsize) + channels * (2 * W + 1) * dtype.itemsize),
+        inputs=inputs,
+        ours=layer_ours,
+        torch=layer_apart,
+        oracle=oracle(lambda x: dict(zip(LAYER_OUTPUTS, reference.decode_fused(**x), strict=True))),
+        graph=True,
+    )
+
+
+LAYER_OUTPUTS = ("o", "state", "conv_state")
+
+
+def layer_ours(x: Tensors) -> Call:
+    pools = {n: x[n].clone() for n in LAYER_OUTPUTS[1:]}
+    return lambda: {"o": ops.gdn_decode_fused_(**x | pools), **pools}
+
+
+def layer_apart(x: Tensors) -> Call:
+    """The same in plain PyTorch, in place."""
+    S, window = x["state"].clone(), x["conv_state"].clone()
+    HV, K, V = S.shape[1:]
+    keys = (x["qkv"].shape[-1] - HV * V) // 2
+
+    def rows(t: Tensor, D: int) -> Tensor:  # [B, heads D] -> [B, HV, 1, D]
+        t = t.unflatten(-1, (-1, D))
+        return t.repeat_interleave(HV // t.shape[1], 1)[:, :, None]
+
+    def call() -> Tensors:
+        window.copy_(torch.cat([window[..., 1:], x["qkv"].transpose(1, 2)], -1))
+        channels = F.silu((window.float() * x["conv_weight"]).sum(-1))
+        q, k, v = channels.split([keys, keys, HV * V], -1)
+        q, k, v = reference.l2norm(rows(q, K)), reference.l2norm(rows(k, K)), rows(v, V)
+        g = reference.log_decay(x["a"].float(), x["A_log"], x["dt_bias"])
+        S.mul_(g.exp().transpose(1, 2)[..., None])
+        S.add_(k.mT * (x["b"].float().sigmoid().transpose(1, 2)[..., None] * (v - k @ S)))
+        o = (K**-0.5 * (q @ S)).transpose(1, 2)
+        o = F.rms_norm(o, (V,), x["norm_weight"], 1e-6) * F.silu(x["z"].float())
+        return {"o": o.to(x["z"].dtype), "state": S, "conv_state": window}
 
     return torch.no_grad()(call)

@@ -17,6 +17,13 @@ constexpr int64_t kMaxStepTokens = 8;
 
 void check_status(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
 
+void check_activation_dtype(Tensor const& x, char const* name) {
+  bool const half_ok = x.scalar_type() == ScalarType::Half && x.is_cuda();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16 || half_ok,
+                  OP ": ", name, " must be float32 or bfloat16 (or float16 on CUDA), got ",
+                  dtype_name(x.scalar_type()));
+}
+
 void check_heads(Tensor const& q, Tensor const& k, Tensor const& v) {
   LT2_CHECK_DIM(OP, q, 4);
   LT2_CHECK_DIM(OP, v, 4);
@@ -27,10 +34,7 @@ void check_heads(Tensor const& q, Tensor const& k, Tensor const& v) {
                   " and ", H);
   STD_TORCH_CHECK(K > 0 && K <= kMaxKeyDim, OP ": q must have K in 1..", kMaxKeyDim, ", got ", K);
   STD_TORCH_CHECK(V > 0 && V <= kMaxValueDim, OP ": v must have V in 1..", kMaxValueDim, ", got ", V);
-  bool const half_ok = q.scalar_type() == ScalarType::Half && q.is_cuda();
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16 || half_ok,
-                  OP ": q must be float32 or bfloat16 (or float16 on CUDA), got ",
-                  dtype_name(q.scalar_type()));
+  check_activation_dtype(q, "q");
   LT2_CHECK_DTYPE(OP, k, q.scalar_type());
   LT2_CHECK_DTYPE(OP, v, q.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, k, q);
@@ -253,77 +257,157 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
   return {dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state};
 }
 
+// The checked arguments that both steps share; owns what `params` points to. q, k, v and o are left to the
+// caller.
+struct StepOperands {
+  Tensor A_log, dt_bias;
+  OptionalTensor slots;
+  gdn::StepParams params{};
+
+  StepOperands(Tensor const& state, Tensor const& like, int64_t T, int64_t H, int64_t HV, int64_t K,
+               int64_t V, Tensor const& a, Tensor const& b, Tensor const& A_log_, Tensor const& dt_bias_,
+               OptionalTensor const& slots_, double scale, bool use_qk_l2norm, bool allow_neg_eigval,
+               bool state_v_first) {
+    int64_t const B = like.size(0);
+    STD_TORCH_CHECK(T >= 1 && T <= kMaxStepTokens, OP ": q must have T in 1..", kMaxStepTokens, ", got ", T);
+    LT2_CHECK_SHAPE(OP, a, "[B, T, HV]", B, T, HV);
+    LT2_CHECK_SHAPE(OP, b, "[B, T, HV]", B, T, HV);
+    check_activation_dtype(a, "a");
+    LT2_CHECK_DTYPE(OP, b, a.scalar_type());
+    LT2_CHECK_SAME_DEVICE(OP, a, like);
+    LT2_CHECK_SAME_DEVICE(OP, b, like);
+    check_float32(A_log_, "A_log", "[HV]", {HV}, like);
+    check_float32(dt_bias_, "dt_bias", "[HV]", {HV}, like);
+    LT2_CHECK_DIM(OP, state, 4);
+    check_float32(state, "state", state_v_first ? "[slots, HV, V, K]" : "[slots, HV, K, V]",
+                  {state.size(0), HV, state_v_first ? V : K, state_v_first ? K : V}, like);
+    STD_TORCH_CHECK(state.size(3) == 1 || state.stride(3) == 1,
+                    OP ": state must have a contiguous last axis, got stride ", state.stride(3));
+    if (slots_) {
+      STD_TORCH_CHECK(has_shape(*slots_, {B}), OP ": slots must have shape [B] = ", shape_string({B}),
+                      ", got ", shape_string(*slots_));
+      STD_TORCH_CHECK(slots_->scalar_type() == ScalarType::Long, OP ": slots must be int64, got ",
+                      dtype_name(slots_->scalar_type()));
+      STD_TORCH_CHECK(slots_->device() == like.device(), OP ": slots and q must be on one device");
+    } else {
+      STD_TORCH_CHECK(state.size(0) >= B, OP ": state must have at least B = ", B, " slots, got ",
+                      state.size(0));
+    }
+    A_log = torch::stable::contiguous(A_log_);
+    dt_bias = torch::stable::contiguous(dt_bias_);
+    slots = contiguous(slots_);
+    params.dtype = kernel_dtype(like);
+    params.gate_dtype = kernel_dtype(a);
+    params.batch = B;
+    params.slots = state.size(0);
+    params.tokens = static_cast<int>(T);
+    params.heads = static_cast<int>(H);
+    params.value_heads = static_cast<int>(HV);
+    params.key_dim = static_cast<int>(K);
+    params.value_dim = static_cast<int>(V);
+    params.scale = static_cast<float>(scale);
+    params.qk_l2norm = use_qk_l2norm;
+    params.neg_eigval = allow_neg_eigval;
+    params.state_v_first = state_v_first;
+    params.a = strided(a);
+    params.b = strided(b);
+    params.A_log = static_cast<float const*>(A_log.const_data_ptr());
+    params.dt_bias = static_cast<float const*>(dt_bias.const_data_ptr());
+    params.state = static_cast<float*>(state.mutable_data_ptr());
+    params.state_slot = state.stride(0);
+    params.state_head = state.stride(1);
+    params.state_row = state.stride(2);
+    params.slot_ids = slots ? static_cast<int64_t const*>(slots->const_data_ptr()) : nullptr;
+  }
+};
+
 Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& a,
                  Tensor const& b, Tensor const& A_log, Tensor const& dt_bias, OptionalTensor const& slots,
                  double scale, bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
   check_heads(q, k, v);
-  int64_t const B = q.size(0), T = q.size(1), HV = v.size(2), K = q.size(3), V = v.size(3);
-  STD_TORCH_CHECK(T >= 1 && T <= kMaxStepTokens, OP ": q must have T in 1..", kMaxStepTokens, ", got ", T);
-  LT2_CHECK_SHAPE(OP, a, "[B, T, HV]", B, T, HV);
-  LT2_CHECK_SHAPE(OP, b, "[B, T, HV]", B, T, HV);
-  bool const float_gate = a.scalar_type() == ScalarType::Float || a.scalar_type() == ScalarType::BFloat16 ||
-                          (a.scalar_type() == ScalarType::Half && a.is_cuda());
-  STD_TORCH_CHECK(float_gate, OP ": a must be float32 or bfloat16 (or float16 on CUDA), got ",
-                  dtype_name(a.scalar_type()));
-  LT2_CHECK_DTYPE(OP, b, a.scalar_type());
-  LT2_CHECK_SAME_DEVICE(OP, a, q);
-  LT2_CHECK_SAME_DEVICE(OP, b, q);
-  check_float32(A_log, "A_log", "[HV]", {HV}, q);
-  check_float32(dt_bias, "dt_bias", "[HV]", {HV}, q);
-  LT2_CHECK_DIM(OP, state, 4);
-  check_float32(state, "state", state_v_first ? "[slots, HV, V, K]" : "[slots, HV, K, V]",
-                {state.size(0), HV, state_v_first ? V : K, state_v_first ? K : V}, q);
-  STD_TORCH_CHECK(state.size(3) == 1 || state.stride(3) == 1,
-                  OP ": state must have a contiguous last axis, got stride ", state.stride(3));
-  if (slots) {
-    STD_TORCH_CHECK(has_shape(*slots, {B}), OP ": slots must have shape [B] = ", shape_string({B}), ", got ",
-                    shape_string(*slots));
-    STD_TORCH_CHECK(slots->scalar_type() == ScalarType::Long, OP ": slots must be int64, got ",
-                    dtype_name(slots->scalar_type()));
-    STD_TORCH_CHECK(slots->device() == q.device(), OP ": slots and q must be on one device");
-  } else {
-    STD_TORCH_CHECK(state.size(0) >= B, OP ": state must have at least B = ", B, " slots, got ",
-                    state.size(0));
-  }
-
+  int64_t const B = q.size(0), T = q.size(1), HV = v.size(2), V = v.size(3);
+  StepOperands x(state, q, T, q.size(2), HV, q.size(3), V, a, b, A_log, dt_bias, slots, scale, use_qk_l2norm,
+                 allow_neg_eigval, state_v_first);
   Tensor const q_rows = with_unit_last_stride(q), k_rows = with_unit_last_stride(k),
                v_rows = with_unit_last_stride(v);
-  Tensor const A_log_row = torch::stable::contiguous(A_log), dt_bias_row = torch::stable::contiguous(dt_bias);
-  OptionalTensor const slot_ids = contiguous(slots);
   Tensor const o = empty(q, {B, T, HV, V}, v.scalar_type());
-  gdn::StepParams p{};
-  p.dtype = kernel_dtype(q);
-  p.gate_dtype = kernel_dtype(a);
-  p.batch = B;
-  p.slots = state.size(0);
-  p.tokens = static_cast<int>(T);
-  p.heads = static_cast<int>(q.size(2));
-  p.value_heads = static_cast<int>(HV);
-  p.key_dim = static_cast<int>(K);
-  p.value_dim = static_cast<int>(V);
-  p.scale = static_cast<float>(scale);
-  p.qk_l2norm = use_qk_l2norm;
-  p.neg_eigval = allow_neg_eigval;
-  p.state_v_first = state_v_first;
+  gdn::StepParams& p = x.params;
   p.q = strided(q_rows);
   p.k = strided(k_rows);
   p.v = strided(v_rows);
-  p.a = strided(a);
-  p.b = strided(b);
   p.o = strided(o);
-  p.A_log = static_cast<float const*>(A_log_row.const_data_ptr());
-  p.dt_bias = static_cast<float const*>(dt_bias_row.const_data_ptr());
-  p.state = static_cast<float*>(state.mutable_data_ptr());
-  p.state_slot = state.stride(0);
-  p.state_head = state.stride(1);
-  p.state_row = state.stride(2);
-  p.slot_ids = slot_ids ? static_cast<int64_t const*>(slot_ids->const_data_ptr()) : nullptr;
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
     auto const run = gdn::sm90::step_supports(p) == kOk ? gdn::sm90::step : gdn::portable::step;
     check_status(run(p, current_cuda_stream(q)));
   } else {
     gdn::cpu::step(p, torch_pool());
+  }
+  return o;
+}
+
+Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
+                         Tensor const& a, Tensor const& b, Tensor const& conv_weight,
+                         OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
+                         Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
+                         bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
+  LT2_CHECK_DIM(OP, qkv, 3);
+  check_activation_dtype(qkv, "qkv");
+  LT2_CHECK_DIM(OP, state, 4);
+  int64_t const B = qkv.size(0), T = qkv.size(1), D = qkv.size(2), HV = state.size(1);
+  int64_t const K = state.size(state_v_first ? 3 : 2), V = state.size(state_v_first ? 2 : 3);
+  STD_TORCH_CHECK(K > 0 && K <= kMaxKeyDim, OP ": state must have K in 1..", kMaxKeyDim, ", got ", K);
+  STD_TORCH_CHECK(V > 0 && V <= kMaxValueDim, OP ": state must have V in 1..", kMaxValueDim, ", got ", V);
+  int64_t const keys = D - HV * V, H = keys / (2 * K);
+  STD_TORCH_CHECK(keys > 0 && keys % (2 * K) == 0 && HV % H == 0,
+                  OP ": qkv must have 2 H K + HV V channels with HV = ", HV, " a multiple of H, K = ", K,
+                  " and V = ", V, ", got ", D);
+  StepOperands x(state, qkv, T, H, HV, K, V, a, b, A_log, dt_bias, slots, scale, use_qk_l2norm,
+                 allow_neg_eigval, state_v_first);
+  LT2_CHECK_SHAPE(OP, z, "[B, T, HV, V]", B, T, HV, V);
+  LT2_CHECK_DTYPE(OP, z, qkv.scalar_type());
+  LT2_CHECK_SAME_DEVICE(OP, z, qkv);
+  LT2_CHECK_DIM(OP, conv_weight, 2);
+  int64_t const W = conv_weight.size(1);
+  STD_TORCH_CHECK(W >= 1 && W <= causal_conv1d::kMaxWidth, OP ": conv_weight must have W in 1..",
+                  causal_conv1d::kMaxWidth, ", got ", W);
+  check_float32(conv_weight, "conv_weight", "[D, W]", {D, W}, qkv);
+  check_float32(conv_bias, "conv_bias", "[D]", {D}, qkv);
+  check_float32(norm_weight, "norm_weight", "[V]", {V}, qkv);
+  LT2_CHECK_SHAPE(OP, conv_state, "[slots, D, W]", state.size(0), D, W);
+  LT2_CHECK_DTYPE(OP, conv_state, qkv.scalar_type());
+  LT2_CHECK_SAME_DEVICE(OP, conv_state, qkv);
+
+  Tensor const rows = with_unit_last_stride(qkv), gates = with_unit_last_stride(z);
+  Tensor const taps = torch::stable::contiguous(conv_weight), norm = torch::stable::contiguous(norm_weight);
+  OptionalTensor const bias = contiguous(conv_bias);
+  Tensor const o = empty(qkv, {B, T, HV, V}, qkv.scalar_type());
+  gdn::FusedStepParams p{};
+  p.step = x.params;
+  p.step.o = strided(o);
+  p.z = strided(gates);
+  p.norm_weight = static_cast<float const*>(norm.const_data_ptr());
+  p.eps = static_cast<float>(eps);
+  p.conv.dtype = p.step.dtype;
+  p.conv.batch = B;
+  p.conv.tokens = T;
+  p.conv.channels = D;
+  p.conv.slots = p.step.slots;
+  p.conv.width = static_cast<int>(W);
+  p.conv.silu = true;
+  p.conv.x = {const_cast<void*>(rows.const_data_ptr()), rows.stride(0), rows.stride(1)};
+  p.conv.weight = static_cast<float const*>(taps.const_data_ptr());
+  p.conv.bias = floats(bias);
+  p.conv.state = {conv_state.mutable_data_ptr(), conv_state.stride(0), conv_state.stride(1),
+                  conv_state.stride(2)};
+  p.conv.slot_ids = p.step.slot_ids;
+  if (qkv.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(qkv.get_device_index());
+    check_status(gdn::portable::fused_step_supports(p));
+    check_status(gdn::portable::fused_step(p, current_cuda_stream(qkv)));
+  } else {
+    Tensor const workspace = empty(qkv, {gdn::cpu::fused_step_workspace(p)}, ScalarType::Float);
+    gdn::cpu::fused_step(p, floats(workspace), torch_pool());
   }
   return o;
 }
@@ -336,11 +420,13 @@ STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("gdn_fwd", TORCH_BOX(&gdn_fwd));
   m.impl("gdn_bwd", TORCH_BOX(&gdn_bwd));
   m.impl("gdn_step_", TORCH_BOX(&gdn_step_));
+  m.impl("gdn_decode_fused_", TORCH_BOX(&gdn_decode_fused_));
 }
 STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
   m.impl("gdn_fwd", TORCH_BOX(&gdn_fwd));
   m.impl("gdn_bwd", TORCH_BOX(&gdn_bwd));
   m.impl("gdn_step_", TORCH_BOX(&gdn_step_));
+  m.impl("gdn_decode_fused_", TORCH_BOX(&gdn_decode_fused_));
 }
 
 }  // namespace lt2

@@ -17,6 +17,11 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "gdn_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, "
       "Tensor dt_bias, Tensor? slots, float scale, bool use_qk_l2norm, bool allow_neg_eigval, "
       "bool state_v_first) -> Tensor");
+  m.def(
+      "gdn_decode_fused_(Tensor(a!) state, Tensor(b!) conv_state, Tensor qkv, Tensor z, Tensor a, Tensor b, "
+      "Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor dt_bias, Tensor norm_weight, "
+      "Tensor? slots, float scale, float eps, bool use_qk_l2norm, bool allow_neg_eigval, "
+      "bool state_v_first) -> Tensor");
 
   m.def(
       "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "

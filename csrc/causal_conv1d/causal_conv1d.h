@@ -58,6 +58,7 @@ struct BackwardParams : Inputs {
 // In-place decode of a few tokens per row on a pool of states. No two rows may name the same slot.
 struct StepParams {
   Dtype dtype;
+  bool y_float32;  // on the CPU: y is not rounded to dtype
   int64_t batch, tokens, channels, slots;
   int width;
   bool silu;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "causal_conv1d/causal_conv1d.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -67,6 +68,17 @@ struct StepParams {
       slot_ids;  // [B] or null (row b is slot b); negative or out of range: o = 0, nothing is written
 };
 
+// The step with what surrounds it in a layer: channels (q, k, v) = conv(x) before, o <- rmsnorm(o) weight
+// silu(z) after.
+struct FusedStepParams {
+  // x [B, t, 2 H K + HV V]; y is not used; rows, slots and dtype are those of `step`.
+  causal_conv1d::StepParams conv;
+  StepParams step;           // q, k, v are not used
+  Strided z;                 // [B, t, HV, V]
+  float const* norm_weight;  // [V]
+  float eps;
+};
+
 namespace cpu {
 // Floats of workspace, to be passed to the call with the same parameters and pool.
 int64_t forward_workspace(ForwardParams const& p, ThreadPool const& pool);
@@ -74,6 +86,8 @@ int64_t backward_workspace(BackwardParams const& p, ThreadPool const& pool);
 void forward(ForwardParams const& p, float* workspace, ThreadPool const& pool);
 void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool);
 void step(StepParams const& p, ThreadPool const& pool);
+int64_t fused_step_workspace(FusedStepParams const& p);
+void fused_step(FusedStepParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
 // Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are in
@@ -96,6 +110,8 @@ int64_t backward_workspace(BackwardParams const& p);
 Status forward(ForwardParams const& p, void* cuda_stream);
 Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);
 Status step(StepParams const& p, void* cuda_stream);
+Status fused_step_supports(FusedStepParams const& p);
+Status fused_step(FusedStepParams const& p, void* cuda_stream);
 }  // namespace portable
 
 }  // namespace lt2::gdn

@@ -12,6 +12,7 @@ from ._common import autocast, check, checks_enabled, no_double_backward
 _fwd = torch.ops.lt2.gdn_fwd.default
 _bwd = torch.ops.lt2.gdn_bwd.default
 _step = torch.ops.lt2.gdn_step_.default
+_fused = torch.ops.lt2.gdn_decode_fused_.default
 
 
 def chunk_gated_delta_rule(
@@ -155,19 +156,93 @@ def gated_delta_step_(
         RuntimeError: a shape, dtype, stride or device that the operator rejects; inputs that require a gradient.
     """
     op = "gated_delta_step_"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (state, q, k, v, a, b, A_log, dt_bias)):
-        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
+    _inference_only(op, state, q, k, v, a, b, A_log, dt_bias)
     q, k, v = autocast(q, q, k, v)
     _check_dtypes(op, q, k, v)
     check(a.dtype == b.dtype, op, "b", f"have the dtype of a ({a.dtype})", b.dtype)
-    if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
-        used = slots[(slots >= 0) & (slots < state.shape[0])]
-        check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
+    _check_slots(op, slots, state)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     return _step(
         state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, allow_neg_eigval,
         state_v_first,
     )  # fmt: skip
+
+
+def gdn_decode_fused_(
+    state: Tensor,
+    conv_state: Tensor,
+    qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    *,
+    conv_bias: Tensor | None = None,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    use_qk_l2norm_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+) -> Tensor:
+    """Decode ``t`` tokens per row through the middle of a Gated DeltaNet layer, in one launch on CUDA::
+
+        q, k, v = silu(conv(qkv))                       # causal_conv1d_step_ on conv_state
+        o = gated_delta_step_(state, q, k, v, a, b, ..)
+        o = rmsnorm(o, norm_weight, eps) * silu(z)      # over each head
+
+    Nothing between the three is rounded. Inference only: there is no derivative, so inputs that require one are an
+    error in grad mode. Not affected by autocast.
+
+    Args:
+        state: ``[slots, HV, K, V]`` float32 (``[slots, HV, V, K]`` with ``state_v_first``), updated in place; a
+            contiguous last axis. On CUDA that axis and the strides must be multiples of 4, the memory aligned to 16
+            bytes.
+        conv_state: ``[slots, D, W]`` in the dtype of qkv, any strides, updated in place: the last W inputs.
+        qkv: ``[B, t, D]`` float32 or bfloat16 (on CUDA also float16), ``1 <= t <= 8``; its ``D = 2 H K + HV V``
+            channels are those of q, then k, then v, head after head.
+        z: ``[B, t, HV, V]``, dtype of qkv.
+        a, b: ``[B, t, HV]`` raw gate and raw beta, float32 or bfloat16 (on CUDA also float16), of one dtype.
+        conv_weight, conv_bias: ``[D, W]`` (``1 <= W <= 16``) and ``[D]`` of any float dtype.
+        A_log, dt_bias: ``[HV]``, any float dtype.
+        norm_weight: ``[V]``, any float dtype.
+        slots: ``[B]`` int64, the state of each row, no valid one twice. A row whose slot is -1 (or not in the pool)
+            writes nothing and gives ``o = 0``. None: row b uses slot b.
+        scale: of the output of the rule. None: ``K ** -0.5``.
+        eps: of the RMSNorm.
+        use_qk_l2norm_in_kernel, allow_neg_eigval, state_v_first: as in :func:`gated_delta_step_`.
+
+    Returns:
+        ``o`` ``[B, t, HV, V]`` in the dtype of qkv.
+
+    Raises:
+        ValueError: dtypes that do not go together; under ``lt2_ext.set_checks(True)`` also a slot used twice.
+        RuntimeError: a shape, dtype, stride or device that the operator rejects; inputs that require a gradient.
+    """
+    op = "gdn_decode_fused_"
+    tensors = (state, conv_state, qkv, z, a, b, conv_weight, A_log, dt_bias, norm_weight)
+    _inference_only(op, *tensors, *(() if conv_bias is None else (conv_bias,)))
+    check(a.dtype == b.dtype, op, "b", f"have the dtype of a ({a.dtype})", b.dtype)
+    _check_slots(op, slots, state)
+    scale = (state.shape[-1 if state_v_first else -2] or 1) ** -0.5 if scale is None else scale
+    return _fused(
+        state, conv_state, qkv, z, a, b, conv_weight.float(), _float(conv_bias), A_log.float(), dt_bias.float(),
+        norm_weight.float(), slots, scale, eps, use_qk_l2norm_in_kernel, allow_neg_eigval, state_v_first,
+    )  # fmt: skip
+
+
+def _inference_only(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
+
+
+def _check_slots(op: str, slots: Tensor | None, state: Tensor) -> None:
+    if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
+        used = slots[(slots >= 0) & (slots < state.shape[0])]
+        check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
 
 
 def _gated_delta_rule(
@@ -283,6 +358,15 @@ def _(
     slots: Tensor | None, scale: float, use_qk_l2norm: bool, allow_neg_eigval: bool, state_v_first: bool,
 ) -> Tensor:  # fmt: skip
     return v.new_empty(v.shape)
+
+
+@torch.library.register_fake("lt2::gdn_decode_fused_")
+def _(
+    state: Tensor, conv_state: Tensor, qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, slots: Tensor | None, scale: float,
+    eps: float, use_qk_l2norm: bool, allow_neg_eigval: bool, state_v_first: bool,
+) -> Tensor:  # fmt: skip
+    return z.new_empty(z.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

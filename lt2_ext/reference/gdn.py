@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .causal_conv1d import convolve
+
 # (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V]), all with leading axes [B, HV] -> (o [.., T, V], S [.., K, V])
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
@@ -152,6 +154,49 @@ def gated_delta_step(
     )  # fmt: skip
     assert S is not None
     return torch.zeros_like(v).index_put((live,), o), state.index_put((rows,), S.to(state.dtype))
+
+
+def decode_fused(
+    state: Tensor,
+    conv_state: Tensor,
+    qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    *,
+    conv_bias: Tensor | None = None,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    use_qk_l2norm_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``o`` and both pools after :func:`lt2_ext.ops.gdn.gdn_decode_fused_`; ``state`` and ``conv_state`` are not
+    modified."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    K, V = state.shape[-2:][:: -1 if state_v_first else 1]
+    values = state.shape[1] * V
+    sizes = ((qkv.shape[-1] - values) // 2, (qkv.shape[-1] - values) // 2, values)
+    slots = torch.arange(len(qkv), device=qkv.device) if slots is None else slots
+    live = (slots >= 0) & (slots < len(state))
+    rows = slots[live]
+    channels, window = convolve(qkv[live].to(dtype), conv_weight, conv_bias, conv_state[rows], "silu")
+    q, k, v = (t.unflatten(-1, (-1, D)) for t, D in zip(channels.split(sizes, -1), (K, K, V), strict=True))
+    o, S = gated_delta_step(
+        state[rows], q, k, v, a[live], b[live], A_log, dt_bias, scale=scale, state_v_first=state_v_first,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, allow_neg_eigval=allow_neg_eigval,
+    )  # fmt: skip
+    o = F.rms_norm(o, (V,), norm_weight.to(dtype), eps) * F.silu(z[live].to(dtype))
+    return (
+        torch.zeros_like(z).index_put((live,), o.to(z.dtype)),
+        state.index_put((rows,), S.to(state.dtype)),
+        conv_state.index_put((rows,), window.to(conv_state.dtype)),
+    )
 
 
 def l2norm(x: Tensor) -> Tensor:

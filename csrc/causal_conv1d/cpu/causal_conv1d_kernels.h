@@ -128,8 +128,8 @@ inline void convolve_inputs(T const* const* rows, Taps const& taps, int c, int n
 inline Vec sigmoids(Vec z) { return 1.f / (1.f + exp(-z)); }
 
 // y of the tokens [t, t + kTokens), y being its row of token 0.
-template <int kTokens, class T>
-inline void convolve_tile(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t t, T* y,
+template <int kTokens, class T, class Y>
+inline void convolve_tile(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t t, Y* y,
                           int64_t y_stride) {
   T const* rows[kTokens + kMaxWidth - 1];
   for (int i = 0; i < kTokens + taps.width - 1; ++i) rows[i] = window.row(t - taps.width + 1 + i);
@@ -142,9 +142,9 @@ inline void convolve_tile(Window<T> const& window, Taps const& taps, int channel
   });
 }
 
-template <class T>
+template <class T, class Y>
 inline void convolve_tokens(Window<T> const& window, Taps const& taps, int channels, bool silu, int64_t begin,
-                            int64_t end, T* y, int64_t y_stride) {
+                            int64_t end, Y* y, int64_t y_stride) {
   int64_t t = begin;
   for (; t + kTile <= end; t += kTile) convolve_tile<kTile>(window, taps, channels, silu, t, y, y_stride);
   for (; t < end; ++t) convolve_tile<1>(window, taps, channels, silu, t, y, y_stride);
@@ -282,13 +282,13 @@ void backward_item(BackwardParams const& p, Chunk const& chunk, int64_t channel,
   }
 }
 
-template <class T>
+template <class T, class Y = T>
 void step_item(StepParams const& p, int64_t row, int64_t channel) {
   int const channels = channels_of(p.channels, channel);
-  T* const y = static_cast<T*>(p.y.data) + row * p.y.batch + channel;
+  Y* const y = static_cast<Y*>(p.y.data) + row * p.y.batch + channel;
   int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
   if (slot < 0 || slot >= p.slots) {
-    for (int64_t t = 0; t < p.tokens; ++t) __builtin_memset(y + t * p.y.token, 0, channels * sizeof(T));
+    for (int64_t t = 0; t < p.tokens; ++t) __builtin_memset(y + t * p.y.token, 0, channels * sizeof(Y));
     return;
   }
   Taps const taps(p.weight, p.bias, p.width, channel, channels);
@@ -328,7 +328,10 @@ void reduce(BackwardParams const& p, float const* partials, int64_t chunks, int6
 }
 
 void step(StepParams const& p, int64_t row, int64_t channel) {
-  (p.dtype == Dtype::kBFloat16 ? step_item<Bf16> : step_item<float>)(p, row, channel);
+  auto const item = p.dtype != Dtype::kBFloat16 ? step_item<float>
+                    : p.y_float32               ? step_item<Bf16, float>
+                                                : step_item<Bf16>;
+  item(p, row, channel);
 }
 
 }  // namespace

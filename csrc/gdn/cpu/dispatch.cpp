@@ -98,5 +98,32 @@ void step(StepParams const& p, ThreadPool const& pool) {
   });
 }
 
+int64_t fused_step_workspace(FusedStepParams const& p) {
+  int64_t const values = int64_t{p.step.value_heads} * p.step.value_dim;
+  return p.step.batch * p.step.tokens * (p.conv.channels + values);
+}
+
+// The operators one after the other; nothing between them is rounded.
+void fused_step(FusedStepParams const& p, float* workspace, ThreadPool const& pool) {
+  int64_t const tokens = p.step.tokens, channels = p.conv.channels;
+  int64_t const K = p.step.key_dim, V = p.step.value_dim, keys = p.step.heads * K,
+                values = p.step.value_heads * V;
+  causal_conv1d::StepParams conv = p.conv;
+  conv.y = {workspace, tokens * channels, channels};
+  conv.y_float32 = true;
+  causal_conv1d::cpu::step(conv, pool);
+
+  StepParams step = p.step;
+  step.dtype = Dtype::kFloat32;
+  step.q = {workspace, tokens * channels, channels, K};
+  step.k = {workspace + keys, tokens * channels, channels, K};
+  step.v = {workspace + 2 * keys, tokens * channels, channels, V};
+  step.o = {workspace + p.step.batch * tokens * channels, tokens * values, values, V};
+  cpu::step(step, pool);
+  pool.items(p.step.batch * p.step.value_heads, [&](int64_t item, int) {
+    kernels().gated_norm(p, step.o, item / p.step.value_heads, static_cast<int>(item % p.step.value_heads));
+  });
+}
+
 }  // namespace cpu
 }  // namespace lt2::gdn

@@ -20,6 +20,8 @@ struct Kernels {
   void (*backward)(BackwardParams const& p, int64_t sequence, int head, float* workspace);
   // One batch row and value head.
   void (*step)(StepParams const& p, int64_t row, int value_head, ValueSlice slice);
+  // The same: p.step.o out of x, fp32, the output of a step.
+  void (*gated_norm)(FusedStepParams const& p, Strided const& x, int64_t row, int value_head);
 };
 
 // Tokens [begin, end) of batch row `row` are one sequence.

@@ -10,6 +10,8 @@ int64_t backward_workspace(BackwardParams const&) { return 0; }
 Status forward(ForwardParams const&, void*) { return kNotBuilt; }
 Status backward(BackwardParams const&, float*, void*) { return kNotBuilt; }
 Status step(StepParams const&, void*) { return kNotBuilt; }
+Status fused_step_supports(FusedStepParams const&) { return kNotBuilt; }
+Status fused_step(FusedStepParams const&, void*) { return kNotBuilt; }
 }  // namespace portable
 
 }  // namespace lt2::gdn

@@ -50,23 +50,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread has one channel of one row; the state is the window. kPacked: it is 4 adjacent, aligned elements.
-template <class T, int kTaps, bool kPacked>
-__global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepParams const p) {
+// The next tokens of one channel of a row, whose state is in `slot` of the pool; emit(t, y). The state is the
+// window. kPacked: it is 4 adjacent, aligned elements.
+template <class T, int kTaps, bool kPacked, class Emit>
+__device__ void step_channel(StepParams const& p, int64_t row, int64_t slot, int64_t channel,
+                             Emit const& emit) {
   static_assert(!kPacked || kTaps == 4);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  int64_t const row = blockIdx.x, channel = int64_t{blockIdx.y} * kThreads + threadIdx.x;
-  if (channel >= p.channels) return;
-  int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
-  T* const y = token_row<T>(p.y, row, 0, channel);
-  if (slot < 0 || slot >= p.slots) {
-    for (int64_t t = 0; t < p.tokens; ++t) y[t * p.y.token] = T(0.f);
-    return;
-  }
-  Taps<1, kTaps> const taps(p.weight, p.bias, p.width, channel);
   T const* const x = token_row<T const>(p.x, row, 0, channel);
   T* const state = static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
+  Taps<1, kTaps> const taps(p.weight, p.bias, p.width, channel);
   RowOf<T, 1> window[kTaps];
   if constexpr (kPacked) {
     auto const four = RowOf<T, 4>::load(state);
@@ -82,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepPa
 #pragma unroll
     for (int j = 0; j + 1 < kTaps; ++j) window[j] = window[j + 1];
     window[kTaps - 1][0] = x[t * p.x.token];
-    y[t * p.y.token] = from_float<T>(activate(taps.convolve(window, 0), p.silu));
+    emit(t, activate(taps.convolve(window, 0), p.silu));
   }
   if constexpr (kPacked) {
     RowOf<T, 4> four;
@@ -95,6 +87,23 @@ __global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepPa
       if (j >= taps.first) state[(j - taps.first) * p.state.tap] = window[j][0];
     }
   }
+}
+
+// A thread has one channel of one row.
+template <class T, int kTaps, bool kPacked>
+__global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepParams const p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  int64_t const row = blockIdx.x, channel = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  if (channel >= p.channels) return;
+  int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
+  T* const y = token_row<T>(p.y, row, 0, channel);
+  if (slot < 0 || slot >= p.slots) {
+    for (int64_t t = 0; t < p.tokens; ++t) y[t * p.y.token] = T(0.f);
+    return;
+  }
+  step_channel<T, kTaps, kPacked>(p, row, slot, channel,
+                                  [&](int64_t t, float x) { y[t * p.y.token] = from_float<T>(x); });
 }
 
 }  // namespace lt2::causal_conv1d::portable

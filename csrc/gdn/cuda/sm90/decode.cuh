@@ -23,6 +23,22 @@ inline constexpr int kStepThreads = 128;
 inline constexpr int kStepWarps = kStepThreads / kWarp;
 inline constexpr int kPiece = 4;  // floats of a state that move together
 
+// The rule of these kernels that is broken, or kOk.
+inline Status check_state(StepParams const& p) {
+  constexpr int64_t kMaxGridYZ = 65535;
+  int const contiguous = p.state_v_first ? p.key_dim : p.value_dim;
+  if (p.key_dim < 1 || p.key_dim > portable::kMaxKeyDim) return "the fast CUDA step takes K in 1..256";
+  if (p.batch > kMaxGridYZ || p.value_heads > kMaxGridYZ)
+    return "the fast CUDA step takes up to 65535 rows and heads";
+  bool const aligned = reinterpret_cast<uintptr_t>(p.state) % (kPiece * sizeof(float)) == 0 &&
+                       p.state_slot % kPiece == 0 && p.state_head % kPiece == 0 && p.state_row % kPiece == 0;
+  if (contiguous % kPiece != 0 || !aligned) {
+    return "the fast CUDA step takes states in aligned pieces of 16 bytes: a last axis and strides of "
+           "multiples of 4";
+  }
+  return kOk;
+}
+
 // Of one state in the pool.
 struct StateRows {
   float* data;

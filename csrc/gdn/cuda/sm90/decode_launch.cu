@@ -3,7 +3,6 @@
 namespace lt2::gdn::sm90 {
 namespace {
 
-constexpr int64_t kMaxGridYZ = 65535;
 // With fewer blocks than this, states are cut finer.
 constexpr int64_t kFewBlocks = 2 * 132;
 
@@ -37,22 +36,11 @@ Status run(StepParams const& p, void* stream) {
   return run<T, KeyFirst<4, 8>, KeyFirst<8, 16>>(p, stream);
 }
 
-bool aligned(StepParams const& p) {
-  return reinterpret_cast<uintptr_t>(p.state) % (kPiece * sizeof(float)) == 0 && p.state_slot % kPiece == 0 &&
-         p.state_head % kPiece == 0 && p.state_row % kPiece == 0;
-}
-
 }  // namespace
 
 Status step_supports(StepParams const& p) {
-  int const contiguous = p.state_v_first ? p.key_dim : p.value_dim;
-  if (p.key_dim < 1 || p.key_dim > portable::kMaxKeyDim) return "the Hopper step takes K in 1..256";
-  if (p.batch > kMaxGridYZ || p.value_heads > kMaxGridYZ)
-    return "the Hopper step takes up to 65535 rows and heads";
-  if (contiguous % kPiece != 0 || !aligned(p))
-    return "the Hopper step takes states in aligned pieces of 16 bytes";
-  if (!runs_sm90_code()) return "the Hopper step needs a GPU of compute capability 9 and a build for it";
-  return kOk;
+  if (Status const rule = check_state(p); rule != kOk) return rule;
+  return runs_sm90_code() ? kOk : "the Hopper step needs a GPU of compute capability 9 and a build for it";
 }
 
 Status step(StepParams const& p, void* stream) {

@@ -1,0 +1,76 @@
+#include "gdn/cuda/portable/fused_step.cuh"
+
+namespace lt2::gdn::portable {
+namespace {
+
+constexpr int kMaxCluster = 8;
+
+struct FusedGrid {
+  int slices, blocks;  // of a state, of a cluster
+  int items, group;    // of a block at most, value heads of a query/key head
+};
+
+FusedGrid fused_grid(StepParams const& p, int columns) {
+  int const slices = static_cast<int>(ceil_div(p.value_dim, columns));
+  int const most = runs_sm90_code() ? kMaxCluster : 1;
+  int const own = static_cast<int>(ceil_div(slices, most)), group = p.value_heads / p.heads;
+  return {slices, static_cast<int>(ceil_div(slices, own)), own * group, group};
+}
+
+// f(tile) with the tile of both layouts for K.
+template <class F>
+Status with_tile(StepParams const& p, F const& f) {
+  if (p.state_v_first) {
+    if (p.key_dim <= 64) return f(ValueFirst<4, 4, 1>{});
+    if (p.key_dim <= 96) return f(ValueFirst<8, 3, 2>{});
+    if (p.key_dim <= 128) return f(ValueFirst<8, 4, 2>{});
+    if (p.key_dim <= 192) return f(ValueFirst<16, 3, 3>{});
+    return f(ValueFirst<16, 4, 2>{});
+  }
+  if (p.key_dim <= 64) return f(KeyFirst<8, 4>{});
+  if (p.key_dim <= 96) return f(KeyFirst<8, 6>{});
+  if (p.key_dim <= 128) return f(KeyFirst<8, 8>{});
+  if (p.key_dim <= 192) return f(KeyFirst<8, 12>{});
+  return f(KeyFirst<8, 16>{});
+}
+
+template <class T>
+Status run(FusedStepParams const& p, void* stream) {
+  return with_tile(p.step, [&](auto tile) {
+    using Tile = decltype(tile);
+    FusedGrid const g = fused_grid(p.step, Tile::kColumns);
+    dim3 const grid(g.blocks, p.step.heads, static_cast<unsigned>(p.step.batch));
+    return launch_overlapped(fused_kernel<T, Tile>, grid, kStepThreads,
+                             fused_shared_bytes<Tile>(g.items, g.group), g.blocks, stream, p, g.slices);
+  });
+}
+
+}  // namespace
+
+Status fused_step_supports(FusedStepParams const& p) {
+  if (Status const rule = check_state(p.step); rule != kOk) return rule;
+  return with_tile(p.step, [&](auto tile) -> Status {
+    using Tile = decltype(tile);
+    FusedGrid const g = fused_grid(p.step, Tile::kColumns);
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (fused_shared_bytes<Tile>(g.items, g.group) > most) {
+      return "the fused CUDA step needs more shared memory than this GPU has: fewer value heads per key head";
+    }
+    return kOk;
+  });
+}
+
+Status fused_step(FusedStepParams const& p, void* stream) {
+  switch (p.step.dtype) {
+    case Dtype::kBFloat16:
+      return run<__nv_bfloat16>(p, stream);
+    case Dtype::kFloat16:
+      return run<__half>(p, stream);
+    default:
+      return run<float>(p, stream);
+  }
+}
+
+}  // namespace lt2::gdn::portable
