@@ -56,7 +56,8 @@ inline EncodeTiled encode_tiled() {
   return f;
 }
 
-// For tiles of `tile_tokens` rows. Coordinates of the map are (element, head, token, batch); what is outside reads as zero and is not written.
+// For tiles of `tile_tokens` rows. Coordinates of the map are (element, head, token, batch); what is outside
+// reads as zero and is not written.
 inline Status make_tensor_map(CUtensorMap* map, TokenMajor const& x, Dtype dtype, int tile_tokens) {
   EncodeTiled const encode = encode_tiled();
   if (encode == nullptr) return "the CUDA driver is too old for tensor maps (CUDA 12 is needed)";

@@ -71,7 +71,8 @@ __device__ __forceinline__ void fma_shared(uint64_t a, uint64_t b, float* d, cut
   Atom::fma(a, b, d[kI]..., scale);
 }
 
-// One step of 16 into d [kN / 2]: A in 4 registers, or in shared memory (k_major; row_major with kMajorA = MN).
+// One step of 16 into d [kN / 2]: A in 4 registers, or in shared memory (k_major; row_major with kMajorA =
+// MN).
 template <class T, int kN, Major kMajorB = Major::K>
 __device__ __forceinline__ void wgmma(float* d, uint32_t const* a, uint64_t b, bool accumulate) {
   fma_registers<typename Wgmma<T, kN, kMajorB>::Registers>(

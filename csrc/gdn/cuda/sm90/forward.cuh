@@ -23,7 +23,7 @@ struct ForwardTraits {
   static constexpr int kSlices = kSlices_;  // state warpgroups
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   static constexpr int kHelpers = kKeyDim == 192 ? 1 : 2;  // warpgroups that prepare tiles, in turn
-  static constexpr int kStages = 3;   // tiles of q and k, and of what is prepared of them
+  static constexpr int kStages = 3;  // tiles of q and k, and of what is prepared of them
   static constexpr int kThreads = (kSlices + kHelpers) * kWarpgroup;
   // Registers a thread, where the helpers have to give up what the states need.
   static constexpr bool kMovesRegisters = kThreads > 256;
@@ -58,8 +58,8 @@ struct ForwardUnit {
   int row, begin, tokens;     // from the first tile on; no tiles where tokens is 0
   int head, qk_head, column;  // value head, its query/key head, first value column; from V on they are of M
   int tiles;
-  float const* initial;       // or null: zero, or the identity for M
-  float* final;               // or null
+  float const* initial;  // or null: zero, or the identity for M
+  float* final;          // or null
   bool initial_v_first, final_v_first;
 
   __device__ TileTokens tile(int i) const {
@@ -124,8 +124,8 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a) {
 
 // A helper warpgroup: tiles `helper`, + kHelpers, ...
 template <class Traits>
-__device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a, ForwardMaps const& maps,
-                              ForwardUnit const& unit, int helper, int thread) {
+__device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
+                              ForwardMaps const& maps, ForwardUnit const& unit, int helper, int thread) {
   using T = typename Traits::T;
   constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
@@ -154,8 +154,8 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
   if (thread == 0) load_qk(helper);
   for (int i = helper; i < unit.tiles; i += Traits::kHelpers) {
     int const stage = i % kStages, next = i + Traits::kHelpers;
-    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the few
-    // registers there are.
+    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
+    // few registers there are.
     asm volatile("" : "+r"(thread));
     TileScalars& s = shared.scalars[stage];
     int const count = unit.tile(i).count;
@@ -164,8 +164,9 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
       if (next < unit.tiles) request_gates(a.p, unit.tile(next), unit.head, thread, scratch);
     }
     shared.loaded[stage].wait((i / kStages) & 1);
-    prepare_tile<T, Traits::kKeyDim, kOutputs>(a.p, count, shared.qk[stage], s, scratch, shared.inverse[stage],
-                                     shared.scores[stage], 1 + 2 * helper, thread);
+    prepare_tile<T, Traits::kKeyDim, kOutputs>(a.p, count, shared.qk[stage], s, scratch,
+                                               shared.inverse[stage], shared.scores[stage], 1 + 2 * helper,
+                                               thread);
     shared.prepared[stage].arrive();
     if (next < unit.tiles) {
       if (next >= kStages) shared.released[next % kStages].wait((next / kStages - 1) & 1);
@@ -213,15 +214,16 @@ __device__ void store_state(float const (&s)[kKeyDim / 2], float* state, bool v_
   });
 }
 
-// Byte offset, in a tile [tokens x 64 values], of the matrix rows that lane `lane` names for the fragments of tokens
-// 8 n .. 8 n + 15 and the warp's 16 values.
+// Byte offset, in a tile [tokens x 64 values], of the matrix rows that lane `lane` names for the fragments of
+// tokens 8 n .. 8 n + 15 and the warp's 16 values.
 __device__ __forceinline__ int value_offset(int token, int warp, int lane) {
   return tile_offset(token + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 }
 
 // The first `count` rows of a tile, where a tensor map would also write the sequence that follows.
 template <class T>
-__device__ void store_rows(char const* tile, Strided const& o, TileTokens const& t, int head, int column, int thread) {
+__device__ void store_rows(char const* tile, Strided const& o, TileTokens const& t, int head, int column,
+                           int thread) {
   for (int i = thread; i < t.count * 8; i += kWarpgroup) {
     T* const row = portable::token_row<T>(o, t.row, t.begin + i / 8, head);
     *reinterpret_cast<uint4*>(row + column + i % 8 * 8) =
@@ -229,8 +231,8 @@ __device__ void store_rows(char const* tile, Strided const& o, TileTokens const&
   }
 }
 
-// W = V - k_in (K S) of a chunk whose first token in the tile is `first`, as fragments; tokens from `count` on write
-// nothing.
+// W = V - k_in (K S) of a chunk whose first token in the tile is `first`, as fragments; tokens from `count`
+// on write nothing.
 template <class T>
 __device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const* ks, char const* v_tile,
                                           float const* k_in, int first, int count, int warp, int lane) {
@@ -275,7 +277,8 @@ __device__ __forceinline__ void scale_tokens(float* x, float const* factor, int 
 }
 
 template <class T, int kCount>
-__device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const (&x)[kCount], float factor = 1.f) {
+__device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const (&x)[kCount],
+                                         float factor = 1.f) {
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) a[i] = pack<T>(x[2 * i] * factor, x[2 * i + 1] * factor);
 }
@@ -397,7 +400,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       pin(u);
       wgmma_begin();
 #pragma unroll
-      for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + block + k_step(j), j > 0);
+      for (int j = 0; j < kChunkSteps; ++j)
+        wgmma<T, kChunk>(u, w + 4 * j, inverse + block + k_step(j), j > 0);
 #pragma unroll
       for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + low + k_step(j), true);
       wgmma_commit();
@@ -459,7 +463,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         pin(o);
         wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < kChunkSteps; ++j) wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
+        for (int j = 0; j < kChunkSteps; ++j)
+          wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
         wgmma_commit();
       }
     }
@@ -478,8 +483,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     if (chunks > 0) store_output(packed, chunks - 1);
   }
   if (unit.final != nullptr) {
-    store_state<kKeyDim>(s, unit.final, unit.final_v_first, a.p.value_dim, of_keys ? column - a.p.value_dim : column,
-                         thread);
+    store_state<kKeyDim>(s, unit.final, unit.final_v_first, a.p.value_dim,
+                         of_keys ? column - a.p.value_dim : column, thread);
   }
 }
 

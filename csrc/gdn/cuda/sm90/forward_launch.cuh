@@ -1,5 +1,6 @@
 #pragma once
-#include <cstdlib>
+
+#include <cmath>
 
 #include "common/cuda/launch.cuh"
 #include "gdn/cuda/sm90/forward.cuh"
@@ -7,28 +8,50 @@
 
 namespace lt2::gdn::sm90 {
 
-inline constexpr int kMultiprocessors = 132;
+// How the work is cut: slices of 64 value columns in a block (two share the preparation of tiles, one each
+// runs faster while there are multiprocessors to fill), and tiles of a segment; 0: sequences are not cut.
+struct Cut {
+  int slices;
+  int64_t segment_tiles;
+};
 
-// How sequences are cut: not at all while whole ones fill the machine, else so that all segments run at once.
-inline int64_t segment_span(ForwardParams const& p) {
-  constexpr int64_t kLeastTiles = 8;
-  int64_t const groups = p.value_dim % (2 * kTileSide) == 0 && p.key_dim <= 128 ? p.value_dim / (2 * kTileSide)
-                                                                             : p.value_dim / kTileSide;
-  int64_t const wanted = kMultiprocessors / (p.value_heads * groups);  // segments at a time
-  int64_t const tiles = (p.batch * p.tokens + kTileSide - 1) / kTileSide;
-  if (char const* e = getenv("LT2_SPLIT")) { if (wanted < atoi(e) * p.sequences) return 0; } else if (wanted < 2 * p.sequences) return 0;
-  // Of equal sequences each is cut the same way; of others all but one may leave a shorter last segment.
-  int64_t const span = p.cu_seqlens == nullptr
-                           ? portable::ceil_div(portable::ceil_div(p.tokens, int64_t{kTileSide}), wanted / p.sequences)
-                           : portable::ceil_div(tiles, wanted - p.sequences + 1);
-  int64_t const longest = p.cu_seqlens == nullptr ? portable::ceil_div(p.tokens, int64_t{kTileSide}) : tiles;
-  int64_t const chosen = span < kLeastTiles ? kLeastTiles : span;
-  return chosen >= longest ? 0 : chosen * kTileSide;
+// The cut of least time by a model: waves of blocks, times tiles of a block, times the measured microseconds
+// of a tile.
+inline Cut choose_cut(ForwardParams const& p) {
+  constexpr double kMultiprocessors = 132,
+                   kStart = 8;  // blocks at a time; microseconds until a block runs at its rate
+  constexpr double kOne = 2.4, kTwo = 3.5, kMap = 2.9, kJoin = 1.7;
+  bool const pairs = p.value_dim % (2 * kTileSide) == 0 && p.key_dim <= 128;
+  double const slices = double(p.sequences) * p.value_heads * (p.value_dim / kTileSide);
+  // Sequences of unknown lengths count as equal ones.
+  double const tiles = double(portable::ceil_div(p.batch * p.tokens, p.sequences * int64_t{kTileSide}));
+  auto const waves = [](double blocks) { return std::ceil(blocks / kMultiprocessors); };
+  Cut best{1, 0};
+  double least = waves(slices) * (tiles * kOne + kStart);
+  if (pairs && waves(slices / 2) * (tiles * kTwo + kStart) < least) {
+    best.slices = 2;
+    least = waves(slices / 2) * (tiles * kTwo + kStart);
+  }
+  int const width = pairs ? 2 : 1;
+  for (int segments = 2; segments <= 64; segments *= 2) {
+    double const length = std::ceil(tiles / segments);
+    if (length < 8) break;
+    // Half of the maps are taken to be cut short by decay.
+    double const map_waves = slices / width * (segments - 1) * 2 / kMultiprocessors;
+    double const outputs = waves(slices / width * segments) * (length * (pairs ? kTwo : kOne) + kStart);
+    double const time =
+        std::fmax(1., map_waves / 2) * (length * kMap + kStart) + segments * kJoin + 3 * kStart + outputs;
+    if (time < least) {
+      least = time;
+      best = {width, static_cast<int64_t>(length)};
+    }
+  }
+  return best;
 }
 
 // The parts of the workspace, and its size in floats.
 inline Segments segment_layout(ForwardParams const& p, float* workspace, int64_t* floats) {
-  Segments s{segment_span(p), nullptr, nullptr, nullptr, nullptr};
+  Segments s{choose_cut(p).segment_tiles * kTileSide, nullptr, nullptr, nullptr, nullptr};
   *floats = 0;
   if (s.span == 0) return s;
   auto const take = [&](int64_t count) {
@@ -57,10 +80,10 @@ Status launch_pass(ForwardParams const& p, Segments const& segments, Dtype dtype
                        {&maps.v, token_major(p.v, p, p.value_heads, p.value_dim), kTileSide},
                        {&maps.o, token_major(p.o, p, p.value_heads, p.value_dim), kTileSide}};
   for (auto const& t : tensors) {
-    if (Status const status = make_tensor_map(t.map, t.tensor, dtype, t.tile_tokens); status != kOk) return status;
+    if (Status const status = make_tensor_map(t.map, t.tensor, dtype, t.tile_tokens); status != kOk)
+      return status;
   }
-  int const slices =
-      p.value_dim / kTileSide + (Traits::kPass == Pass::kMaps ? Traits::kKeyTiles : 0);
+  int const slices = p.value_dim / kTileSide + (Traits::kPass == Pass::kMaps ? Traits::kKeyTiles : 0);
   int const slice_groups = slices / Traits::kSlices;
   return launch(forward_kernel<Traits>, segment_numbers(p, segments.span) * p.value_heads * slice_groups,
                 Traits::kThreads, sizeof(typename Traits::Shared), stream,
@@ -74,14 +97,16 @@ Status launch_passes(ForwardParams const& p, Segments const& segments, void* str
   constexpr int kSlices = kPairs ? 2 : 1;
   if (segments.span != 0) {
     int64_t const heads = segment_numbers(p, segments.span) * p.value_heads;
-    Status const plan = launch(plan_segments<T>, heads, kPlanWarps * 32, 0, stream, Inputs(p), segments, kKeyDim);
+    Status const plan =
+        launch(plan_segments<T>, heads, kPlanWarps * 32, 0, stream, Inputs(p), segments, kKeyDim);
     if (plan != kOk) return plan;
     constexpr int kMapSlices = (kKeyDim + kTileSide - 1) / kTileSide % kSlices == 0 ? kSlices : 1;
     Status const maps =
         launch_pass<ForwardTraits<T, kKeyDim, kMapSlices, Pass::kMaps>>(p, segments, kDtype, stream);
     if (maps != kOk) return maps;
-    Status const join = launch(join_segments<kKeyDim>, p.sequences * p.value_heads * (p.value_dim / kJoinRows),
-                               kKeyDim, 0, stream, Inputs(p), segments);
+    Status const join =
+        launch(join_segments<kKeyDim>, p.sequences * p.value_heads * (p.value_dim / kJoinRows),
+               kKeyDim * kJoinParts, 0, stream, Inputs(p), segments);
     if (join != kOk) return join;
   }
   return launch_pass<ForwardTraits<T, kKeyDim, kSlices>>(p, segments, kDtype, stream);
@@ -92,11 +117,7 @@ Status launch_forward(ForwardParams const& p, float* workspace, void* stream) {
   int64_t floats;
   Segments const segments = segment_layout(p, workspace, &floats);
   if constexpr (kKeyDim <= 128) {
-    // One slice in each of twice the blocks is faster while there are multiprocessors to fill.
-    int64_t const pairs = p.sequences * p.value_heads * (p.value_dim / (2 * kTileSide));
-    if (p.value_dim % (2 * kTileSide) == 0 && (segments.span != 0 || 4 * pairs > 3 * kMultiprocessors)) {
-      return launch_passes<kDtype, kKeyDim, true>(p, segments, stream);
-    }
+    if (choose_cut(p).slices == 2) return launch_passes<kDtype, kKeyDim, true>(p, segments, stream);
   }
   return launch_passes<kDtype, kKeyDim, false>(p, segments, stream);
 }

@@ -24,7 +24,7 @@ Status supports_inputs(Inputs const& p) {
   if (p.key_dim != 64 && p.key_dim != 96 && p.key_dim != 128 && p.key_dim != 192)
     return "the Hopper kernels take K = 64, 96, 128 or 192";
   if (p.value_dim % kTileSide != 0) return "the Hopper kernels take multiples of 64 as V";
-  if (p.batch == 0) return "the Hopper kernels take B >= 1";
+  if (p.batch == 0 || p.sequences == 0) return "the Hopper kernels take at least one sequence";
   if (p.tokens == 0 || p.tokens > INT32_MAX) return "the Hopper kernels take T in 1..2^31 - 1";
   for (TokenMajor const& x :
        {token_major(p.q, p, p.heads, p.key_dim), token_major(p.k, p, p.heads, p.key_dim),

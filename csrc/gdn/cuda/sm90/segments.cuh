@@ -1,11 +1,12 @@
-// Few long sequences: each is cut into segments that run side by side. A segment is an affine map of the state,
+// Few long sequences: each is cut into segments that run side by side. A segment is an affine map of the
+// state,
 //   S_end = M S_start + N,   M [K x K], N [K x V],
-// so three passes give the same result as one: maps (N is a scan from zero, M one of the identity without values), a
-// join that walks the segments of each head, and the outputs from the states that it found.
+// so three passes give the same result as one: maps (N is a scan from zero, M one of the identity without
+// values), a join that walks the segments of each head, and the outputs from the states that it found.
 //
-// Where a segment has decayed all that came before it, M is zero, and N needs the last tiles only. plan_segments decides
-// that for each segment and head on the device, from a bound that holds for any gate, strength and key: a token
-// multiplies the norm of a state by at most e^g max(1, |1 - b |k|^2|).
+// Where a segment has decayed all that came before it, M is zero, and N needs the last tiles only.
+// plan_segments decides that for each segment and head on the device, from a bound that holds for any gate,
+// strength and key: a token multiplies the norm of a state by at most e^g max(1, |1 - b |k|^2|).
 #pragma once
 
 #include "gdn/cuda/sm90/tile.cuh"
@@ -17,18 +18,18 @@ struct Segments {
   // By the number of a segment, 0..count - 1; null where sequences are not cut.
   float *starts, *ends;  // [count, HV, V, K]: before the segment; N^T, or the state after a sequence's first
   float* maps;           // [count, HV, K rounded up to 64, K]: M^T
-  int* first_tiles;      // [count, HV]: the first tile on which the end depends; kWhole: on all, and on the start
+  int* first_tiles;  // [count, HV]: the first tile on which the end depends; kWhole: on all, and on the start
 };
 
 inline constexpr int kWhole = -1;
 
 struct Segment {
-  int sequence, index, count;      // count: of the sequence's segments, at least 1
-  int row, begin, tokens;          // of this segment
+  int sequence, index, count;  // count: of the sequence's segments, at least 1
+  int row, begin, tokens;      // of this segment
 };
 
-// Segments are numbered without reading cu_seqlens on the host, as chunks are: those of a sequence end before those of
-// the next one begin, with gaps.
+// Segments are numbered without reading cu_seqlens on the host, as chunks are: those of a sequence end before
+// those of the next one begin, with gaps.
 __device__ inline int64_t first_segment(Inputs const& p, int64_t span, int64_t n) {
   portable::Sequence const s = portable::sequence(p, n);
   return (s.row * p.tokens + s.begin) / span + n;
@@ -53,16 +54,21 @@ __device__ inline Segment find_segment(Inputs const& p, int64_t span, int64_t nu
   int64_t const count = span == 0 ? 1 : max((s.length + span - 1) / span, int64_t{1});
   int64_t const offset = index * span;
   int64_t const tokens = index >= count ? -1 : span == 0 ? s.length : min(s.length - offset, span);
-  return {static_cast<int>(low),   static_cast<int>(index),           static_cast<int>(count),
-          static_cast<int>(s.row), static_cast<int>(s.begin + offset), static_cast<int>(tokens)};
+  return {static_cast<int>(low),
+          static_cast<int>(index),
+          static_cast<int>(count),
+          static_cast<int>(s.row),
+          static_cast<int>(s.begin + offset),
+          static_cast<int>(tokens)};
 }
 
-inline constexpr int kPlanWarps = 8, kPlanRounds = 8;
+inline constexpr int kPlanWarps = 8, kPlanRounds = 4;
 inline constexpr float kForgotten = -40.f;  // log2
 
 // One block per segment and value head, a warp per tile, from the end of the segment backwards.
 template <class T>
-__global__ void __launch_bounds__(kPlanWarps * 32) plan_segments(Inputs const p, Segments const segments, int key_dim) {
+__global__ void __launch_bounds__(kPlanWarps * 32)
+    plan_segments(Inputs const p, Segments const segments, int key_dim) {
   __shared__ float growth[kPlanWarps];
   int const number = blockIdx.x / p.value_heads, head = blockIdx.x % p.value_heads;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -88,7 +94,8 @@ __global__ void __launch_bounds__(kPlanWarps * 32) plan_segments(Inputs const p,
             float mine = 0.f;
             int const other = tile * kTileSide + 32 * i + t;
             if (other < segment.tokens) {
-              T const* const k = portable::token_row<T const>(p.k, segment.row, segment.begin + other, qk_head);
+              T const* const k =
+                  portable::token_row<T const>(p.k, segment.row, segment.begin + other, qk_head);
               for (int j = lane; j < key_dim; j += 32) mine += to_float(k[j]) * to_float(k[j]);
             }
             mine = lane_sum(mine);
@@ -113,43 +120,62 @@ __global__ void __launch_bounds__(kPlanWarps * 32) plan_segments(Inputs const p,
   if (threadIdx.x == 0) segments.first_tiles[number * p.value_heads + head] = result;
 }
 
-inline constexpr int kJoinRows = 16;
+inline constexpr int kJoinRows = 8, kJoinParts = 4;
 
-// One block per sequence, value head and kJoinRows value columns; a thread per key column.
+// One block per sequence, value head and kJoinRows value columns: kKeyDim x kJoinParts threads, one key
+// column and a part of the sum each. Maps are requested a segment ahead.
 template <int kKeyDim>
-__global__ void __launch_bounds__(kKeyDim) join_segments(Inputs const p, Segments const segments) {
-  constexpr int kMapRows = (kKeyDim + kTileSide - 1) / kTileSide * kTileSide;
+__global__ void __launch_bounds__(kKeyDim* kJoinParts)
+    join_segments(Inputs const p, Segments const segments) {
+  constexpr int kMapRows = (kKeyDim + kTileSide - 1) / kTileSide * kTileSide, kTerms = kKeyDim / kJoinParts;
   __shared__ __align__(16) float state[kJoinRows][kKeyDim];
-  int const parts = p.value_dim / kJoinRows;
-  int const part = blockIdx.x % parts, unit = blockIdx.x / parts;
-  int const head = unit % p.value_heads, n = unit / p.value_heads, column = threadIdx.x;
+  __shared__ float partial[kJoinParts][kJoinRows][kKeyDim];
+  int const groups = p.value_dim / kJoinRows;
+  int const group = blockIdx.x % groups, unit = blockIdx.x / groups;
+  int const head = unit % p.value_heads, n = unit / p.value_heads;
+  int const column = threadIdx.x % kKeyDim, part = threadIdx.x / kKeyDim;
   int64_t const first = first_segment(p, segments.span, n);
   int const count = find_segment(p, segments.span, first).count;
-  for (int i = 1; i < count; ++i) {
-    int64_t const before = (first + i - 1) * p.value_heads + head, after = before + p.value_heads;
-    float const* const end = segments.ends + (before * p.value_dim + part * kJoinRows) * kKeyDim + column;
-    float sum[kJoinRows];
+  float map[kTerms];
+  bool mapped = false;
+  auto const request = [&](int i) {  // of segment i, from whose start to its end the join goes
+    int64_t const at = (first + i) * p.value_heads + head;
+    mapped = i > 0 && i < count - 1 && segments.first_tiles[at] == kWhole;
+    if (!mapped) return;
+    float const* const m = segments.maps + (at * kMapRows + part * kTerms) * kKeyDim + column;
 #pragma unroll
-    for (int r = 0; r < kJoinRows; ++r) sum[r] = end[r * kKeyDim];
-    if (i > 1 && segments.first_tiles[before] == kWhole) {
-      float const* const map = segments.maps + before * kMapRows * kKeyDim + column;
-#pragma unroll 4
-      for (int j = 0; j < kKeyDim; j += 4) {
-        float const m[4] = {map[j * kKeyDim], map[(j + 1) * kKeyDim], map[(j + 2) * kKeyDim],
-                            map[(j + 3) * kKeyDim]};
+    for (int j = 0; j < kTerms; ++j) map[j] = m[j * kKeyDim];
+  };
+  request(0);
+  for (int i = 0; i + 1 < count; ++i) {
+    int64_t const at = (first + i) * p.value_heads + head, next = at + p.value_heads;
+    if (mapped) {
 #pragma unroll
-        for (int r = 0; r < kJoinRows; ++r) {
-          float4 const s = *reinterpret_cast<float4 const*>(&state[r][j]);
-          sum[r] += s.x * m[0] + s.y * m[1] + s.z * m[2] + s.w * m[3];
+      for (int r = 0; r < kJoinRows; ++r) {
+        float sum = 0.f;
+#pragma unroll
+        for (int j = 0; j < kTerms; j += 4) {
+          float4 const s = *reinterpret_cast<float4 const*>(&state[r][part * kTerms + j]);
+          sum += s.x * map[j] + s.y * map[j + 1] + s.z * map[j + 2] + s.w * map[j + 3];
         }
+        partial[part][r][column] = sum;
       }
     }
+    bool const adds = mapped;
+    request(i + 1);
     __syncthreads();
-    float* const start = segments.starts + (after * p.value_dim + part * kJoinRows) * kKeyDim + column;
+    int64_t const offset = static_cast<int64_t>(group) * kJoinRows * kKeyDim + column;
+    float const* const end = segments.ends + at * p.value_dim * kKeyDim + offset;
+    float* const start = segments.starts + next * p.value_dim * kKeyDim + offset;
 #pragma unroll
-    for (int r = 0; r < kJoinRows; ++r) {
-      state[r][column] = sum[r];
-      start[r * kKeyDim] = sum[r];
+    for (int r = part; r < kJoinRows; r += kJoinParts) {
+      float sum = end[r * kKeyDim];
+      if (adds) {
+#pragma unroll
+        for (int q = 0; q < kJoinParts; ++q) sum += partial[q][r][column];
+      }
+      state[r][column] = sum;
+      start[r * kKeyDim] = sum;
     }
     __syncthreads();
   }

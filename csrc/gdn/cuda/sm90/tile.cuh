@@ -1,13 +1,14 @@
-// What a warpgroup prepares of two chunks of 32 tokens (a tile of q, k and v) before the state comes in: per-token
-// scalars, T~ and P.
+// What a warpgroup prepares of two chunks of 32 tokens (a tile of q, k and v) before the state comes in:
+// per-token scalars, T~ and P.
 //
-// With G the inclusive sum of the log decays within the chunk, E_ij = e^(G_i - G_j) for i >= j, b the writing strengths
-// and kn, qn the factors of the l2norm:
-//   Ar = (I + strictlow(b_i kn_i kn_j k_i.k_j))^-1      T~_ij = E_ij Ar_ij b_j      P_ij = scale E_ij qn_i kn_j q_i.k_j
+// With G the inclusive sum of the log decays within the chunk, E_ij = e^(G_i - G_j) for i >= j, b the writing
+// strengths and kn, qn the factors of the l2norm:
+//   Ar = (I + strictlow(b_i kn_i kn_j k_i.k_j))^-1      T~_ij = E_ij Ar_ij b_j      P_ij = scale E_ij qn_i
+//   kn_j q_i.k_j
 // The inverse never sees the gate, so its entries stay of the size of the keys' correlations under any decay.
 //
-// Where keys repeat, sums over a chunk cancel, and what they are made of has to be more precise than bf16: T~ is a pair
-// of 2-byte numbers that add up to it, P is fp16.
+// Where keys repeat, sums over a chunk cancel, and what they are made of has to be more precise than bf16: T~
+// is a pair of 2-byte numbers that add up to it, P is fp16.
 #pragma once
 
 #include "common/cuda/sm90/wgmma.cuh"
@@ -23,8 +24,8 @@ inline constexpr int kChunk = 32;
 inline constexpr int kTileChunks = kTileSide / kChunk;
 // Of q and k, 64 elements wide: rows of k of the first chunk, then of q, then the same of the second.
 inline constexpr int kHalfTileBytes = kTileBytes / 2, kQkBytes = 2 * kTileBytes;
-// e^(-150 ln 2) is below the smallest float, so a smaller decay of one token changes nothing, and a reset (-inf) stays
-// exact while sums of such decays stay finite.
+// e^(-150 ln 2) is below the smallest float, so a smaller decay of one token changes nothing, and a reset
+// (-inf) stays exact while sums of such decays stay finite.
 inline constexpr float kLeastLog2Decay = -150.f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
@@ -61,20 +62,23 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Raw g and beta of token `i` of a tile, requested before they are needed: scan_gates waits for them.
-__device__ inline void request_gates(Inputs const& p, TileTokens const& tile, int head, int i, TileScratch& scratch) {
+__device__ inline void request_gates(Inputs const& p, TileTokens const& tile, int head, int i,
+                                     TileScratch& scratch) {
   int const bytes = i < tile.count ? 4 : 0;
   auto const copy = [&](float* to, Strided const& from) {
     if (from.data == nullptr) return;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
-                 "l"(portable::token_row<float const>(from, tile.row, tile.begin + (i < tile.count ? i : 0), head)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
+        "l"(portable::token_row<float const>(from, tile.row, tile.begin + (i < tile.count ? i : 0), head)),
+        "r"(bytes)
+        : "memory");
   };
   copy(scratch.g + i, p.g);
   copy(scratch.beta + i, p.beta);
 }
 
-// log2_decay and strength of token `i`, by the warp of its chunk; tokens that are not there neither decay nor write.
+// log2_decay and strength of token `i`, by the warp of its chunk; tokens that are not there neither decay nor
+// write.
 __device__ inline void scan_gates(Inputs const& p, int count, int head, int i, TileScratch const& scratch,
                                   TileScalars& s) {
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -139,14 +143,15 @@ __device__ __forceinline__ Split split(float x, float y) {
 
 // d [16 x 8] += a [16 x 16] b [16 x 8], in bf16.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// z [16 x 8 kN] = a [16 x 16 kK] b [16 kK x 8 kN], nearly in fp32: matrices in memory, rows of kInverseRow floats.
+// z [16 x 8 kN] = a [16 x 16 kK] b [16 kK x 8 kN], nearly in fp32: matrices in memory, rows of kInverseRow
+// floats.
 template <int kN, int kK>
 __device__ __forceinline__ void multiply_split(float (&z)[kN][4], uint32_t const (&a_high)[kK][4],
                                                uint32_t const (&a_low)[kK][4], float const* b, int lane) {
@@ -170,7 +175,8 @@ __device__ __forceinline__ void multiply_split(float (&z)[kN][4], uint32_t const
 
 // The first factor of multiply_split, from memory and from the fragments of another product.
 template <int kK>
-__device__ __forceinline__ void load_split(uint32_t (&high)[kK][4], uint32_t (&low)[kK][4], float const* a, int lane) {
+__device__ __forceinline__ void load_split(uint32_t (&high)[kK][4], uint32_t (&low)[kK][4], float const* a,
+                                           int lane) {
   float const* const first = a + lane / 4 * kInverseRow + 2 * (lane % 4);
 #pragma unroll
   for (int k = 0; k < kK; ++k) {
@@ -197,8 +203,9 @@ __device__ __forceinline__ void split_fragments(uint32_t (&high)[kK][4], uint32_
   }
 }
 
-// In place, 32 x 32 at `m`, by one warp: A (strictly lower, rows of kInverseRow floats) -> the lower triangle of
-// (I + A)^-1. The two diagonal blocks of 16 by substitution in fp32, one column a lane; below them -(X2 A21) X1.
+// In place, 32 x 32 at `m`, by one warp: A (strictly lower, rows of kInverseRow floats) -> the lower triangle
+// of (I + A)^-1. The two diagonal blocks of 16 by substitution in fp32, one column a lane; below them -(X2
+// A21) X1.
 __device__ inline void invert_32(float* m, int lane) {
   float* const block = m + lane / 16 * (16 * kInverseRow + 16);
   int const column = lane % 16;
@@ -239,10 +246,11 @@ __device__ inline void invert_32(float* m, int lane) {
   }
 }
 
-// E_ij r b_j of the lower triangle, columns col and col + 1 of row `row` of a chunk, as a pair of pairs that add up.
+// E_ij r b_j of the lower triangle, columns col and col + 1 of row `row` of a chunk, as a pair of pairs that
+// add up.
 template <class T>
-__device__ __forceinline__ Split inverse_pair(float const* log2_decay, float const* strength, int row, int col, float x,
-                                              float y) {
+__device__ __forceinline__ Split inverse_pair(float const* log2_decay, float const* strength, int row,
+                                              int col, float x, float y) {
   float const decay = log2_decay[row];
   float2 const g = *reinterpret_cast<float2 const*>(log2_decay + col);
   float2 const b = *reinterpret_cast<float2 const*>(strength + col);
@@ -253,12 +261,13 @@ __device__ __forceinline__ Split inverse_pair(float const* log2_decay, float con
   return {high, pack<T>(x - h.x, y - h.y)};
 }
 
-// T~ of chunk c from its inverse to a tile, by 64 threads: block (c, c) of 32 x 32 the high parts, block (c, 1 - c) the
-// low ones.
+// T~ of chunk c from its inverse to a tile, by 64 threads: block (c, c) of 32 x 32 the high parts, block (c,
+// 1 - c) the low ones.
 template <class T>
 __device__ void store_inverse(float const* inverse, TileScalars const& s, char* tile, int chunk, int thread) {
   int const row = thread % kChunk, first = thread / kChunk * 16;
-  float const *const log2_decay = s.log2_decay + chunk * kChunk, *const strength = s.strength + chunk * kChunk;
+  float const *const log2_decay = s.log2_decay + chunk * kChunk, *const strength =
+                                                                     s.strength + chunk * kChunk;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int const col = first + 8 * i;
@@ -269,16 +278,17 @@ __device__ void store_inverse(float const* inverse, TileScalars const& s, char* 
                         inverse_pair<T>(log2_decay, strength, row, col + 4, y.x, y.y),
                         inverse_pair<T>(log2_decay, strength, row, col + 6, y.z, y.w)};
     int const tile_row = chunk * kChunk + row;
-    *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, chunk * 4 + col / 8)) = {t[0].high, t[1].high, t[2].high,
-                                                                                    t[3].high};
-    *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {t[0].low, t[1].low, t[2].low,
-                                                                                         t[3].low};
+    *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, chunk * 4 + col / 8)) = {t[0].high, t[1].high,
+                                                                                    t[2].high, t[3].high};
+    *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {t[0].low, t[1].low,
+                                                                                          t[2].low, t[3].low};
   }
 }
 
-// The strictly lower part of b_i kn_i kn_j k_i.k_j of a warp's 16 rows; `half_row` is the first of them in the chunk.
-__device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileScalars const& s, float* m, int chunk,
-                                          int half_row, int lane) {
+// The strictly lower part of b_i kn_i kn_j k_i.k_j of a warp's 16 rows; `half_row` is the first of them in
+// the chunk.
+__device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileScalars const& s, float* m,
+                                          int chunk, int half_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = half_row + lane / 4 + 8 * half;
@@ -295,8 +305,8 @@ __device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileSca
 }
 
 // P of a warp's 16 rows, to block (c, c) of a tile.
-__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& s, char* tile, int chunk, int half_row,
-                                    int lane) {
+__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& s, char* tile, int chunk,
+                                    int half_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = half_row + lane / 4 + 8 * half;
@@ -315,19 +325,19 @@ __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& 
   int const row = chunk * kChunk + half_row + lane % 16;
 #pragma unroll
   for (int n = 0; n < kChunk / 8; n += 2) {
-    store_matrices(address + tile_offset(row, chunk * 4 + n + lane / 16), pack<__half>(qk[4 * n], qk[4 * n + 1]),
-                   pack<__half>(qk[4 * n + 2], qk[4 * n + 3]), pack<__half>(qk[4 * n + 4], qk[4 * n + 5]),
-                   pack<__half>(qk[4 * n + 6], qk[4 * n + 7]));
+    store_matrices(address + tile_offset(row, chunk * 4 + n + lane / 16),
+                   pack<__half>(qk[4 * n], qk[4 * n + 1]), pack<__half>(qk[4 * n + 2], qk[4 * n + 3]),
+                   pack<__half>(qk[4 * n + 4], qk[4 * n + 5]), pack<__half>(qk[4 * n + 6], qk[4 * n + 7]));
   }
 }
 
-// The whole preparation of a tile by one warpgroup that shares `barrier` and, its first half, `barrier` + 1. The first two
-// warps have k, one chunk each to scan and to invert, the others q. q and k have arrived, and scan_gates is under way.
-// `inverse` and `scores` are tiles. Without kScores there is no q. Ends with the writes of this thread ordered before later
-// reads by wgmma.
+// The whole preparation of a tile by one warpgroup that shares `barrier` and, its first half, `barrier` + 1.
+// The first two warps have k, one chunk each to scan and to invert, the others q. q and k have arrived, and
+// scan_gates is under way. `inverse` and `scores` are tiles. Without kScores there is no q. Ends with the
+// writes of this thread ordered before later reads by wgmma.
 template <class T, int kKeyDim, bool kScores>
-__device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch, char* inverse,
-                             char* scores, int barrier, int thread) {
+__device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch,
+                             char* inverse, char* scores, int barrier, int thread) {
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   int const warp = thread / 32, lane = thread % 32, chunk = warp % kTileChunks;
   int const token = chunk * kChunk + lane;
@@ -371,7 +381,8 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
   int const half_row = chunk * 16;
   if (has_k) {
 #pragma unroll
-    for (int c = 0; c < kTileChunks; ++c) store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
+    for (int c = 0; c < kTileChunks; ++c)
+      store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
     named_barrier(barrier + 1, kWarpgroup / 2);
     invert_32(scratch.inverse[chunk], lane);
   } else if constexpr (kScores) {
