@@ -67,17 +67,17 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), norm(sandwich)
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
 
-    def forward(self, h: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
-        h = h + self.mixer_post_norm(self.mixer(self.mixer_norm(h), tokens, state))
+    def forward(self, h: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
+        h = h + self.mixer_post_norm(self.mixer(self.mixer_norm(h), tokens, window, state))
         return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h)))
 
 
 class LT2(nn.Module):
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.schedule = config, config.schedule()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_types)
+        self.layers = nn.ModuleList(Block(config, layer.mixer) for layer in self.schedule[0])
         shape = (config.loop_count, config.hidden_size)
         self.rho = nn.Parameter(torch.empty(shape)) if config.use_loop_residual else None
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -133,7 +133,7 @@ class LT2(nn.Module):
         """
         self._check_inputs(input_ids, labels, cu_seqlens, state, logits_to_keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
-            tokens = Tokens(self.config, input_ids.shape[1], input_ids.device, cu_seqlens, state)
+            tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, state)
             h = self._run_loops(self.embed_tokens(input_ids), tokens, state)
             head = self.embed_tokens if self.lm_head is None else self.lm_head
             logits = F.linear(h[:, -logits_to_keep:], head.weight)
@@ -147,10 +147,10 @@ class LT2(nn.Module):
 
     def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
-        for loop in range(self.config.loop_count):
+        for loop, layers in enumerate(self.schedule):
             h_in = h
-            for i, block in enumerate(self.layers):
-                h = block(h, tokens, None if state is None else state.layers[loop][i])
+            for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
+                h = block(h, tokens, layer.window, None if state is None else state.layers[loop][i])
             h, normed = self._end_loop(loop, h, h_in)
             if self.config.inter_loop_norm:
                 h = normed
