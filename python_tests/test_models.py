@@ -171,7 +171,7 @@ def test_window_equals_attention_by_hand(tokens, window, monkeypatch):
     monkeypatch.setattr("lt2_ext.models.mixers.attention.MIN_BLOCK", 64)
     model = make("window", layer_pattern="window", window_size=window, num_hidden_layers=1, attn_output_gate=True)
     mixer, x = model.layers[0].mixer.double(), torch.randn(2, tokens, 32, dtype=torch.float64)
-    got = mixer(x, Tokens(model.config, x.shape[:2], x.device, None, None), window, None)
+    got = mixer(x, Tokens(model.config, x.shape[:2], x.device), window, None)
     for row in range(2):  # fp32 rotary angles
         assert error(got[row], plain_attention(model.config, mixer.state_dict(), x[row], window)) < 1e-5
 
@@ -432,9 +432,11 @@ def test_autocast_trains():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_to_empty_materialises_a_meta_model():
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_empty_materialises_a_meta_model(kind):
     with torch.device("meta"):
-        model = make("hybrid")
+        model = make(kind)
+    assert all(t.is_meta for t in model.state_dict().values())
     model.to_empty(device="cpu")
     torch.manual_seed(7)
     model.reset_parameters()

@@ -29,6 +29,7 @@ class LoopState:
     Attributes:
         layers: ``layers[loop][layer]``, the tensors of one mixer by name; axis 0 is the sequence.
         lengths: Tokens seen by each sequence, int64 ``[batch_size]`` on the device of the model.
+        host_lengths: The same and padding, where reading it costs no synchronisation: the room that is used.
     """
 
     def __init__(self, config: LT2Config, mixers: Sequence[Mixer], batch_size: int, max_length: int) -> None:
@@ -41,11 +42,11 @@ class LoopState:
             for loop in config.schedule()
         ]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=next(mixers[0].parameters()).device)
-        self.host_lengths = [0] * batch_size  # the same numbers where reading them costs no synchronisation
+        self.host_lengths = [0] * batch_size
 
-    def advance(self, tokens: int) -> None:
-        """Count ``tokens`` more tokens in every sequence."""
-        self.lengths += tokens
+    def advance(self, tokens: int, padding: Tensor | int = 0) -> None:
+        """Count ``tokens`` more places in every sequence, ``padding`` (an int or ``[batch_size]``) of them empty."""
+        self.lengths += tokens - padding
         self.host_lengths = [n + tokens for n in self.host_lengths]
 
     def reset(self, slots: Sequence[int] | None = None) -> None:
@@ -82,32 +83,43 @@ class Tokens:
     """Where the ``T`` tokens of one call stand: computed once, read by every layer in every loop.
 
     Attributes:
-        index: Place of each token in its row (with a state: in its sequence), int64 ``[B or 1, T]``.
+        index: Place of each token in its sequence or packed row, int64 ``[B or 1, T]``; < 0 for padding on the left.
         first: First place of its document, ``[B or 1, T]``.
         positions: index - first, for the rotary embedding.
         cu_seqlens: Document boundaries ``[N + 1]`` of a packed row, or None.
-        plain: All rows are one sequence each.
+        pads: Which tokens are padding, bool ``[B, T]``, or None; ``padding``: how many on the left of each row.
+        plain: Every row is one sequence without padding.
         rows, lengths, max_length: With a state only: its slots ``[B, 1]``, lengths after this call ``[B]``, and room.
         visible: The largest number of tokens that any of these can see.
         from_start: No sequence has a past, so these tokens see only each other.
     """
 
     def __init__(
-        self, config: LT2Config, shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None,
-        state: LoopState | None,
-    ) -> None:  # fmt: skip
+        self,
+        config: LT2Config,
+        shape: torch.Size,
+        device: torch.device,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: LoopState | None = None,
+    ) -> None:
         self.config, self.cu_seqlens = config, cu_seqlens
         self.batch_size, count = shape
-        self.plain, self.visible, self.from_start = cu_seqlens is None, count, True
+        self.plain, self.visible, self.from_start = cu_seqlens is None and attention_mask is None, count, True
         self.index = torch.arange(count, device=device)[None]
         self.first = torch.zeros_like(self.index)
+        self.pads = None if attention_mask is None else attention_mask == 0
+        self.padding: Tensor | int = 0
+        if self.pads is not None:
+            self.padding = self.pads.cumprod(dim=1).sum(dim=1)
+            self.index = self.index - self.padding[:, None]
         self._results: dict[Hashable, object] = {}
         if cu_seqlens is not None:
             document = torch.searchsorted(cu_seqlens.to(torch.int64), self.index, right=True) - 1
             self.first = cu_seqlens.to(torch.int64)[document]
         if state is not None:
             self.index = state.lengths[:, None] + self.index
-            self.lengths, self.max_length = state.lengths + count, state.max_length
+            self.lengths, self.max_length = self.index[:, -1] + 1, state.max_length
             self.visible = max(state.host_lengths) + count
             self.from_start = self.visible == count
             self.rows = torch.arange(self.batch_size, device=device)[:, None]
@@ -118,6 +130,10 @@ class Tokens:
         if key not in self._results:
             self._results[key] = compute()
         return self._results[key]  # type: ignore[return-value]
+
+    def clear_pads(self, x: Tensor) -> Tensor:
+        """x [B, T, D] with zeros in place of padding, which neither enter a state nor let gradients through."""
+        return x if self.pads is None else x.masked_fill(self.pads[..., None], 0)
 
     @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
