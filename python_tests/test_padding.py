@@ -69,14 +69,14 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_padded_rows_equal_rows_alone(kind, loops, side):
     model, (rows, x, mask) = make(kind, loops), padded(0, side)
     labels = x.clone()  # labels of the pads are the tokens there: the mask alone must hide them
-    loss, logits = model(x, labels=labels, attention_mask=mask)
+    loss, logits = model(x, labels=labels, attention_mask=mask, logits_to_keep=0)
     loss.backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     losses = []
     for i, row in enumerate(rows):
         if len(row) > 1:
-            alone, want = model(row[None], labels=row[None])
+            alone, want = model(row[None], labels=row[None], logits_to_keep=0)
             losses.append(alone * (len(row) - 1))
             assert error(logits[i][mask[i] == 1], want[0]) < 1e-4
     want = sum(losses) / sum(n - 1 for n in LENGTHS)
@@ -99,7 +99,7 @@ def test_nothing_of_a_pad_gets_out(kind):
         real = mask == 1
         x = torch.where(real, x.clamp(max=VOCAB - 2), pad)
         labels = torch.where(real, x, -100)
-        loss, logits = model(x, labels=labels, attention_mask=mask.bool())
+        loss, logits = model(x, labels=labels, attention_mask=mask.bool(), logits_to_keep=0)
         loss.backward()
         results.append([logits[real], loss, *(p.grad for n, p in model.named_parameters() if "embed" not in n)])
     for other in results[1:]:

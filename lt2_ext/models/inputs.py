@@ -27,7 +27,7 @@ def check_inputs(
     cu_seqlens: Tensor | None,
     attention_mask: Tensor | None,
     state: LoopState | None,
-    logits_to_keep: int,
+    logits_to_keep: int | None,
 ) -> None:
     """Raise ValueError unless ``LT2.forward`` takes these together.
 
@@ -36,10 +36,9 @@ def check_inputs(
     shape = list(input_ids.shape)
     check(input_ids.dtype in INTEGERS, "input_ids", "be int32 or int64", input_ids.dtype)
     check(len(shape) == 2 and min(shape) >= 1, "input_ids", "have shape [B, T] with B, T >= 1", shape)
-    check(logits_to_keep >= 0, "logits_to_keep", "be >= 0", logits_to_keep)
+    check((logits_to_keep or 0) >= 0, "logits_to_keep", "be >= 0 or None", logits_to_keep)
     if labels is not None:
         check(state is None, "state", "be None when labels are given", "a LoopState")
-        check(logits_to_keep == 0, "logits_to_keep", "be 0 when labels are given", logits_to_keep)
         check(list(labels.shape) == shape, "labels", f"have the shape {shape} of input_ids", list(labels.shape))
     if cu_seqlens is not None:
         check(state is None, "state", "be None when cu_seqlens is given", "a LoopState")

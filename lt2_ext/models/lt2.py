@@ -25,21 +25,23 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lt2_ext import ops
 
 from .config import LT2Config
 from .inputs import check_inputs
 from .loop_state import LoopState, Tokens
+from .loss import cross_entropy
 from .mixers import MIXERS, Mixer
 from .sampling import check_options, pick
 
 
 class LT2Output(NamedTuple):
-    """loss: mean next-token cross entropy, a scalar; logits ``[B, T, vocab_size]``."""
+    """loss: mean next-token cross entropy, fp32 scalar; logits: those asked for with ``logits_to_keep``, or None."""
 
     loss: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
 
 class SwiGLU(nn.Module):
@@ -76,6 +78,15 @@ class Block(nn.Module):
 
 
 class LT2(nn.Module):
+    """The model.
+
+    Attributes:
+        gradient_checkpointing: Keep only the input of each (loop, block) for the backward pass, which runs the block a
+            second time: the same gradients, bit for bit, from less memory. Off at first, and not saved.
+    """
+
+    gradient_checkpointing = False
+
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
         self.config, self.schedule = config, config.schedule()
@@ -115,14 +126,15 @@ class LT2(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: LoopState | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | None = None,
     ) -> Tensor | LT2Output:
-        """Next-token logits.
+        """Next-token logits, or the loss.
 
         Args:
             input_ids: Integers ``[B, T]``, T >= 1.
             labels: ``[B, T]``, usually input_ids itself: the model shifts them. -100 is ignored, and so is the first
-                token of each packed document. With labels the result is ``(loss, logits)``.
+                token of each packed document. With labels the result is ``(loss, logits)``, and logits are None unless
+                ``logits_to_keep`` asks for them: without them, memory does not grow with the vocabulary.
             cu_seqlens: int32 or int64 ``[N + 1]``: the only row holds N documents, document n is
                 ``[cu_seqlens[n], cu_seqlens[n + 1])``. Nothing passes between documents.
             attention_mask: Bool or integers ``[B, T]``, 0 for padding on the left or right of a row; its logits mean
@@ -130,7 +142,8 @@ class LT2(nn.Module):
                 may only come before the first token of a sequence. Not together with cu_seqlens.
             state: From :meth:`new_state`. The tokens continue the sequences in it, and it is advanced in place.
                 Inference only: no gradient is recorded. Not together with labels or cu_seqlens.
-            logits_to_keep: Return only the last so many positions; 0 returns all. Not together with labels.
+            logits_to_keep: Return the logits of the last so many positions; 0: of all. None: of all, or with labels of
+                none.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or :class:`LT2Output` when labels are given.
@@ -142,23 +155,27 @@ class LT2(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state)
             h = self._run_loops(tokens.clear_pads(self.embed_tokens(input_ids)), tokens, state)
-            head = self.embed_tokens if self.lm_head is None else self.lm_head
-            logits = F.linear(h[:, -logits_to_keep:], head.weight)
-        if state is not None:
-            state.advance(input_ids.shape[1], tokens.padding)
-        if labels is None:
-            return logits
+            weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+            if labels is None:
+                logits = F.linear(h[:, -(logits_to_keep or 0) :], weight)
+                if state is not None:
+                    state.advance(input_ids.shape[1], tokens.padding)
+                return logits
         hidden = tokens.positions <= 0 if tokens.pads is None else (tokens.positions <= 0) | tokens.pads
         labels = labels.masked_fill(hidden, -100)[:, 1:]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        return LT2Output(loss, logits)
+        loss = cross_entropy(h[:, :-1].flatten(0, 1), weight, labels.flatten())
+        return LT2Output(loss, None if logits_to_keep is None else F.linear(h[:, -logits_to_keep:], weight))
 
     def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
-                h = block(h, tokens, layer.window, None if state is None else state.layers[loop][i])
+                arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i]
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    h = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    h = block(*arguments)
             h, normed = self._end_loop(loop, h, h_in)
             if self.config.inter_loop_norm:
                 h = normed
@@ -207,7 +224,7 @@ class LT2(nn.Module):
         check_options(max_new_tokens, temperature, top_k, top_p)
         if max_new_tokens == 0:
             return input_ids
-        check_inputs(self.config, input_ids, None, None, attention_mask, None, 0)
+        check_inputs(self.config, input_ids, None, None, attention_mask, None, None)
         state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         pieces = [input_ids]
