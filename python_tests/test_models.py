@@ -1,6 +1,8 @@
 """LT2 against a model written out by hand, causality, packing, gradients, generation, files."""
 
+import copy
 import json
+import logging
 import pickle
 
 import pytest
@@ -31,6 +33,7 @@ def _small(threads, monkeypatch):
     """Operators this small lose time to every further thread. Blocks of windows small enough to have several."""
     threads(1)
     monkeypatch.setattr("lt2_ext.models.mixers.attention.MIN_BLOCK", 4)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # dynamo would fill pytest's log
 
 
 def make(kind: str, loops: int = 2, **change) -> LT2:
@@ -408,27 +411,69 @@ def test_decay_parameters_stay_fp32_and_exact(move):
         assert torch.equal(p.grad, before[name][1])
 
 
-def test_dtype_reaches_everything_else_and_bf16_runs():
-    model, x = make("grouped"), ids(2, 20)
-    want = model(x)
-    model.bfloat16()
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_reaches_everything_else_and_bf16_runs(kind):
+    model, x = make(kind).bfloat16(), ids(2, 20)
+    want = copy.deepcopy(model).float()(x)
     assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if n not in decay_parameters(model))
     loss, logits = model(x, labels=x, logits_to_keep=0)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    assert error(logits.float(), want) < 0.1
+    # The median: the norm of a gdn head whose q.k is nearly zero magnifies any rounding, in few tokens.
+    assert ((logits.float() - want).norm(dim=-1) / want.norm(dim=-1)).median() < 0.1
     loss.backward()
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_autocast_trains():
-    model, x = make("hybrid"), ids(2, 20)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error")
+def test_autocast_trains(kind):
+    model, x = make(kind), ids(2, 20)
     want = model(x)
+    model.gradient_checkpointing = True
     with torch.autocast("cpu", torch.bfloat16):
         loss, logits = model(x, labels=x, logits_to_keep=0)
     loss.backward()
+    assert loss.dtype == torch.float32
     assert error(logits.float(), want) < 0.1
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def compiled_equals_eager(model: LT2, call: dict[str, Tensor], backend: str = "aot_eager"):
+    torch._dynamo.reset()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        loss, logits = run(**call, labels=call["input_ids"], logits_to_keep=0)
+        loss.backward()
+        results.append([loss, logits, *(p.grad for p in model.parameters())])
+    for want, got in zip(*results, strict=True):
+        assert error(got.float(), want.float()) < (1e-3 if want.dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "schedule" else []) for kind in KINDS]
+)
+def test_compiles_into_one_graph(kind):
+    compiled_equals_eager(make(kind), {"input_ids": ids(2, 20)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["padded", "packed", "checkpointed", "bfloat16", "inductor"])
+def test_compiles_into_one_graph_also(case):
+    model, call, backend = make("schedule"), {"input_ids": ids(1, 20)}, "aot_eager"
+    if case == "padded":
+        call["attention_mask"] = torch.ones(1, 20, dtype=torch.bool).index_fill(1, torch.arange(3), False)
+    elif case == "packed":
+        call["cu_seqlens"] = torch.tensor([0, 11, 20])
+    elif case == "checkpointed":
+        model.gradient_checkpointing = True
+    elif case == "bfloat16":
+        model.bfloat16()
+    else:
+        model, backend = make("window", 1), "inductor"
+    compiled_equals_eager(model, call, backend)
 
 
 @pytest.mark.parametrize("kind", KINDS)

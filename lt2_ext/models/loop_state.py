@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -127,6 +126,8 @@ class Tokens:
 
     def once(self, key: Hashable, compute: Callable[[], X]) -> X:
         """The result of ``compute``, which layers and loops that ask with the same key share."""
+        if torch.compiler.is_compiling():  # shares by itself, and lets no checkpointed block write here
+            return compute()
         if key not in self._results:
             self._results[key] = compute()
         return self._results[key]  # type: ignore[return-value]
@@ -135,9 +136,11 @@ class Tokens:
         """x [B, T, D] with zeros in place of padding, which neither enter a state nor let gradients through."""
         return x if self.pads is None else x.masked_fill(self.pads[..., None], 0)
 
-    @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary angles, fp32 [B or 1, T, 1, head_dim / 2]."""
+        return self.once("rope", self._rope)
+
+    def _rope(self) -> tuple[Tensor, Tensor]:
         half = torch.arange(0, self.config.head_dim, 2, device=self.positions.device, dtype=torch.float32)
         frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
         angles = self.positions[..., None, None] * frequencies

@@ -44,6 +44,13 @@ class LT2Output(NamedTuple):
     logits: Tensor | None
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its weight, which under autocast is not that of a block's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class SwiGLU(nn.Module):
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
@@ -65,7 +72,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(there: bool = True) -> nn.Module:
-            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if there else nn.Identity()
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if there else nn.Identity()
 
         sandwich = config.norm_placement == "sandwich"
         self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), norm(sandwich)
@@ -94,7 +101,7 @@ class LT2(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer.mixer) for layer in self.schedule[0])
         shape = (config.loop_count, config.hidden_size)
         self.rho = nn.Parameter(torch.empty(shape)) if config.use_loop_residual else None
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -109,7 +116,7 @@ class LT2(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 truncated_normal(module.weight, self.config.hidden_size)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         if self.rho is not None:
             nn.init.zeros_(self.rho)

@@ -46,7 +46,7 @@ class Attention(Mixer):
         return {"k": self.k_proj.weight.new_zeros(shape), "v": self.v_proj.weight.new_zeros(shape)}
 
     def forward(self, x: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
-        cos, sin = tokens.rope
+        cos, sin = tokens.rope()
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
