@@ -31,6 +31,10 @@ _SIZES = {
 }
 
 
+# What transformers writes beside these fields: nothing that the model is built from.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TRANSFORMERS = ("architectures", "dtype", "transformers_version", "use_cache", *TOKEN_IDS)
+
 _FORMS = {
     "interleaved": "interleaved:N:M:FIRST:SECOND",
     "bookend": "bookend:N:FIRST:SECOND",
@@ -151,8 +155,9 @@ class LT2Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LT2Config:
-        """Inverse of :meth:`to_dict`. A key that is not a field is an error: it would silently do nothing."""
-        values = dict(values)
+        """Inverse of :meth:`to_dict`. A key that is not a field is an error: it would silently do nothing. Only what
+        transformers notes in the same file, like dtype and token ids, is passed over."""
+        values = {key: value for key, value in values.items() if key not in _TRANSFORMERS}
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             raise ValueError(f"LT2Config: model_type must be {MODEL_TYPE!r}, got {model_type!r}")

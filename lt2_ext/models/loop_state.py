@@ -67,6 +67,19 @@ class LoopState:
         for slot in slots:
             self.host_lengths[slot] = 0
 
+    def reorder(self, order: Tensor) -> None:
+        """Go on in slot b with what slot ``order[b]`` (int ``[batch_size]``) holds, as beam search does."""
+        source, slots = order.to(torch.int64), torch.arange(self.batch_size, device=order.device)
+        if source.shape != slots.shape:
+            raise ValueError(f"LoopState.reorder: order must have shape [{len(slots)}], got {list(order.shape)}")
+        for loop in self.layers:
+            for layer in loop:
+                for tensor in layer.values():
+                    ops.loop_state_copy_(tensor, source, slots)
+        self.lengths.copy_(self.lengths[source])
+        if len(set(self.host_lengths)) > 1:  # else nothing changes, and the order need not come to the host
+            self.host_lengths = [self.host_lengths[i] for i in source.tolist()]
+
     @property
     def layer_nbytes(self) -> list[tuple[str, int]]:
         """For each physical layer its mixer in the first loop, and the bytes of its memory over all loops."""

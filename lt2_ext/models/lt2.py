@@ -252,7 +252,8 @@ class LT2(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")  # for transformers; load asks the weights
+        config = json.dumps({**self.config.to_dict(), "dtype": dtype}, indent=2) + "\n"
         save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
         (directory / "config.json.tmp").write_text(config)
         for name in ("model.safetensors", "config.json"):
