@@ -31,7 +31,8 @@ KINDS = {
 }
 LENGTHS = [12, 5, 1]
 
-loops = pytest.mark.parametrize("loops", [1, 2, 4])
+slow = pytest.mark.slow
+loops = pytest.mark.parametrize("loops", [pytest.param(1, marks=slow), 2, pytest.param(4, marks=slow)])
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -211,6 +212,10 @@ def test_what_it_refuses():
         generate(model, x, cache_implementation="static")
     with pytest.raises(ValueError, match=r"fit max_length = 4 of the state"):
         model(x, **{CACHE: LoopCache(4)})
+    cache = LoopCache(9)
+    model(x[:, :3], **{CACHE: cache})
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, 5\], or \[B, 8\] .*, got \[2, 6\]"):
+        model(x, **{CACHE: cache}, attention_mask=torch.ones(2, 6))
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         generate(model, x[:1], assistant_model=make("full", 1))
 

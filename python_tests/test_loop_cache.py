@@ -1,9 +1,11 @@
 """LoopState: any split of a sequence streamed through the state gives the logits of one full forward."""
 
+import logging
 import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lt2_ext.models import LT2, LT2Config
 
@@ -34,6 +36,7 @@ def _small(threads, monkeypatch):
     """Operators this small lose time to every further thread. Blocks of windows small enough to have several."""
     threads(1)
     monkeypatch.setattr("lt2_ext.models.mixers.attention.MIN_BLOCK", 4)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # dynamo would fill pytest's log
 
 
 def make(kind: str, loops: int, seed: int = 0) -> LT2:
@@ -85,6 +88,19 @@ def test_any_split_equals_full_forward(kind, loops):
     splits += [random_split(rng) for _ in range(4)]
     for split in splits:
         assert error(stream(model, x, split), full) < 1e-4, split
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_decoding_compiles_once():
+    """Into one graph for the prefill and one for all steps, whatever the length."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    model, x = make("window_hybrid", 1), ids(2)
+    compiled, state = torch.compile(model, fullgraph=True, backend=counter), model.new_state(2, LENGTH)
+    got = [compiled(piece, state=state) for piece in x.split([15] + [1] * 12, dim=1)]
+    assert counter.frame_count == 2
+    assert error(torch.cat(got, dim=1), model(x)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["interleaved", "grouped", "window"])

@@ -163,6 +163,10 @@ class LT2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         if attention_mask is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            if attention_mask.shape[-1] not in (count, past + count):
+                rule, got = f"[B, {count}], or [B, {past + count}] with the past", list(attention_mask.shape)
+                raise ValueError(f"LT2ForCausalLM: attention_mask must have shape {rule}, got {got}")
             attention_mask = attention_mask[:, -count:]
             if attention_mask.device.type == "cpu" and bool(attention_mask.all()):
                 attention_mask = None

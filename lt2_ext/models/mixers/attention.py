@@ -70,8 +70,8 @@ def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, 
         state[name][tokens.rows, tokens.index[:, -slots:] % slots] = new[:, -slots:]
     if tokens.from_start:
         o = attend(q, k, v, tokens, window, tokens.index)
-    elif count == 1 or (count <= MAX_STEP and not ring):
-        o = ops.loop_decode_attention(q, state["k"], state["v"], tokens.lengths.clamp(max=slots))
+    elif count == 1 or (count <= MAX_STEP and not ring):  # the op sees at most the whole ring
+        o = ops.loop_decode_attention(q, state["k"], state["v"], tokens.lengths)
     elif not ring:  # then the window, if any, is longer than the sequence
         seen = tokens.visible
         places = torch.arange(seen, device=q.device)[None]
