@@ -158,6 +158,24 @@ def test_reset_all_equals_new_state_and_leaves_no_trace():
     assert torch.equal(stream(model, x, [10, 17], state), first)
 
 
+@pytest.mark.parametrize("kind", ["full", "gdn", "window", "hybrid_schedule"])
+@torch.no_grad()
+def test_reorder_moves_sequences_of_any_length_between_slots(kind):
+    model, state = make(kind, 2), make(kind, 2).new_state(3, LENGTH)
+    first, second, third = ids(3, 9), ids(3, 4, seed=2), ids(3, 7, seed=3)
+    model(first, state=state)
+    state.reset([1])
+    model(second, state=state)
+    state.reorder(torch.tensor([1, 0, 1], dtype=torch.int32))
+    assert state.lengths.tolist() == state.host_lengths == [4, 13, 4]
+    got = model(third, state=state)
+    pasts = [second[1], torch.cat((first[0], second[0])), second[1]]
+    for row, past in enumerate(pasts):
+        assert error(got[row], model(torch.cat((past, third[row]))[None])[0, len(past) :]) < 1e-4
+    with pytest.raises(ValueError, match=r"LoopState.reorder: order must have shape \[3\], got \[2\]"):
+        state.reorder(torch.tensor([0, 1]))
+
+
 @torch.no_grad()
 def test_two_states_do_not_touch_each_other():
     model, x, y = make("interleaved", 2), ids(1), ids(1, seed=3)
