@@ -94,7 +94,6 @@ class LT2ForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
 
     def __init__(self, config: LT2HFConfig) -> None:
         super().__init__(config)
