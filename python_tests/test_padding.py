@@ -14,6 +14,7 @@ KINDS = {
     "gdn": {"layer_pattern": "gdn"},
     "window": {"layer_pattern": "window", "window_size": 5},
     "hybrid": {"layer_pattern": "interleaved:2:1:gdn:full"},
+    "front": {"layer_pattern": "front:1:full:gdn", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "bookend": {"layer_pattern": "bookend:1:window:gdn", "window_size": 6, "num_key_value_heads": 2},
     "sandwich": {"layer_pattern": "back:1:full:gdn", "norm_placement": "sandwich", "inter_loop_norm": True},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
@@ -105,6 +106,23 @@ def test_nothing_of_a_pad_gets_out(kind):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@loops
+@kinds
+@torch.no_grad()
+def test_packed_documents_equal_rows_alone_and_know_nothing_of_each_other(kind, loops):
+    model, documents = make(kind, loops), [ids(n, n) for n in (11, 1, 20, 6)]
+    x, bounds = torch.cat(documents)[None], torch.tensor([0, 11, 12, 32, 38])
+    logits = model(x, cu_seqlens=bounds)
+    want = torch.cat([model(d[None]) for d in documents], dim=1)
+    assert error(logits, want) < 1e-4
+    changed = x.clone()
+    changed[:, 12:32] = (x[:, 12:32] + 1) % VOCAB
+    same = model(changed, cu_seqlens=bounds) == logits
+    assert same[:, :12].all()
+    assert same[:, 32:].all()
+    assert not same[:, 12:32].all(dim=-1).any()
 
 
 @pytest.mark.parametrize("pattern", ["gdn", "interleaved:1:1:gdn:full", "interleaved:1:1:gdn:window"])
