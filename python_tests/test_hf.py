@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 
 import pytest
 import torch
@@ -125,6 +126,31 @@ def test_incomplete_or_foreign_weights_are_an_error(tmp_path):
         with pytest.raises(ValueError, match=message):
             LT2ForCausalLM.from_pretrained(tmp_path)
         path.unlink()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_hostile_directories_are_refused(tmp_path):
+    make("gdn", 2).save_pretrained(tmp_path)
+    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config = json.loads(path.read_text())
+    for change, error, message in (
+        ({"vocab_size": 2**24, "hidden_size": 2**17}, RuntimeError, "ignore_mismatched_sizes"),  # 8 TB if allocated
+        ({"hidden_size": 2**30}, ValueError, "hidden_size must be an integer in"),
+        ({"loop_counts": 3}, ValueError, "unknown key 'loop_counts'"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, ValueError, "unknown key 'auto_map'"),  # remote code
+    ):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(error, match=message):
+            LT2ForCausalLM.from_pretrained(tmp_path)
+    path.write_text(json.dumps(config))
+    weights.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(OSError, match="model.safetensors"):
+        LT2ForCausalLM.from_pretrained(tmp_path)
 
 
 def test_config():

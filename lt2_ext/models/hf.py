@@ -117,8 +117,9 @@ class LT2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As every transformers model, but weights that are missing, too many or of another shape are an error."""
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        """As every transformers model, but from safetensors only, and weights that are missing, too many or of another
+        shape are an error."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **({"use_safetensors": True} | options))
         model, info = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(kind):
