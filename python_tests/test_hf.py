@@ -280,6 +280,26 @@ def test_trains_with_checkpointing():
     assert not model.model.gradient_checkpointing
 
 
+def test_trainer_trains_packed_documents(tmp_path):
+    """Accumulated, checkpointed; what it saves is what LT2.load reads."""
+    pytest.importorskip("accelerate")
+    model, x = make("interleaved", 2), ids(2, 9)
+    documents = [{"input_ids": ids(1, n, n)[0].tolist()} for n in (9, 5, 14, 7, 3, 8, 12, 4)]
+    options = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options |= {"gradient_checkpointing": True, "learning_rate": 1e-2, "use_cpu": True, "report_to": []}
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(tmp_path, logging_steps=1, disable_tqdm=True, save_strategy="no", **options),
+        data_collator=DataCollatorWithFlattening(return_tensors="pt"),
+        train_dataset=documents,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model(tmp_path / "model")
+    assert torch.equal(LT2.load(tmp_path / "model")(x), model(x).logits)
+
+
 def test_embeddings_can_grow(tmp_path):
     for kind in ("full", "gdn"):  # tied, and not
         model, x = make(kind, 1), ids(2, 9)

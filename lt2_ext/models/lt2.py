@@ -48,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
     """In the dtype of its weight, which under autocast is not that of a block's output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -175,11 +175,12 @@ class LT2(nn.Module):
 
     def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
+        checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
                 arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i]
-                if self.gradient_checkpointing and torch.is_grad_enabled():
+                if checkpointed:
                     h = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h = block(*arguments)
