@@ -33,6 +33,26 @@ def test_layer_pattern(pattern, layers, expected):
     assert "".join(name[0] for name in types(pattern, layers)) == expected
 
 
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("full->window:512->window:256->window:128", ["f f f", "512 512 512", "256 256 256", "128 128 128"]),
+        ("full->window->full->window", ["f f f", "7 7 7", "f f f", "7 7 7"]),
+        ("bookend:1:window:512:gdn->full,gdn,window->window,gdn,full->bookend:1:full:gdn",
+         ["512 g 512", "f g 7", "7 g f", "f g f"]),
+        ("interleaved:1:1:window:full", ["7 f 7"] * 4),
+        ("interleaved:1:1:window:3:window:9", ["3 9 3"] * 4),
+        ("gdn,window:12,window", ["g 12 7"] * 4),
+    ],
+)  # fmt: skip
+def test_schedule_over_loops(pattern, expected):
+    config = LT2Config(**(SIZES | {"num_hidden_layers": 3, "layer_pattern": pattern, "window_size": 7}))
+    got = [" ".join(str(layer.window or layer.mixer[0]) for layer in loop) for loop in config.schedule()]
+    assert got == expected
+    assert all((layer.mixer == "window") == (layer.window is not None) for loop in config.schedule() for layer in loop)
+    assert config.layer_types == [layer.mixer for layer in config.schedule()[0]]
+
+
 def test_interleaved_is_cut_at_the_depth():
     """The authors' 1.3B hybrid: 21 layers of 4:1 are 17 gdn and 4 full, and the last one is gdn."""
     layers = types("interleaved:4:1:gdn:full", 21)
@@ -42,9 +62,9 @@ def test_interleaved_is_cut_at_the_depth():
 @pytest.mark.parametrize(
     "pattern, message",
     [
-        ("mamba", "unknown mixer 'mamba'.*known: full, gdn"),
-        ("gdn,,full,gdn", "unknown mixer ''.*known: full, gdn"),
-        ("interleaved:9:1:gdn:ful", "unknown mixer 'ful'.*known: full, gdn"),
+        ("mamba", "unknown mixer 'mamba'.*known: full, window, gdn, window:SIZE"),
+        ("gdn,,full,gdn", "unknown mixer ''.*known: full, window, gdn, window:SIZE"),
+        ("interleaved:9:1:gdn:ful", "unknown mixer 'ful'.*known: full, window, gdn, window:SIZE"),
         ("gdn,full", "lists 2 layers, num_hidden_layers is 4"),
         ("sandwich:1:full:gdn", "unknown form 'sandwich'.*known: interleaved, bookend, front, back"),
         ("interleaved:4:gdn:full", "must have the form interleaved:N:M:FIRST:SECOND"),
@@ -53,7 +73,17 @@ def test_interleaved_is_cut_at_the_depth():
         ("bookend:99999:full:gdn", "counts in 1..9999"),
         ("bookend:3:full:gdn", "needs at least 6 layers, got 4"),
         ("front:5:full:gdn", "needs at least 5 layers, got 4"),
-        ("full->window:512->window:256", "schedules over loops .* are not supported"),
+        ("full:512", "unknown mixer 'full:512'.*known: full, window, gdn, window:SIZE"),
+        ("window:512,gdn,ful,gdn", "unknown mixer 'ful'.*known: full, window, gdn, window:SIZE"),
+        ("window:0", r"window:SIZE in 'window:0' must have a SIZE in 1\.\.1048576, got '0'"),
+        ("window:1048577", r"must have a SIZE in 1\.\.1048576, got '1048577'"),
+        ("interleaved:1:1:gdn:window:", "must have the form interleaved:N:M:FIRST:SECOND"),
+        ("window:,gdn,gdn,gdn", r"must have a SIZE in 1\.\.1048576, got ''"),
+        ("full->window:512->window:256", "lists 3 loops, loop_count is 4"),
+        ("full->full->full->", "unknown mixer ''.*known: full, window, gdn, window:SIZE"),
+        ("full->full->full->swa", "unknown mixer 'swa'.*known: full, window, gdn, window:SIZE"),
+        ("full->gdn->full->gdn", "layer 0 of .* is full and gdn, which share no weights"),
+        ("full->full->full->back:1:full:gdn", "layer 0 of .* is full and gdn, which share no weights"),
     ],
 )
 def test_bad_layer_pattern(pattern, message):
@@ -80,6 +110,7 @@ def test_defaults():
         ({"num_hidden_layers": 2.0}, r"num_hidden_layers must be an integer in .*, got 2\.0"),
         ({"num_attention_heads": True}, "num_attention_heads must be an integer in .*, got True"),
         ({"loop_count": 0}, r"loop_count must be an integer in 1\.\.8, got 0"),
+        ({"window_size": 0}, r"window_size must be an integer in 1\.\.1048576, got 0"),
         ({"loop_count": 9}, r"loop_count must be an integer in 1\.\.8, got 9"),
         ({"num_attention_heads": 5}, "num_attention_heads must divide hidden_size = 32, got 5"),
         ({"num_attention_heads": 32}, "hidden_size must be an even multiple of num_attention_heads = 32, got 32"),

@@ -1,9 +1,11 @@
 """LoopState: any split of a sequence streamed through the state gives the logits of one full forward."""
 
+import logging
 import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lt2_ext.models import LT2, LT2Config
 
@@ -21,19 +23,29 @@ KINDS = {
     },
     "sandwich": {"layer_pattern": "gdn,full,gdn", "norm_placement": "sandwich", "inter_loop_norm": True},
     "output_gate": {"layer_pattern": "full", "attn_output_gate": True},
+    "window": {"layer_pattern": "window", "window_size": 5, "num_key_value_heads": 2},
+    "window_hybrid": {"layer_pattern": "bookend:1:window:6:gdn"},
+    "long_window": {"layer_pattern": "window", "window_size": 40},
+    "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
+    "hybrid_schedule": {"layer_pattern": "gdn,window:5,full->gdn,full,window:7->gdn,window:11,full->gdn,full,full"},
 }
 
+
 @pytest.fixture(autouse=True)
-def _one_thread(threads):
-    """Operators this small lose time to every further thread."""
+def _small(threads, monkeypatch):
+    """Operators this small lose time to every further thread. Blocks of windows small enough to have several."""
     threads(1)
+    monkeypatch.setattr("lt2_ext.models.mixers.attention.MIN_BLOCK", 4)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # dynamo would fill pytest's log
 
 
 def make(kind: str, loops: int, seed: int = 0) -> LT2:
     """A small model in which nothing is left at zero."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = LT2(LT2Config(**(sizes | KINDS[kind]), intermediate_size=48, loop_count=loops))
+    shape = sizes | KINDS[kind]
+    pattern = "->".join(shape["layer_pattern"].split("->")[:loops])  # the first loops of a schedule
+    model = LT2(LT2Config(**(shape | {"layer_pattern": pattern}), intermediate_size=48, loop_count=loops))
     with torch.no_grad():
         model.rho.normal_(std=0.3)
         sandwich = model.config.norm_placement == "sandwich"
@@ -78,7 +90,20 @@ def test_any_split_equals_full_forward(kind, loops):
         assert error(stream(model, x, split), full) < 1e-4, split
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "grouped"])
+@pytest.mark.slow
+@torch.no_grad()
+def test_decoding_compiles_once():
+    """Into one graph for the prefill and one for all steps, whatever the length."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    model, x = make("window_hybrid", 1), ids(2)
+    compiled, state = torch.compile(model, fullgraph=True, backend=counter), model.new_state(2, LENGTH)
+    got = [compiled(piece, state=state) for piece in x.split([15] + [1] * 12, dim=1)]
+    assert counter.frame_count == 2
+    assert error(torch.cat(got, dim=1), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "grouped", "window"])
 @torch.no_grad()
 def test_streaming_in_bfloat16(kind):
     model, x = make(kind, 2).bfloat16(), ids(2)
@@ -96,7 +121,7 @@ def test_logits_to_keep_advances_the_whole_piece():
     assert state.lengths.tolist() == state.host_lengths == [LENGTH, LENGTH]
 
 
-@pytest.mark.parametrize("kind", ["full", "gdn", "interleaved"])
+@pytest.mark.parametrize("kind", ["full", "gdn", "interleaved", "window"])
 @torch.no_grad()
 def test_reset_slot_starts_a_new_sequence_beside_a_running_one(kind):
     """Rows of different age; the restarted row must not see its predecessor, not even a NaN of it."""
@@ -131,6 +156,24 @@ def test_reset_all_equals_new_state_and_leaves_no_trace():
     assert state.lengths.tolist() == state.host_lengths == [0, 0]
     assert all(not t.any() for loop in state.layers for layer in loop for t in layer.values())
     assert torch.equal(stream(model, x, [10, 17], state), first)
+
+
+@pytest.mark.parametrize("kind", ["full", "gdn", "window", "hybrid_schedule"])
+@torch.no_grad()
+def test_reorder_moves_sequences_of_any_length_between_slots(kind):
+    model, state = make(kind, 2), make(kind, 2).new_state(3, LENGTH)
+    first, second, third = ids(3, 9), ids(3, 4, seed=2), ids(3, 7, seed=3)
+    model(first, state=state)
+    state.reset([1])
+    model(second, state=state)
+    state.reorder(torch.tensor([1, 0, 1], dtype=torch.int32))
+    assert state.lengths.tolist() == state.host_lengths == [4, 13, 4]
+    got = model(third, state=state)
+    pasts = [second[1], torch.cat((first[0], second[0])), second[1]]
+    for row, past in enumerate(pasts):
+        assert error(got[row], model(torch.cat((past, third[row]))[None])[0, len(past) :]) < 1e-4
+    with pytest.raises(ValueError, match=r"LoopState.reorder: order must have shape \[3\], got \[2\]"):
+        state.reorder(torch.tensor([0, 1]))
 
 
 @torch.no_grad()
@@ -192,6 +235,14 @@ def test_memory_is_what_the_geometry_says():
     assert state.layer_nbytes == [("full", full), ("gdn", gdn), ("full", full)]
     assert state.nbytes == 2 * full + gdn
     assert len(state.layers) == 4
+
+
+def test_a_window_holds_no_more_than_itself():
+    model = make("schedule", 4)
+    state, row = model.new_state(3, 50), 3 * 2 * model.config.hidden_size * 4
+    assert [[t["k"].shape[1] for t in loop] for loop in state.layers] == [[50] * 3, [9] * 3, [5] * 3, [3] * 3]
+    assert state.layer_nbytes == [("full", row * (50 + 9 + 5 + 3))] * 3
+    assert model.new_state(1, 4).layers[1][0]["k"].shape[1] == 4
 
 
 def test_dtypes_follow_the_model_except_the_matrix():

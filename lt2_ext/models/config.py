@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from .mixers import MIXERS
 
@@ -22,6 +22,7 @@ _SIZES = {
     "num_key_value_heads": 1024,
     "intermediate_size": 2**20,
     "loop_count": 8,
+    "window_size": 2**20,
     "linear_num_key_heads": 1024,
     "linear_num_value_heads": 1024,
     "linear_key_head_dim": 256,
@@ -29,6 +30,10 @@ _SIZES = {
     "linear_conv_kernel_dim": 8,
 }
 
+
+# What transformers writes beside these fields: nothing that the model is built from.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TRANSFORMERS = ("architectures", "dtype", "transformers_version", "use_cache", *TOKEN_IDS)
 
 _FORMS = {
     "interleaved": "interleaved:N:M:FIRST:SECOND",
@@ -38,6 +43,13 @@ _FORMS = {
 }
 
 
+class Layer(NamedTuple):
+    """One layer of one loop: the name of its mixer; how many tokens ``window`` sees, None for every other mixer."""
+
+    mixer: str
+    window: int | None
+
+
 @dataclass(kw_only=True)
 class LT2Config:
     """Shape of a looped model. Optional sizes that are left at None are filled in on construction.
@@ -45,15 +57,16 @@ class LT2Config:
     Args:
         vocab_size, hidden_size: Embedding table ``[vocab_size, hidden_size]``.
         num_hidden_layers: Physical layers N. The model applies each of them ``loop_count`` times.
-        num_attention_heads: Query heads of ``full`` layers; head dim = hidden_size / num_attention_heads.
-        num_key_value_heads: Key/value heads of ``full`` layers. Default: num_attention_heads.
+        num_attention_heads: Query heads of attention (``full``, ``window``); the head dim is hidden_size over it.
+        num_key_value_heads: Key/value heads of attention. Default: num_attention_heads.
         intermediate_size: Hidden width of the SwiGLU. Default: int(8/3 hidden_size) rounded up to 256.
-        layer_pattern: Mixer of each layer, see :func:`layer_types`.
+        layer_pattern: Mixer of each layer, or of each layer in each loop: see :func:`layer_schedule`.
         loop_count: How often the stack of layers runs, 1 to 8.
+        window_size: Tokens that a token of a ``window`` layer sees, itself included.
         use_loop_residual: Add ``rho[loop] * h_in`` after each loop (``rho`` is learned, zero at the start).
         norm_placement: ``"pre"``: a block computes ``h + f(norm(h))``; ``"sandwich"``: ``h + norm(f(norm(h)))``.
         inter_loop_norm: The final RMSNorm is applied after every loop, and the next loop starts from its result.
-        attn_output_gate: ``full`` layers multiply their output by ``sigmoid(W x)`` before the output projection.
+        attn_output_gate: Attention layers multiply their output by ``sigmoid(W x)`` before the output projection.
         tie_word_embeddings: The output head is the embedding table.
         rope_theta, rms_norm_eps: Base of the rotary frequencies; epsilon of every RMSNorm.
         linear_num_key_heads, linear_num_value_heads: Heads of ``gdn`` layers; value heads are a multiple of key heads.
@@ -74,6 +87,7 @@ class LT2Config:
     intermediate_size: int = _COMPUTED
     layer_pattern: str = "full"
     loop_count: int = 4
+    window_size: int = 2048
     use_loop_residual: bool = True
     norm_placement: str = "pre"
     inter_loop_norm: bool = False
@@ -120,25 +134,30 @@ class LT2Config:
         grouped = self.linear_num_value_heads % key_heads == 0
         self._check("linear_num_value_heads", grouped, f"be a multiple of linear_num_key_heads = {key_heads}")
         self._check("layer_pattern", isinstance(self.layer_pattern, str), "be a string")
-        layer_types(self.layer_pattern, self.num_hidden_layers)
+        self.schedule()
 
     @property
     def head_dim(self) -> int:
-        """Head dim of ``full`` layers."""
+        """Head dim of attention (``full``, ``window``)."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def layer_types(self) -> list[str]:
-        """Mixer name of each physical layer."""
-        return layer_types(self.layer_pattern, self.num_hidden_layers)
+        """Mixer name of each physical layer, in the first loop."""
+        return [layer.mixer for layer in self.schedule()[0]]
+
+    def schedule(self) -> list[list[Layer]]:
+        """``schedule()[loop][layer]``: what the layer is in that loop."""
+        return layer_schedule(self.layer_pattern, self.num_hidden_layers, self.loop_count, self.window_size)
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": MODEL_TYPE, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LT2Config:
-        """Inverse of :meth:`to_dict`. A key that is not a field is an error: it would silently do nothing."""
-        values = dict(values)
+        """Inverse of :meth:`to_dict`. A key that is not a field is an error: it would silently do nothing. Only what
+        transformers notes in the same file, like dtype and token ids, is passed over."""
+        values = {key: value for key, value in values.items() if key not in _TRANSFORMERS}
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             raise ValueError(f"LT2Config: model_type must be {MODEL_TYPE!r}, got {model_type!r}")
@@ -162,35 +181,49 @@ class LT2Config:
             raise ValueError(f"LT2Config: {name} must {rule}, got {getattr(self, name)!r}")
 
 
-def layer_types(pattern: str, num_layers: int) -> list[str]:
-    """Mixer name of each of ``num_layers`` layers.
+def layer_schedule(pattern: str, num_layers: int, loop_count: int, window_size: int) -> list[list[Layer]]:
+    """What each of ``num_layers`` layers is in each of ``loop_count`` loops.
 
     ``"gdn"`` every layer; ``"interleaved:4:1:gdn:full"`` four gdn then one full, repeated and cut at the depth;
     ``"bookend:1:full:gdn"`` one full at either end, gdn between; ``"front:2:full:gdn"`` two full, then gdn;
-    ``"back:2:full:gdn"`` gdn, then two full; ``"gdn,gdn,full"`` one name per layer.
+    ``"back:2:full:gdn"`` gdn, then two full; ``"gdn,gdn,full"`` one name per layer. ``window`` sees ``window_size``
+    tokens, ``window:512`` sees 512.
+
+    ``"full->window:512->window:256->window:128"`` is one pattern per loop. Loops share the weights of a layer: it may
+    change between ``full`` and windows of any size, but not between attention and ``gdn``.
 
     Raises:
-        ValueError: Unknown mixer or form, counts that do not fit the depth.
+        ValueError: Unknown mixer or form, counts that do not fit the depth, loops that cannot share weights.
     """
-    if "->" in pattern:
-        raise ValueError(f"layer_pattern: schedules over loops ('->') are not supported, got {pattern!r}")
-    form, *args = pattern.split(":")
-    if args and form not in _FORMS:
-        raise ValueError(f"layer_pattern: unknown form {form!r} in {pattern!r}; known: {', '.join(_FORMS)}")
-    counts, names = (args[:-2], args[-2:]) if args else ([], form.split(","))
-    for name in names:
-        if name not in MIXERS:
-            raise ValueError(f"layer_pattern: unknown mixer {name!r} in {pattern!r}; known: {', '.join(MIXERS)}")
-    if not args:
-        types = names * num_layers if len(names) == 1 else names
-        if len(types) != num_layers:
-            raise ValueError(f"layer_pattern: {pattern!r} lists {len(types)} layers, num_hidden_layers is {num_layers}")
-        return types
+    loops = [_layers(part, num_layers, window_size) for part in pattern.split("->")]
+    if len(loops) == 1:
+        return loops * loop_count
+    if len(loops) != loop_count:
+        raise ValueError(f"layer_pattern: {pattern!r} lists {len(loops)} loops, loop_count is {loop_count}")
+    for i, layers in enumerate(zip(*loops, strict=True)):
+        if len({MIXERS[layer.mixer] for layer in layers}) > 1:
+            names = " and ".join(dict.fromkeys(layer.mixer for layer in layers))
+            raise ValueError(f"layer_pattern: layer {i} of {pattern!r} is {names}, which share no weights")
+    return loops
 
-    usage = _FORMS[form]
+
+def _layers(pattern: str, num_layers: int, window_size: int) -> list[Layer]:
+    """One loop of a schedule."""
+    form, *args = re.findall(r"(?:^|:)(window:\d+|[^:]*)", pattern)
+    if form not in _FORMS:
+        if args and "," not in pattern and form not in MIXERS:
+            raise ValueError(f"layer_pattern: unknown form {form!r} in {pattern!r}; known: {', '.join(_FORMS)}")
+        layers = [_layer(name, pattern, window_size) for name in pattern.split(",")]
+        layers = layers * num_layers if len(layers) == 1 else layers
+        if len(layers) != num_layers:
+            got = f"{pattern!r} lists {len(layers)} layers"
+            raise ValueError(f"layer_pattern: {got}, num_hidden_layers is {num_layers}")
+        return layers
+
+    usage, counts = _FORMS[form], args[:-2]
     if len(args) != usage.count(":") or not all(re.fullmatch("[1-9][0-9]{0,3}", n) for n in counts):
         raise ValueError(f"layer_pattern: {pattern!r} must have the form {usage} with counts in 1..9999")
-    first, second = names
+    first, second = (_layer(name, pattern, window_size) for name in args[-2:])
     n = int(counts[0])
     if form == "interleaved":
         cycle = [first] * n + [second] * int(counts[1])
@@ -201,6 +234,18 @@ def layer_types(pattern: str, num_layers: int) -> list[str]:
     head = n if form in ("front", "bookend") else 0
     tail = n if form in ("back", "bookend") else 0
     return [first] * head + [second] * rest + [first] * tail
+
+
+def _layer(name: str, pattern: str, window_size: int) -> Layer:
+    mixer, _, size = name.partition(":")
+    if mixer not in MIXERS or (":" in name and mixer != "window"):
+        known = ", ".join([*MIXERS, "window:SIZE"])
+        raise ValueError(f"layer_pattern: unknown mixer {name!r} in {pattern!r}; known: {known}")
+    if ":" in name and not (re.fullmatch("[1-9][0-9]{0,6}", size) and int(size) <= _SIZES["window_size"]):
+        raise ValueError(
+            f"layer_pattern: window:SIZE in {pattern!r} must have a SIZE in 1..{_SIZES['window_size']}, got {size!r}"
+        )
+    return Layer(mixer, int(size or window_size) if mixer == "window" else None)
 
 
 def _round_up(n: int, multiple: int) -> int:

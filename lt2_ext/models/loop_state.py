@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +14,21 @@ if TYPE_CHECKING:
     from .config import LT2Config
     from .mixers import Mixer
 
+X = TypeVar("X")
+
 
 class LoopState:
     """The memory of ``batch_size`` sequences of up to ``max_length`` tokens, preallocated. Inference only.
 
     Nothing but the hidden state passes from one loop to the next, so each (loop, layer) has a memory of its own:
     ``gdn`` a matrix fp32 ``[batch, value_heads, K, V]`` and the window of its convolution, ``full`` keys and values
-    ``[batch, max_length, kv_heads, head_dim]``. ``model(input_ids, state=state)`` reads it and advances it in place;
-    any split of a sequence into such calls gives the logits of one call on the whole sequence.
+    ``[batch, max_length, kv_heads, head_dim]``, ``window`` the newest of these only. ``model(input_ids, state=state)``
+    reads it and advances it in place; any split of a sequence into such calls gives the logits of one call.
 
     Attributes:
         layers: ``layers[loop][layer]``, the tensors of one mixer by name; axis 0 is the sequence.
         lengths: Tokens seen by each sequence, int64 ``[batch_size]`` on the device of the model.
+        host_lengths: The same and padding, where reading it costs no synchronisation: the room that is used.
     """
 
     def __init__(self, config: LT2Config, mixers: Sequence[Mixer], batch_size: int, max_length: int) -> None:
@@ -35,14 +37,15 @@ class LoopState:
                 raise ValueError(f"LoopState: {name} must be a positive integer, got {value!r}")
         self.config, self.batch_size, self.max_length = config, batch_size, max_length
         self.layers: list[list[dict[str, Tensor]]] = [
-            [mixer.new_state(batch_size, max_length) for mixer in mixers] for _ in range(config.loop_count)
+            [mixer.new_state(batch_size, max_length, layer.window) for mixer, layer in zip(mixers, loop, strict=True)]
+            for loop in config.schedule()
         ]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=next(mixers[0].parameters()).device)
-        self.host_lengths = [0] * batch_size  # the same numbers where reading them costs no synchronisation
+        self.host_lengths = [0] * batch_size
 
-    def advance(self, tokens: int) -> None:
-        """Count ``tokens`` more tokens in every sequence."""
-        self.lengths += tokens
+    def advance(self, tokens: int, padding: Tensor | int = 0) -> None:
+        """Count ``tokens`` more places in every sequence, ``padding`` (an int or ``[batch_size]``) of them empty."""
+        self.lengths += tokens - padding
         self.host_lengths = [n + tokens for n in self.host_lengths]
 
     def reset(self, slots: Sequence[int] | None = None) -> None:
@@ -64,9 +67,22 @@ class LoopState:
         for slot in slots:
             self.host_lengths[slot] = 0
 
+    def reorder(self, order: Tensor) -> None:
+        """Go on in slot b with what slot ``order[b]`` (int ``[batch_size]``) holds, as beam search does."""
+        source, slots = order.to(torch.int64), torch.arange(self.batch_size, device=order.device)
+        if source.shape != slots.shape:
+            raise ValueError(f"LoopState.reorder: order must have shape [{len(slots)}], got {list(order.shape)}")
+        for loop in self.layers:
+            for layer in loop:
+                for tensor in layer.values():
+                    ops.loop_state_copy_(tensor, source, slots)
+        self.lengths.copy_(self.lengths[source])
+        if len(set(self.host_lengths)) > 1:  # else nothing changes, and the order need not come to the host
+            self.host_lengths = [self.host_lengths[i] for i in source.tolist()]
+
     @property
     def layer_nbytes(self) -> list[tuple[str, int]]:
-        """For each physical layer its mixer and the bytes of its memory over all loops."""
+        """For each physical layer its mixer in the first loop, and the bytes of its memory over all loops."""
         sizes = [[sum(t.nbytes for t in layer.values()) for layer in loop] for loop in self.layers]
         return list(zip(self.config.layer_types, map(sum, zip(*sizes, strict=True)), strict=True))
 
@@ -79,46 +95,66 @@ class Tokens:
     """Where the ``T`` tokens of one call stand: computed once, read by every layer in every loop.
 
     Attributes:
-        positions: int64 ``[B or 1, T]``, from 0 in each document.
+        index: Place of each token in its sequence or packed row, int64 ``[B or 1, T]``; < 0 for padding on the left.
+        first: First place of its document, ``[B or 1, T]``.
+        positions: index - first, for the rotary embedding.
         cu_seqlens: Document boundaries ``[N + 1]`` of a packed row, or None.
-        rows, lengths: With a state only: its slots ``[B, 1]``, and its lengths after this call ``[B]``.
+        pads: Which tokens are padding, bool ``[B, T]``, or None; ``padding``: how many on the left of each row.
+        plain: Every row is one sequence without padding.
+        rows, lengths, max_length: With a state only: its slots ``[B, 1]``, lengths after this call ``[B]``, and room.
         visible: The largest number of tokens that any of these can see.
         from_start: No sequence has a past, so these tokens see only each other.
     """
 
     def __init__(
-        self, config: LT2Config, count: int, device: torch.device, cu_seqlens: Tensor | None, state: LoopState | None
+        self,
+        config: LT2Config,
+        shape: torch.Size,
+        device: torch.device,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: LoopState | None = None,
     ) -> None:
         self.config, self.cu_seqlens = config, cu_seqlens
-        self.visible, self.from_start = count, True
-        steps = torch.arange(count, device=device)
+        self.batch_size, count = shape
+        self.plain, self.visible, self.from_start = cu_seqlens is None and attention_mask is None, count, True
+        self.index = torch.arange(count, device=device)[None]
+        self.first = torch.zeros_like(self.index)
+        self.pads = None if attention_mask is None else attention_mask == 0
+        self.padding: Tensor | int = 0
+        if self.pads is not None:
+            self.padding = self.pads.cumprod(dim=1).sum(dim=1)
+            self.index = self.index - self.padding[:, None]
+        self._results: dict[Hashable, object] = {}
         if cu_seqlens is not None:
-            self.document = torch.searchsorted(cu_seqlens.to(steps.dtype), steps, right=True) - 1
-            self.positions = (steps - cu_seqlens[self.document])[None]
-        elif state is not None:
-            self.lengths = state.lengths + count
+            document = torch.searchsorted(cu_seqlens.to(torch.int64), self.index, right=True) - 1
+            self.first = cu_seqlens.to(torch.int64)[document]
+        if state is not None:
+            self.index = state.lengths[:, None] + self.index
+            self.lengths, self.max_length = self.index[:, -1] + 1, state.max_length
             self.visible = max(state.host_lengths) + count
             self.from_start = self.visible == count
-            self.positions = state.lengths[:, None] + steps
-            self.rows = torch.arange(state.batch_size, device=device)[:, None]
-        else:
-            self.positions = steps[None]
+            self.rows = torch.arange(self.batch_size, device=device)[:, None]
+        self.positions = self.index - self.first
 
-    @cached_property
+    def once(self, key: Hashable, compute: Callable[[], X]) -> X:
+        """The result of ``compute``, which layers and loops that ask with the same key share."""
+        if torch.compiler.is_compiling():  # shares by itself, and lets no checkpointed block write here
+            return compute()
+        if key not in self._results:
+            self._results[key] = compute()
+        return self._results[key]  # type: ignore[return-value]
+
+    def clear_pads(self, x: Tensor) -> Tensor:
+        """x [B, T, D] with zeros in place of padding, which neither enter a state nor let gradients through."""
+        return x if self.pads is None else x.masked_fill(self.pads[..., None], 0)
+
     def rope(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary angles, fp32 [B or 1, T, 1, head_dim / 2]."""
+        return self.once("rope", self._rope)
+
+    def _rope(self) -> tuple[Tensor, Tensor]:
         half = torch.arange(0, self.config.head_dim, 2, device=self.positions.device, dtype=torch.float32)
         frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
         angles = self.positions[..., None, None] * frequencies
         return angles.cos(), angles.sin()
-
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """Which of the visible tokens each token attends to, bool [B or 1, 1, T, visible]; None: plain causal."""
-        if self.cu_seqlens is not None:
-            same = self.document[:, None] == self.document[None, :]
-            return same.tril()[None, None]
-        if self.from_start:
-            return None
-        keys = torch.arange(self.visible, device=self.positions.device)
-        return (keys <= self.positions[..., None])[:, None]

@@ -25,19 +25,30 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lt2_ext import ops
 
 from .config import LT2Config
+from .inputs import check_inputs
 from .loop_state import LoopState, Tokens
+from .loss import cross_entropy
 from .mixers import MIXERS, Mixer
+from .sampling import check_options, pick
 
 
 class LT2Output(NamedTuple):
-    """loss: mean next-token cross entropy, a scalar; logits ``[B, T, vocab_size]``."""
+    """loss: mean next-token cross entropy, fp32 scalar; logits: those asked for with ``logits_to_keep``, or None."""
 
     loss: Tensor
-    logits: Tensor
+    logits: Tensor | None
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its weight, which under autocast is not that of a block's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -61,26 +72,36 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(there: bool = True) -> nn.Module:
-            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if there else nn.Identity()
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if there else nn.Identity()
 
         sandwich = config.norm_placement == "sandwich"
         self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), norm(sandwich)
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
 
-    def forward(self, h: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
-        h = h + self.mixer_post_norm(self.mixer(self.mixer_norm(h), tokens, state))
+    def forward(self, h: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
+        x = tokens.clear_pads(self.mixer_norm(h))
+        h = h + self.mixer_post_norm(self.mixer(x, tokens, window, state))
         return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h)))
 
 
 class LT2(nn.Module):
+    """The model.
+
+    Attributes:
+        gradient_checkpointing: Keep only the input of each (loop, block) for the backward pass, which runs the block a
+            second time: the same gradients, bit for bit, from less memory. Off at first, and not saved.
+    """
+
+    gradient_checkpointing = False
+
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.schedule = config, config.schedule()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_types)
+        self.layers = nn.ModuleList(Block(config, layer.mixer) for layer in self.schedule[0])
         shape = (config.loop_count, config.hidden_size)
         self.rho = nn.Parameter(torch.empty(shape)) if config.use_loop_residual else None
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -95,7 +116,7 @@ class LT2(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 truncated_normal(module.weight, self.config.hidden_size)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         if self.rho is not None:
             nn.init.zeros_(self.rho)
@@ -110,20 +131,26 @@ class LT2(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         state: LoopState | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | None = None,
     ) -> Tensor | LT2Output:
-        """Next-token logits.
+        """Next-token logits, or the loss.
 
         Args:
             input_ids: Integers ``[B, T]``, T >= 1.
             labels: ``[B, T]``, usually input_ids itself: the model shifts them. -100 is ignored, and so is the first
-                token of each packed document. With labels the result is ``(loss, logits)``.
+                token of each packed document. With labels the result is ``(loss, logits)``, and logits are None unless
+                ``logits_to_keep`` asks for them: without them, memory does not grow with the vocabulary.
             cu_seqlens: int32 or int64 ``[N + 1]``: the only row holds N documents, document n is
                 ``[cu_seqlens[n], cu_seqlens[n + 1])``. Nothing passes between documents.
+            attention_mask: Bool or integers ``[B, T]``, 0 for padding on the left or right of a row; its logits mean
+                nothing, its labels are ignored, and the other logits are those of the row without it. With a state it
+                may only come before the first token of a sequence. Not together with cu_seqlens.
             state: From :meth:`new_state`. The tokens continue the sequences in it, and it is advanced in place.
                 Inference only: no gradient is recorded. Not together with labels or cu_seqlens.
-            logits_to_keep: Return only the last so many positions; 0 returns all. Not together with labels.
+            logits_to_keep: Return the logits of the last so many positions; 0: of all. None: of all, or with labels of
+                none.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or :class:`LT2Output` when labels are given.
@@ -131,26 +158,32 @@ class LT2(nn.Module):
         Raises:
             ValueError: Input outside these rules, or more tokens than the state has room for; the state is unchanged.
         """
-        self._check_inputs(input_ids, labels, cu_seqlens, state, logits_to_keep)
+        check_inputs(self.config, input_ids, labels, cu_seqlens, attention_mask, state, logits_to_keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
-            tokens = Tokens(self.config, input_ids.shape[1], input_ids.device, cu_seqlens, state)
-            h = self._run_loops(self.embed_tokens(input_ids), tokens, state)
-            head = self.embed_tokens if self.lm_head is None else self.lm_head
-            logits = F.linear(h[:, -logits_to_keep:], head.weight)
-        if state is not None:
-            state.advance(input_ids.shape[1])
-        if labels is None:
-            return logits
-        labels = labels.masked_fill(tokens.positions == 0, -100)[:, 1:]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        return LT2Output(loss, logits)
+            tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state)
+            h = self._run_loops(tokens.clear_pads(self.embed_tokens(input_ids)), tokens, state)
+            weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+            if labels is None:
+                logits = F.linear(h[:, -(logits_to_keep or 0) :], weight)
+                if state is not None:
+                    state.advance(input_ids.shape[1], tokens.padding)
+                return logits
+        hidden = tokens.positions <= 0 if tokens.pads is None else (tokens.positions <= 0) | tokens.pads
+        labels = labels.masked_fill(hidden, -100)[:, 1:]
+        loss = cross_entropy(h[:, :-1].flatten(0, 1), weight, labels.flatten())
+        return LT2Output(loss, None if logits_to_keep is None else F.linear(h[:, -logits_to_keep:], weight))
 
     def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
-        for loop in range(self.config.loop_count):
+        checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+        for loop, layers in enumerate(self.schedule):
             h_in = h
-            for i, block in enumerate(self.layers):
-                h = block(h, tokens, None if state is None else state.layers[loop][i])
+            for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
+                arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i]
+                if checkpointed:
+                    h = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    h = block(*arguments)
             h, normed = self._end_loop(loop, h, h_in)
             if self.config.inter_loop_norm:
                 h = normed
@@ -180,6 +213,7 @@ class LT2(nn.Module):
         top_p: float | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Continue ``input_ids`` ``[B, T]``: one prefill, then one token at a time through a :class:`LoopState`.
 
@@ -190,27 +224,22 @@ class LT2(nn.Module):
             top_p: Draw from the likeliest tokens that together reach probability top_p.
             eos_token_id: A row that has produced it is filled up with it; generation ends when every row has.
             generator: Source of randomness, for reproducible draws.
+            attention_mask: ``[B, T]``, 0 for padding on the left.
 
         Returns:
             ``[B, T + new]``: the input and what was added.
         """
-        for name, ok, rule, value in (
-            ("max_new_tokens", max_new_tokens >= 0, "be >= 0", max_new_tokens),
-            ("temperature", temperature >= 0, "be >= 0", temperature),
-            ("top_k", top_k is None or top_k >= 1, "be >= 1 or None", top_k),
-            ("top_p", top_p is None or 0 < top_p <= 1, "be in (0, 1] or None", top_p),
-        ):
-            if not ok:
-                raise ValueError(f"LT2.generate: {name} must {rule}, got {value}")
+        check_options(max_new_tokens, temperature, top_k, top_p)
         if max_new_tokens == 0:
             return input_ids
-        self._check_inputs(input_ids, None, None, None, 0)
+        check_inputs(self.config, input_ids, None, None, attention_mask, None, None)
         state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         pieces = [input_ids]
         for _ in range(max_new_tokens):
-            logits = self(pieces[-1], state=state, logits_to_keep=1)[:, -1]
-            token = _pick(logits.float(), temperature, top_k, top_p, generator).to(input_ids.dtype)
+            logits = self(pieces[-1], attention_mask=attention_mask, state=state, logits_to_keep=1)[:, -1]
+            attention_mask = None
+            token = pick(logits.float(), temperature, top_k, top_p, generator).to(input_ids.dtype)
             if eos_token_id is not None:
                 token = token.masked_fill(done, eos_token_id)
                 done = token == eos_token_id
@@ -224,7 +253,8 @@ class LT2(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")  # for transformers; load asks the weights
+        config = json.dumps({**self.config.to_dict(), "dtype": dtype}, indent=2) + "\n"
         save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
         (directory / "config.json.tmp").write_text(config)
         for name in ("model.safetensors", "config.json"):
@@ -262,58 +292,3 @@ class LT2(nn.Module):
                 raise ValueError(f"LT2.load: {path}: {name} must be floating point, got {t.dtype}")
         model.load_state_dict(weights, assign=True)
         return model.to(device)
-
-    def _check_inputs(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: LoopState | None,
-        logits_to_keep: int,
-    ) -> None:
-        def check(condition: bool, argument: str, rule: str, got: object) -> None:
-            if not condition:
-                raise ValueError(f"LT2: {argument} must {rule}, got {got}")
-
-        shape = list(input_ids.shape)
-        integers = (torch.int32, torch.int64)
-        check(input_ids.dtype in integers, "input_ids", "be int32 or int64", input_ids.dtype)
-        check(len(shape) == 2 and min(shape) >= 1, "input_ids", "have shape [B, T] with B, T >= 1", shape)
-        check(logits_to_keep >= 0, "logits_to_keep", "be >= 0", logits_to_keep)
-        if labels is not None:
-            check(state is None, "state", "be None when labels are given", "a LoopState")
-            check(logits_to_keep == 0, "logits_to_keep", "be 0 when labels are given", logits_to_keep)
-            check(list(labels.shape) == shape, "labels", f"have the shape {shape} of input_ids", list(labels.shape))
-        if cu_seqlens is not None:
-            check(state is None, "state", "be None when cu_seqlens is given", "a LoopState")
-            check(shape[0] == 1, "input_ids", "have one row when cu_seqlens is given", shape)
-            check(cu_seqlens.dtype in integers, "cu_seqlens", "be int32 or int64", cu_seqlens.dtype)
-            bounds = list(cu_seqlens.shape)
-            check(len(bounds) == 1 and bounds[0] >= 2, "cu_seqlens", "have shape [N + 1] with N >= 1", bounds)
-            if not cu_seqlens.is_cuda:  # on a GPU reading the values would synchronise
-                b = cu_seqlens.tolist()
-                check(b[0] == 0 and b[-1] == shape[1] and b == sorted(b), "cu_seqlens", f"rise from 0 to {shape[1]}", b)
-        if state is not None:
-            autocast = torch.is_autocast_enabled(input_ids.device.type)
-            check(not autocast, "state", "be used without autocast (move the model to a dtype instead)", "autocast")
-            check(state.config == self.config, "state", "come from new_state of this model", "one for another config")
-            check(shape[0] == state.batch_size, "input_ids", f"have the {state.batch_size} rows of the state", shape)
-            used = max(state.host_lengths)
-            room = f"fit max_length = {state.max_length} of the state, which holds {used} tokens"
-            check(used + shape[1] <= state.max_length, "input_ids", room, f"{shape[1]} more")
-
-
-def _pick(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """One token per row of ``logits`` [B, vocab]."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # the likelier ones suffice; never true of the likeliest
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

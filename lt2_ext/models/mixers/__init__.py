@@ -1,9 +1,10 @@
 """The token mixers, one file each; ``_mixer.py`` says what they share. May import: torch and ``lt2_ext.ops``."""
 
 from ._mixer import Mixer
-from .full import FullAttention
+from .attention import Attention
 from .gdn import GatedDeltaNet
 
-MIXERS: dict[str, type[Mixer]] = {"full": FullAttention, "gdn": GatedDeltaNet}
+# Names of layer_pattern. Two names of one class have the same weights: a layer can be one in one loop, one in another.
+MIXERS: dict[str, type[Mixer]] = {"full": Attention, "window": Attention, "gdn": GatedDeltaNet}
 
-__all__ = ["MIXERS", "FullAttention", "GatedDeltaNet", "Mixer"]
+__all__ = ["MIXERS", "Attention", "GatedDeltaNet", "Mixer"]

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class Mixer(nn.Module):
-    """Moves information between the tokens of a sequence, from the past only."""
+    """Moves information between the tokens of a sequence, from the past only.
+
+    ``window`` is how many tokens a token sees, itself included; None is all of its past, and the only value for mixers
+    other than attention. It belongs to the (loop, layer), not to the weights.
+    """
 
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
@@ -21,11 +25,11 @@ class Mixer(nn.Module):
         """Set initial values of whatever is not a plain projection."""
         raise NotImplementedError
 
-    def new_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
         """Zeroed tensors ``[batch_size, ...]``, in the dtype and on the device of the weights."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
         """x and the result ``[B, T, hidden_size]``; tokens: where they stand; state: what :meth:`new_state` made, to be
         read and advanced in place by T tokens, or None for whole sequences."""
         raise NotImplementedError

@@ -56,14 +56,14 @@ class GatedDeltaNet(Mixer):
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
             step += torch.log(-torch.expm1(-step))  # softplus(dt_bias) is the step: the inverse is x + log(1 - e^-x)
 
-    def new_state(self, batch_size: int, max_length: int) -> dict[str, Tensor]:
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
         matrix = (batch_size, self.value_heads, self.key_dim, self.value_dim)
         return {
             "matrix": self.A_log.new_zeros(matrix),
             "conv": self.conv_weight.new_zeros((batch_size, *self.conv_weight.shape)),
         }
 
-    def forward(self, x: Tensor, tokens: Tokens, state: dict[str, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
         if state is not None and x.shape[1] <= MAX_STEP:
             qkv = ops.causal_conv1d_step_(state["conv"], qkv, self.conv_weight)
