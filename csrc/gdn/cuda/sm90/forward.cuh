@@ -452,7 +452,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     }
     if constexpr (kOutputs) {
       float const range = range_factor(u);
-      unrange = 1.f / range;
+      unrange = __uint_as_float((254u << 23) - __float_as_uint(range));  // 1 / range, a power of two
       uint32_t written[kChunk / 4];
       pack_all<__half>(written, u, range);
 #pragma unroll
