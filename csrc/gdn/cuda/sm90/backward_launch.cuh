@@ -23,7 +23,8 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
                        {&maps.dout, token_major(p.dout, p, p.value_heads, p.value_dim)},
                        {&maps.dv, token_major(p.dv, p, p.value_heads, p.value_dim)}};
   for (auto const& t : tensors) {
-    if (Status const status = make_tensor_map(t.map, t.tensor, kDtype, kTileSide); status != kOk) return status;
+    if (Status const status = make_tensor_map(t.map, t.tensor, kDtype, kTileSide); status != kOk)
+      return status;
   }
   int64_t bytes;
   BackwardWorkspace const w = backward_layout<T>(p, reinterpret_cast<char*>(workspace), &bytes);
