@@ -54,8 +54,8 @@ def gdn_bwd() -> list[dict[str, Any]]:
     plain, full = gdn_samples()
     dout = [torch.randn_like(s["v"]) for s in (plain, full)]
     return [
-        {"dout": dout[0], "dfinal_state": None} | plain,
-        {"dout": dout[1], "dfinal_state": torch.randn_like(full["initial_state"])} | full,
+        {"dout": dout[0], "dfinal_state": None} | plain | {"recurrent": True},
+        {"dout": dout[1], "dfinal_state": torch.randn_like(full["initial_state"])} | full | {"recurrent": False},
     ]
 
 

@@ -211,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
     Tensor const& dout, OptionalTensor const& dfinal_state, Tensor const& q, Tensor const& k, Tensor const& v,
     OptionalTensor const& g, OptionalTensor const& beta, OptionalTensor const& A_log,
     OptionalTensor const& dt_bias, OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
-    double scale, bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) {
+    double scale, bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first,
+    bool recurrent) {
   Operands const x(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm,
                    use_beta_sigmoid, allow_neg_eigval, state_v_first);
   int64_t const B = x.params.batch, T = x.params.tokens, N = x.params.sequences;
@@ -231,6 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
   Tensor const ddt_bias = A_log ? empty(q, {N, HV}, ScalarType::Float) : x.absent();
   Tensor const dinitial_state = initial_state ? x.states() : x.absent();
   gdn::BackwardParams const p{x.params,
+                              recurrent,
                               strided(dout_rows),
                               floats(dfinal),
                               strided(dq),

@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY(lt2, m) {
   m.def("gdn_fwd(" LT2_GDN_INPUTS
         ", bool output_final_state, bool recurrent) -> (Tensor o, Tensor final_state)");
   m.def("gdn_bwd(Tensor dout, Tensor? dfinal_state, " LT2_GDN_INPUTS
-        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "
+        ", bool recurrent) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, "
+        "Tensor ddt_bias, "
         "Tensor dinitial_state)");
   m.def(
       "gdn_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, "

@@ -45,6 +45,7 @@ struct ForwardParams : Inputs {
 
 // Gradients of inputs that are null (g, beta, A_log, initial_state) are null as well.
 struct BackwardParams : Inputs {
+  bool recurrent;  // as the forward pass
   Strided dout;
   float const* dfinal_state;  // or null
   Strided dq, dk, dv, dg, dbeta;

@@ -338,7 +338,7 @@ def _(
     dout: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, use_qk_l2norm: bool, use_beta_sigmoid: bool,
-    allow_neg_eigval: bool, state_v_first: bool,
+    allow_neg_eigval: bool, state_v_first: bool, recurrent: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     partials = (sequences, v.shape[2])
@@ -370,9 +370,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, output_final_state, _ = inputs
+    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, output_final_state, recurrent = inputs
     ctx.save_for_backward(*tensors)
-    ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first)
+    ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first, recurrent)
     ctx.output_final_state = output_final_state
     ctx.set_materialize_grads(False)
 

@@ -57,21 +57,23 @@ inline constexpr uint32_t kMatrixBytes = (kInverseParts<T> + 1) * kTileBytes;
 
 __host__ __device__ constexpr int key_tiles(int key_dim) { return (key_dim + kTileSide - 1) / kTileSide; }
 
-// What a scan leaves of a chunk, value head and 64 value columns. The gradient of the decay needs <S, dS> to
-// more than bf16's precision: states are kept in fp16, the 16 rows of a warp times a power of two.
+// What a scan leaves of a chunk, value head and 64 value columns: fp16 times a unit (a power of two),
+// whatever T is. The gradients of decays and writing strengths are sums in which much cancels, and bf16 is
+// not enough for what they are of.
+enum Unit { kStateUnit, kTokenUnit, kDoutUnit, kUnits = 4 };
 template <int kKeyTiles>
 struct SliceRecord {
   alignas(1024) char state[kKeyTiles *
                            kTileBytes];  // S^T before the chunk (dS^T after it): tiles of 64 value rows
   char tokens[kTileBytes];               // r (rho) [token, value]
-  float units[4];                        // of the rows of each warp: what 1 stands for
+  float units[kUnits];
 };
 constexpr int64_t slice_record_bytes(int64_t key_tiles) { return (key_tiles + 1) * kTileBytes + 1024; }
 static_assert(sizeof(SliceRecord<1>) == slice_record_bytes(1) &&
               sizeof(SliceRecord<3>) == slice_record_bytes(3));
 template <int kKeyTiles>
 inline constexpr uint32_t kSliceBytes =
-    (kKeyTiles + 1) * kTileBytes + 4 * sizeof(float);  // without the padding
+    (kKeyTiles + 1) * kTileBytes + kUnits * sizeof(float);  // without the padding
 
 // All of it in units of chunk numbers x value heads: chunk number c and head h have index c HV + h.
 struct BackwardWorkspace {
@@ -131,6 +133,20 @@ __device__ __forceinline__ void request_tiles(char* tiles, CUtensorMap const& ma
     load_tile(tiles + tile * kTileBytes, map, element + tile * kTileSide, head, c.begin, c.row, loaded);
   }
 }
+
+// The bits of a nonnegative float order as it does.
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+// A power of two that brings what is as large as `largest` (bits) below 2^15, and its inverse.
+struct Scale {
+  float factor, unit;
+
+  __device__ explicit Scale(uint32_t largest) {
+    int const exponent = largest == 0 ? 127 : min(268 - static_cast<int>(largest >> 23), 253);
+    factor = __int_as_float(exponent << 23);
+    unit = __int_as_float((254 - exponent) << 23);
+  }
+};
 
 __device__ __forceinline__ float2 pair_at(float const* x, int i) {
   return *reinterpret_cast<float2 const*>(x + i);

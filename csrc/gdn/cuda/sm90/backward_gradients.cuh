@@ -144,21 +144,39 @@ __device__ __forceinline__ void clear(float (&x)[kN]) {
   for (int i = 0; i < kN; ++i) x[i] = 0.f;
 }
 
-// 8 elements of S and dS in fp16 with units -> in T; their dot product before they are rounded to T.
-template <class T>
-__device__ __forceinline__ float rescale_states(uint4& state, float unit, uint4& dstate, float dunit) {
+__device__ __forceinline__ float dot_product(uint4 const& a, uint4 const& b) {
   float sum = 0.f;
-  auto const rescale = [&](uint32_t& x, uint32_t& y) {
-    float2 const u = unpack<__half>(x), v = unpack<__half>(y);
+  uint32_t const x[] = {a.x, a.y, a.z, a.w}, y[] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 const u = unpack<__half>(x[i]), v = unpack<__half>(y[i]);
     sum += u.x * v.x + u.y * v.y;
-    x = pack<T>(unit * u.x, unit * u.y);
-    y = pack<T>(dunit * v.x, dunit * v.y);
+  }
+  return sum;
+}
+
+// 8 elements in T -> in fp16 times a unit.
+template <class T>
+__device__ __forceinline__ void convert(uint4& x, float factor) {
+  auto const half = [&](uint32_t& y) {
+    float2 const z = unpack<T>(y);
+    y = pack<__half>(factor * z.x, factor * z.y);
   };
-  rescale(state.x, dstate.x);
-  rescale(state.y, dstate.y);
-  rescale(state.z, dstate.z);
-  rescale(state.w, dstate.w);
-  return unit * (dunit * sum);
+  half(x.x);
+  half(x.y);
+  half(x.z);
+  half(x.w);
+}
+
+// What 1 stands for in the accumulators of a slice.
+struct Units {
+  float dq, dk, written, pairs;
+};
+
+template <int kCount>
+__device__ __forceinline__ void scale_all(float (&x)[kCount], float factor) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] *= factor;
 }
 
 // dg and dbeta of a chunk, by one warp: lane l has tokens 2 l and 2 l + 1.
@@ -259,47 +277,60 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
       ChunkScalars const& s = shared.scalars[scalar_slot];
       float dq[kN / 2], dk[kN / 2], written[kN / 2], pairs[kChunk / 2];
       float through = 0.f;
+      Units units;
       for (int slice = 0; slice < slices; ++slice) {
         int const thread = forget(own_thread), lane = thread % 32;
         typename Traits::Slice& x = shared.slices[ring.slot];
         shared.slice_loaded[ring.slot].wait(ring.parity);
-        if (c.count < kChunk) {
-          if (group == 0) clear_tail<1>(x.dout, c.count, thread);
-          named_barrier(kWorkersBarrier, Traits::kWorkers);
+        // dO in fp16 as well, the rows that follow the sequence zero.
+        float const state_unit = x.forward.units[kStateUnit], dstate_unit = x.reverse.units[kStateUnit];
+        float const r_unit = x.forward.units[kTokenUnit], rho_unit = x.reverse.units[kTokenUnit];
+        float const dout_unit = x.reverse.units[kDoutUnit];
+        for (int e = group * kWarpgroup + thread; e < kChunk * 8; e += Traits::kWorkers) {
+          auto* const y = reinterpret_cast<uint4*>(x.dout + tile_offset(e / 8, e % 8));
+          if (e / 8 >= c.count) {
+            *y = uint4{};
+          } else {
+            convert<T>(*y, 1.f / dout_unit);
+          }
         }
+        fence_async_shared();
+        Units const now{dout_unit * state_unit, rho_unit * state_unit, r_unit * dstate_unit,
+                        (group == 0 ? dout_unit : rho_unit) * r_unit};
+        if (slice > 0) {
+          scale_all(dq, units.dq / now.dq);
+          scale_all(dk, units.dk / now.dk);
+          scale_all(written, units.written / now.written);
+          scale_all(pairs, units.pairs / now.pairs);
+        }
+        units = now;
+        named_barrier(kWorkersBarrier, Traits::kWorkers);
         uint64_t const dout = k_major(x.dout), rho = k_major(x.reverse.tokens), r = k_major(x.forward.tokens);
         uint64_t const state = row_major(x.forward.state + tile) + first_step;
         uint64_t const dstate = row_major(x.reverse.state + tile) + first_step;
         uint64_t const left = group == 0 ? dout : rho;
         bool const more = slice > 0;
+        pin(dq);
+        pin(dk);
+        pin(written);
         pin(pairs);
         wgmma_begin();
 #pragma unroll
         for (int j = 0; j < kTileSide / 16; ++j) {
-          wgmma<T, kChunk>(pairs, left + k_step(j), r + k_step(j), more || j > 0);
+          wgmma<__half, kN, Major::MN>(dq, dout + k_step(j), state + j * kRowStep, more || j > 0);
+          wgmma<__half, kN, Major::MN>(dk, rho + k_step(j), state + j * kRowStep, more || j > 0);
+          wgmma<__half, kN, Major::MN>(written, r + k_step(j), dstate + j * kRowStep, more || j > 0);
+          wgmma<__half, kChunk>(pairs, left + k_step(j), r + k_step(j), more || j > 0);
         }
         wgmma_commit();
-        // This warpgroup's columns of the states, from fp16 with a unit to what the products take.
+        float sum = 0.f;
 #pragma unroll
         for (int e = thread; e < kTileSide * kN / 8; e += kWarpgroup) {
-          int const row = e / (kN / 8), offset = tile + tile_offset(row, first / 8 + e % (kN / 8));
-          auto* const y = reinterpret_cast<uint4*>(x.forward.state + offset);
-          auto* const z = reinterpret_cast<uint4*>(x.reverse.state + offset);
-          through += rescale_states<T>(*y, x.forward.units[row / 16], *z, x.reverse.units[row / 16]);
+          int const offset = tile + tile_offset(e / (kN / 8), first / 8 + e % (kN / 8));
+          sum += dot_product(*reinterpret_cast<uint4 const*>(x.forward.state + offset),
+                             *reinterpret_cast<uint4 const*>(x.reverse.state + offset));
         }
-        fence_async_shared();
-        named_barrier(kWorkersBarrier + 1 + group, kWarpgroup);
-        pin(dq);
-        pin(dk);
-        pin(written);
-        wgmma_begin();
-#pragma unroll
-        for (int j = 0; j < kTileSide / 16; ++j) {
-          wgmma<T, kN, Major::MN>(dq, dout + k_step(j), state + j * kRowStep, more || j > 0);
-          wgmma<T, kN, Major::MN>(dk, rho + k_step(j), state + j * kRowStep, more || j > 0);
-          wgmma<T, kN, Major::MN>(written, r + k_step(j), dstate + j * kRowStep, more || j > 0);
-        }
-        wgmma_commit();
+        through += state_unit * (dstate_unit * sum);
         wgmma_wait<0>();
         pin(dq);
         pin(dk);
@@ -315,8 +346,8 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
       for_pairs<kN>(warp, lane, [&](int half, int row, int column, int i) {
         float2 const q2 = tile_pair<T>(q + tile, row, first + column),
                      k2 = tile_pair<T>(k + tile, row, first + column);
-        float const b = s.strength[row], q_in = s.q_in[row], k_in = -s.k_in[row] * b,
-                    k_out = s.k_out[row] * b;
+        float const b = s.strength[row], q_in = s.q_in[row] * units.dq, k_in = -s.k_in[row] * b * units.dk,
+                    k_out = s.k_out[row] * b * units.written;
         dq[i] *= q_in;
         dq[i + 1] *= q_in;
         dk[i] *= k_in;
@@ -344,14 +375,15 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
         float rows[2] = {}, columns[kChunk / 4] = {};
         for_pairs<kChunk>(warp, lane, [&](int half, int row, int column, int i) {
           float const g = s.log2_decay[row];
-          float const factor = group == 0 ? a.p.scale * s.q_norm[row] : -s.strength[row] * s.k_norm[row];
+          float const factor =
+              units.pairs * (group == 0 ? a.p.scale * s.q_norm[row] : -s.strength[row] * s.k_norm[row]);
           float2 const gs = pair_at(s.log2_decay, column), b = pair_at(s.strength, column),
                        norm = pair_at(s.k_norm, column);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             int const col = column + j;
             bool const earlier = row > col;
-            if (group == 1 && row == col) shared.dbeta[row] = pairs[i + j];
+            if (group == 1 && row == col) shared.dbeta[row] = units.pairs * pairs[i + j];
             float const decay =
                 earlier || (group == 0 && row == col) ? exp2_fast(g - (j == 0 ? gs.x : gs.y)) : 0.f;
             pairs[i + j] *= factor * decay * (j == 0 ? b.x * norm.x : b.y * norm.y);

@@ -54,6 +54,7 @@ struct ScanTraits {
   struct Shared {
     Stage stages[kStages<Stage>];
     char staging[kSlices][kStagingTiles * kTileBytes];
+    alignas(16) uint32_t largest[kSlices][8];
     Barrier loaded[kStages<Stage>], released[kStages<Stage>];
   };
   static constexpr int kSharedBytes =
@@ -135,27 +136,29 @@ __device__ void load_chunks(typename Traits::template Shared<Stage>& shared, Sca
 template <class Traits>
 struct Staging {
   char* tiles;
+  uint32_t* largest;  // [2, 4]: of each warp
   int barrier, thread;
 
-  // The tiles may be written again.
-  __device__ void acquire() const {
-    if (thread == 0) wait_stores_read();
-    named_barrier(barrier, kWarpgroup);
+  // The tiles may be written again; returns the scales for what is as large as `x` (and `y`) in this thread.
+  __device__ Scale acquire(uint32_t x) const {
+    publish_largest(0, x);
+    synchronize();
+    return scale(0);
+  }
+  __device__ void acquire(uint32_t x, uint32_t y, Scale& x_scale, Scale& y_scale) const {
+    publish_largest(0, x);
+    publish_largest(1, y);
+    synchronize();
+    x_scale = scale(0);
+    y_scale = scale(1);
   }
   // The tiles are written: one thread may have them copied.
   __device__ void publish() const {
     fence_async_shared();
     named_barrier(barrier, kWarpgroup);
   }
-  // S^T [64 x K] as in SliceRecord, zeros up to whole tiles.
-  __device__ void put_state(float const (&s)[Traits::kKeyDim / 2], float* units, int warp, int lane) const {
-    uint32_t largest = 0;
-#pragma unroll
-    for (float const x : s) largest = max(largest, __float_as_uint(x) & 0x7fffffffu);
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    int const exponent = min(268 - static_cast<int>(largest >> 23), 253);  // the largest element below 2^15
-    float const scale = __int_as_float(exponent << 23);
-    if (lane == 0) units[warp] = __int_as_float((254 - exponent) << 23);
+  // S^T [64 x K] times `factor`, zeros up to whole tiles.
+  __device__ void put_state(float const (&s)[Traits::kKeyDim / 2], float factor, int warp, int lane) const {
     uint32_t const address = shared_address(tiles);
     int const row = warp * 16 + lane % 16;
 #pragma unroll
@@ -163,14 +166,47 @@ struct Staging {
       uint32_t x[4] = {};
       if (n < Traits::kKeyDim / 8) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[i] = pack<__half>(scale * s[4 * n + 2 * i], scale * s[4 * n + 2 * i + 1]);
+        for (int i = 0; i < 4; ++i) {
+          x[i] = pack<__half>(factor * s[4 * n + 2 * i], factor * s[4 * n + 2 * i + 1]);
+        }
       }
       store_matrices(address + n / 8 * kTileBytes + tile_offset(row, n % 8 + lane / 16), x[0], x[1], x[2],
                      x[3]);
     }
   }
+
+ private:
+  __device__ void publish_largest(int i, uint32_t x) const {
+    x = __reduce_max_sync(0xffffffffu, x);
+    if (thread % 32 == 0) largest[4 * i + thread / 32] = x;
+  }
+  __device__ void synchronize() const {
+    if (thread == 0) wait_stores_read();
+    named_barrier(barrier, kWarpgroup);
+  }
+  __device__ Scale scale(int i) const {
+    uint4 const x = *reinterpret_cast<uint4 const*>(largest + 4 * i);
+    return Scale(max(max(x.x, x.y), max(x.z, x.w)));
+  }
 };
+
+template <int kCount>
+__device__ __forceinline__ uint32_t largest_of(float const (&x)[kCount]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = max(largest, magnitude(x[i]));
+  return largest;
+}
+template <class T, int kCount>
+__device__ __forceinline__ uint32_t largest_of(uint32_t const (&x)[kCount]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float2 const y = unpack<T>(x[i]);
+    largest = max(largest, max(magnitude(y.x), magnitude(y.y)));
+  }
+  return largest;
+}
 
 // Fragments [values x tokens] of a tile [tokens x values].
 __device__ __forceinline__ void load_values(uint32_t (&x)[kChunk / 4], char const* tile, int warp, int lane) {
@@ -192,16 +228,6 @@ __device__ __forceinline__ void for_tokens(int lane, F const& f) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) f(8 * n + 2 * (lane % 4), 4 * n + 2 * half);
   }
-}
-
-// a = x o factor, packed.
-template <class T>
-__device__ __forceinline__ void pack_scaled(uint32_t (&a)[kChunk / 4], float const (&x)[kChunk / 2],
-                                            float const* factor, int lane) {
-  for_tokens(lane, [&](int token, int i) {
-    float2 const f = pair_at(factor, token);
-    a[i / 2] = pack<T>(f.x * x[i], f.y * x[i + 1]);
-  });
 }
 
 // The two elements, and what is left of them after rounding.
@@ -237,7 +263,7 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
   constexpr int kKeyDim = Traits::kKeyDim, kStages = Traits::template kStages<Stage>;
   int const warp = thread / 32, lane = thread % 32;
   int const column = unit.column + slice * kTileSide, value_slices = a.p.value_dim / kTileSide;
-  Staging<Traits> const staging{shared.staging[slice], 1 + slice, thread};
+  Staging<Traits> const staging{shared.staging[slice], shared.largest[slice], 1 + slice, thread};
 
   float s[kKeyDim / 2];
   if (a.p.initial_state != nullptr) {
@@ -274,8 +300,8 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
       for (int j = 0; j < kKeyDim / 16; ++j) wgmma<T, kChunk>(r, state + 4 * j, k + k_step(j), j > 0);
       wgmma_commit();
     }
-    staging.acquire();
-    staging.put_state(s, out.units, warp, lane);
+    Scale const state_scale = staging.acquire(largest_of(s));
+    staging.put_state(s, state_scale.factor, warp, lane);
     staging.publish();
     if (thread == 0) store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes);
     uint32_t fragments[kChunk / 4], rest[kChunk / 4];  // v, then b o Y, and what its rounding leaves
@@ -318,11 +344,15 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
       }
       wgmma_commit();
     }
-    pack_all<T>(fragments, r);
-    staging.acquire();
+    Scale const token_scale = staging.acquire(largest_of(r));
+    pack_all<__half>(fragments, r, token_scale.factor);
     stage_values(fragments, staging.tiles, warp, lane);
     staging.publish();
-    if (thread == 0) store_bytes(out.tokens, staging.tiles, kTileBytes);
+    if (thread == 0) {
+      store_bytes(out.tokens, staging.tiles, kTileBytes);
+      out.units[kStateUnit] = state_scale.unit;
+      out.units[kTokenUnit] = token_scale.unit;
+    }
     wgmma_wait<0>();
     pin(s);
     if (lane == 0) shared.released[slot].arrive();
@@ -340,7 +370,7 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
   int const warp = thread / 32, lane = thread % 32;
   int const column = unit.column + slice * kTileSide, value_slices = a.p.value_dim / kTileSide;
   int64_t const state_offset = unit.state * kKeyDim * a.p.value_dim;
-  Staging<Traits> const staging{shared.staging[slice], 1 + slice, thread};
+  Staging<Traits> const staging{shared.staging[slice], shared.largest[slice], 1 + slice, thread};
 
   float ds[kKeyDim / 2];
   if (a.p.dfinal_state != nullptr) {
@@ -386,8 +416,9 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
       }
       wgmma_commit();
     }
-    staging.acquire();
-    staging.put_state(ds, out.units, warp, lane);
+    Scale state_scale(0), dout_scale(0);
+    staging.acquire(largest_of(ds), largest_of<T>(dout), state_scale, dout_scale);
+    staging.put_state(ds, state_scale.factor, warp, lane);
     staging.publish();
     if (thread == 0) store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes);
     wgmma_wait<0>();
@@ -426,12 +457,11 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     wgmma_wait<1>();
     pin(du);
     uint32_t rho[kChunk / 4], left[kChunk / 4];  // left: -e^G dV
-    pack_all<T>(rho, du);
     for_tokens(lane, [&](int token, int j) {
       float2 const in = pair_at(scalars.k_in, token), b = pair_at(scalars.strength, token);
-      du[j] *= b.x;
-      du[j + 1] *= b.y;
-      left[j / 2] = pack<T>(-in.x * du[j], -in.y * du[j + 1]);
+      float const x = b.x * du[j], y = b.y * du[j + 1];
+      left[j / 2] = pack<T>(-in.x * x, -in.y * y);
+      fragments[j / 2] = pack<T>(x, y);
     });
     {
       uint64_t const k = row_major(stage.k);
@@ -443,12 +473,17 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
       }
       wgmma_commit();
     }
-    pack_all<T>(fragments, du);
-    staging.acquire();
+    Scale const token_scale = staging.acquire(largest_of(du));
+    pack_all<__half>(rho, du, token_scale.factor);
     stage_values(rho, staging.tiles, warp, lane);
     stage_values(fragments, staging.tiles + kTileBytes, warp, lane);
     staging.publish();
-    if (thread == 0) store_bytes(out.tokens, staging.tiles, kTileBytes);
+    if (thread == 0) {
+      store_bytes(out.tokens, staging.tiles, kTileBytes);
+      out.units[kStateUnit] = state_scale.unit;
+      out.units[kTokenUnit] = token_scale.unit;
+      out.units[kDoutUnit] = dout_scale.unit;
+    }
     if (c.count < kChunk) {
       store_rows<T>(staging.tiles + kTileBytes, a.p.dv, c, unit.head, column, thread);
     } else if (thread == 0) {

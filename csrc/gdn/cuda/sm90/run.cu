@@ -79,6 +79,7 @@ Status forward(ForwardParams const& p, float* workspace, void* stream) {
 }
 
 Status supports_backward(BackwardParams const& p) {
+  if (p.recurrent) return "the Hopper kernels scan by chunks";
   if (p.key_dim > 128) return "the Hopper kernels of the backward pass take K = 64, 96 or 128";
   if (!tma_compatible(token_major(p.dout, p, p.value_heads, p.value_dim)))
     return "the Hopper kernels take a gradient of o with strides of multiples of 8 elements";
