@@ -1,0 +1,123 @@
+"""chunk_gated_delta_rule where GPUs cut sequences into segments, and in CUDA graphs and beside other streams."""
+
+import pytest
+import torch
+
+from lt2_ext import testing
+from lt2_ext.ops import chunk_gated_delta_rule
+from lt2_ext.reference import gdn as reference
+from lt2_ext.testing import gdn_inputs
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def check_outputs(x, hard=False, **options):
+    """o and the final state against the float64 oracle by chunks."""
+    with torch.no_grad():
+        o, state = chunk_gated_delta_rule(**x, output_final_state=True, **options)
+        exact = {name: t.double() for name, t in x.items()}
+        ref_o, ref_state = reference.gated_delta_rule(
+            **exact, output_final_state=True, rule=reference.chunks, **options)
+    testing.check_close("o", o, ref_o, hard=hard)
+    testing.check_close("final_state", state, ref_state, dtype=o.dtype, hard=hard)
+
+
+def long_inputs(device, dtype=torch.bfloat16, **sizes):
+    if dtype == torch.float16 and device == "cpu":
+        pytest.skip("float16 is a CUDA dtype here")
+    return gdn_inputs(**({"T": 3000, "H": 1, "HV": 2, "K": 128, "V": 128, "dtype": dtype, "device": device} | sizes))
+
+
+@pytest.mark.parametrize("gate", ["zero", "small", "logsigmoid", "strong16", "mixed", "reset"])
+def test_gates(device, gate):
+    x = long_inputs(device, gate=gate)
+    x["g"][..., 0] *= 0.01  # heads that forget and heads that do not, in one launch
+    check_outputs(x, hard=gate in testing.STRONG_GATES)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("K, V", [(64, 64), (96, 192), (128, 64), (128, 128), (192, 384)])
+def test_sizes(device, K, V, dtype):
+    check_outputs(long_inputs(device, dtype, K=K, V=V, T=2500, gate="zero"))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("K, V", [(64, 64), (96, 192), (128, 128), (192, 384)])
+def test_equal_keys(device, K, V, dtype):
+    check_outputs(long_inputs(device, dtype, K=K, V=V, T=1500, keys="equal", gate="-1e-3", beta="0.835"), hard=True)
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0, 0, 1, 64, 65, 300, 1900, 2931, 3000), (0, 2500, 2500, 2999, 3000), (0, 3000), (7, 2990)])
+def test_varlen(device, offsets):
+    x = long_inputs(device, sequences=len(offsets) - 1, gate="zero")
+    x["v"][:, : offsets[0]] = x["v"][:, offsets[-1] :] = torch.nan  # of no sequence
+    check_outputs_within(x, offsets)
+
+
+def check_outputs_within(x, offsets):
+    cu_seqlens = torch.tensor(offsets, device=x["q"].device)
+    with torch.no_grad():
+        o, state = chunk_gated_delta_rule(**x, output_final_state=True, cu_seqlens=cu_seqlens)
+    for n, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        one = {name: t[n : n + 1] if name == "initial_state" else t[:, begin:end] for name, t in x.items()}
+        exact = {name: t.double() for name, t in one.items()}
+        ref_o, ref_state = reference.gated_delta_rule(**exact, output_final_state=True, rule=reference.chunks)
+        testing.check_close(f"o of {n}", o[:, begin:end], ref_o)
+        testing.check_close(f"state of {n}", state[n : n + 1], ref_state, dtype=o.dtype)
+
+
+def test_keys_longer_than_one(device):
+    """What precedes a segment is forgotten only if no key keeps it: here a token multiplies the state along its key by
+    -1.25 e^g = -0.9995, although e^g alone is 0.8."""
+    x = long_inputs(device, gate="-0.22364", beta="1")
+    x["k"] = (1.5 * x["k"][:, :1].float()).to(x["k"].dtype).expand_as(x["k"]).contiguous()
+    check_outputs(x, hard=True)
+
+
+def test_value_first_states_and_l2norm(device):
+    x = long_inputs(device, gate="small")
+    x["initial_state"] = x["initial_state"].mT.contiguous()
+    check_outputs(x, state_v_first=True, use_qk_l2norm_in_kernel=True)
+
+
+def test_values_of_any_size(device):
+    """P U is computed in fp16: the result must not depend on the scale of v."""
+    x = long_inputs(device, T=300, gate="small")
+    del x["initial_state"]
+    for scale in (1e-20, 1e-6, 1.0, 1e8, 1e20):
+        check_outputs(x | {"v": x["v"] * scale})
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("T", [100, 3000])
+def test_cuda_graph(T):
+    """A replay computes what the eager call does, on the inputs of the moment."""
+    x = long_inputs("cuda", T=T)
+    y = long_inputs("cuda", T=T)
+    with torch.no_grad():
+        chunk_gated_delta_rule(**x, output_final_state=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = chunk_gated_delta_rule(**x, output_final_state=True)
+        expected = chunk_gated_delta_rule(**y, output_final_state=True)
+        for name, t in x.items():
+            t.copy_(y[name])
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [500, 3000])
+def test_repeats_beside_another_stream(T):
+    x = long_inputs("cuda", T=T, gate="mixed")
+    busy = torch.randn(2048, 2048, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        first = chunk_gated_delta_rule(**x, output_final_state=True)
+        for _ in range(250):
+            with torch.cuda.stream(stream):
+                busy @ busy  # noqa: B018  (competes for multiprocessors)
+            again = chunk_gated_delta_rule(**x, output_final_state=True)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
