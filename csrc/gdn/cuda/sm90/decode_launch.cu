@@ -31,7 +31,7 @@ Status run(StepParams const& p, void* stream) {
   }
   if (p.key_dim <= 64) return run<T, KeyFirst<8, 4>, KeyFirst<16, 8>>(p, stream);
   if (p.key_dim <= 96) return run<T, KeyFirst<4, 3>, KeyFirst<8, 6>>(p, stream);
-  if (p.key_dim <= 128) return run<T, KeyFirst<4, 4>, KeyFirst<16, 16>>(p, stream);
+  if (p.key_dim <= 128) return run<T, KeyFirst<4, 4>, KeyFirst<8, 8>>(p, stream);
   if (p.key_dim <= 192) return run<T, KeyFirst<4, 6>, KeyFirst<8, 12>>(p, stream);
   return run<T, KeyFirst<4, 8>, KeyFirst<8, 16>>(p, stream);
 }
