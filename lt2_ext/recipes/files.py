@@ -6,10 +6,12 @@ import json
 import os
 import reprlib
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+BLOCK = 2**22  # bytes per read when checking
 LARGEST_JSON = 64 * 2**20  # bytes; ours are far smaller, and json.loads needs many times the size of its text
 
 
@@ -74,6 +76,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {short(values)}")
     return values
+
+
+def checksum(path: Path, tick: Callable[[int], object] = lambda n: None) -> int:
+    """CRC-32 of a file; ``tick`` is told the number of bytes read."""
+    crc32 = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            crc32 = zlib.crc32(block, crc32)
+            tick(len(block))
+    return crc32
 
 
 def inside(folder: Path, name: object) -> Path:
