@@ -134,3 +134,31 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         optimizer.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise UserError(f"{path / TRAINER} does not fit the model ({type(e).__name__}: {e})") from e
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a saved model that ``path`` is, or the newest checkpoint of the run in it.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}")
+    if (path / "config.json").is_file():
+        return path
+    found = find(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path} holds neither a saved model (config.json) nor a checkpoint of lt2 train")
+    return found[-1]
+
+
+def load_model(folder: Path) -> LT2:
+    """The model in a folder.
+
+    Raises:
+        UserError: It is missing, or its files are not those of a model.
+    """
+    try:
+        return LT2.load(folder)
+    except (ValueError, RecursionError, FileNotFoundError) as e:
+        raise UserError(f"{folder}: {e}") from e

@@ -44,11 +44,12 @@ def grad_norms(model: LT2) -> dict[str, float]:
     groups: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
-            groups.setdefault(_kind(name, model.config.layer_types), []).append(p.grad)
+            groups.setdefault(kind_of(name, model.config.layer_types), []).append(p.grad)
     return {kind: float(nn.utils.get_total_norm(grads)) for kind, grads in sorted(groups.items())}
 
 
-def _kind(name: str, layer_types: list[str]) -> str:
+def kind_of(name: str, layer_types: list[str]) -> str:
+    """What a weight belongs to, by its name in the model."""
     parts = name.split(".")
     if parts[0] != "layers":
         return parts[0]
