@@ -152,13 +152,17 @@ def model_folder(path: Path) -> Path:
     return found[-1]
 
 
-def load_model(folder: Path) -> LT2:
+def load_model(folder: Path, device: str = "cpu") -> LT2:
     """The model in a folder.
 
     Raises:
-        UserError: It is missing, or its files are not those of a model.
+        UserError: It is missing, its files are not those of a model, or there is no such device.
     """
     try:
-        return LT2.load(folder)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device must be a device of this machine, got {device!r}") from e
+    try:
+        return LT2.load(folder, device)
     except (ValueError, RecursionError, FileNotFoundError) as e:
         raise UserError(f"{folder}: {e}") from e

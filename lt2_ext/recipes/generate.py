@@ -45,14 +45,10 @@ def run(args: argparse.Namespace) -> int:
     if not math.isfinite(args.temperature):
         raise UserError(f"temperature must be a finite number, got {args.temperature}")
     folder = checkpoint.model_folder(args.model)
-    model, tokenizer = checkpoint.load_model(folder), text.load(folder)
+    model, tokenizer = checkpoint.load_model(folder, args.device), text.load(folder)
     known, needed = model.config.vocab_size, tokenizer.vocab_size
     if needed > known:
         raise UserError(f"{folder}: the tokenizer has {needed} tokens, but the vocabulary of the model is {known}")
-    try:
-        model = model.to(args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device must be a device of this machine, got {args.device!r}") from e
     generator = torch.Generator(args.device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
