@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -24,6 +23,7 @@ from . import text
 from .files import UserError, checksum, inside, read_json, short, sync, write
 
 COMPLETE, TRAINER = "complete.json", "trainer.pt"
+NEEDED = ("config.json", "model.safetensors", TRAINER)
 FORMAT = "lt2 checkpoint 1"
 
 
@@ -83,6 +83,9 @@ def verify(folder: Path) -> None:
     files = complete.get("files")
     if complete.get("format") != FORMAT or not isinstance(files, dict):
         raise UserError(f"{folder / COMPLETE} must be of the format {FORMAT!r} and list files, got {short(complete)}")
+    for name in NEEDED:
+        if name not in files:
+            raise UserError(f"{folder / COMPLETE} must list {name}, got {short(list(files))}")
     for name, expected in files.items():
         path = inside(folder, name)
         if not path.is_file():
@@ -110,7 +113,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except Exception as e:  # broken files raise errors of every kind in torch's reader
         reason = " ".join(str(e).split())[:120]
         raise UserError(f"{path} is refused: it must hold tensors and plain values only ({reason})") from e
     if not isinstance(state, dict):
@@ -162,6 +165,7 @@ def load_model(folder: Path, device: str = "cpu") -> LT2:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device must be a device of this machine, got {device!r}") from e
+    read_json(folder / "config.json")
     try:
         return LT2.load(folder, device)
     except (ValueError, RecursionError, FileNotFoundError) as e:

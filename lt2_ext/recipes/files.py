@@ -31,6 +31,11 @@ def run_command(name: str, main: Callable[[], int]) -> int:
     return 2
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says so: a class of its own on a GPU, a RuntimeError on a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def short(value: object) -> str:
     """``repr`` of a value that a file gave, cut: aliases in YAML can make it endless."""
     return reprlib.repr(value)

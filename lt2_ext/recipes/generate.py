@@ -14,7 +14,9 @@ from lt2_ext.models import LT2
 from lt2_ext.models.sampling import check_options, pick
 
 from . import checkpoint, text
-from .files import UserError, run_command
+from .files import UserError, out_of_memory, run_command
+
+MOST_TOKENS = 2**32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         check_options(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     except ValueError as e:
         raise UserError(str(e).removeprefix("LT2.generate: ")) from e
+    if args.max_new_tokens > MOST_TOKENS:
+        raise UserError(f"max_new_tokens must be <= {MOST_TOKENS}, got {args.max_new_tokens}")
     if not math.isfinite(args.temperature):
         raise UserError(f"temperature must be a finite number, got {args.temperature}")
     folder = checkpoint.model_folder(args.model)
@@ -63,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
                 print(text.printable(decode(token)), end="", flush=True)
     except KeyboardInterrupt:
         pass
+    except RuntimeError as e:
+        if out_of_memory(e):
+            raise UserError("out of memory: lower --max-new-tokens, or shorten the prompt") from e
+        raise
     print()
     return 0
 

@@ -89,7 +89,7 @@ class Split:
         Raises:
             UserError: An id is not below vocab_size, so the file is not what the index says.
         """
-        pieces = []
+        pieces = [np.empty(0, dtype=np.int64)]
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while count:
             offset = start - int(self.starts[shard])

@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from . import checkpoint, prepare, runlog, settings, shards, text
-from .files import UserError, checksum, read_json, run_command, write
+from .files import UserError, checksum, out_of_memory, read_json, run_command, write
 from .settings import Run
 from .trainer import Trainer
 
@@ -182,7 +182,7 @@ def loop(trainer: Trainer, out: Path) -> int:
         path = trainer.save(folder)
         runlog.plot(log.records, out / "loss.png")
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):  # the latter on a CPU
+        if out_of_memory(e):
             raise UserError(OUT_OF_MEMORY) from e
         raise
     finally:

@@ -143,15 +143,13 @@ class Trainer:
         state = checkpoint.read_trainer(folder)
         if state.get("data") != self.data_sum:
             raise UserError(f"{folder} was trained on other data than {self.run.data.path}")
-        try:
-            model = LT2.load(folder)
-        except ValueError as e:
-            raise UserError(str(e)) from e
+        model = checkpoint.load_model(folder)
         if model.config != self.model.config:
             raise UserError(f"{folder} holds another model than the settings say")
         step = state.get("step")
-        if type(step) is not int or state.get("position") != step * self.rows_per_step:
-            raise UserError(f"{folder / checkpoint.TRAINER}: step and position must fit train.batch_size")
+        position = state.get("position")
+        if type(step) is not int or not 0 <= step <= self.run.train.steps or position != step * self.rows_per_step:
+            raise UserError(f"{folder / checkpoint.TRAINER}: step and position must fit train.steps and batch_size")
         self.use(model)
         checkpoint.load_optimizer(self.optimizer, state.get("optimizer", {}), folder)
         try:
