@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -138,17 +139,28 @@ class TestStep:
     def test_accumulation_is_one_large_batch(self, folder):
         """Also when documents end inside the rows, so that micro-batches have different numbers of targets."""
         Path("many").mkdir()
+        rng = random.Random(0)
         for i in range(40):
-            Path("many", f"{i}.txt").write_text("loop state " * (1 + i % 3))
+            Path("many", f"{i}.txt").write_text("ab" * rng.choice([1, 2, 3, 30]))
         both = []
         for shape in (("train.batch_size=4", "train.grad_accumulation=1"), ()):
             options = ["data.path=many", "data.isolate_documents=true", "optimizer.clip=0", *shape]
-            trainer = new_trainer(*options, out=f"run{len(both)}")
+            trainer = new_trainer(*options, "train.seed=3", out=f"run{len(both)}")
+            parts = [trainer.rows.batch(i, 2, isolate=True).targets for i in (0, 2)]
+            assert parts[0] != parts[1]
             record = trainer.train_step(watch=True)
             both.append((record, dict(trainer.model.named_parameters())))
         (one, _), (two, _) = both
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+    def test_each_step_reads_the_next_rows(self, folder, monkeypatch):
+        trainer, read = new_trainer(), []
+        batch = trainer.rows.batch
+        monkeypatch.setattr(trainer.rows, "batch", lambda at, n, isolate: read.append((at, n)) or batch(at, n, isolate))
+        for _ in range(2):
+            trainer.train_step(watch=False)
+        assert read == [(0, 2), (2, 2), (4, 2), (6, 2)]
 
     def test_learning_rate(self, folder):
         trainer = new_trainer("train.steps=10", "optimizer.warmup_steps=4", "optimizer.lr=1", "optimizer.final_lr=0.5")
@@ -316,27 +328,30 @@ class TestCrash:
 
         for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir")):
             monkeypatch.setattr(module, name, counted(getattr(module, name)))
-        steps = []
-        while True:
-            calls, limit = 0, limit + 1
+        steps, done = [], False
+        while not done:
+            limit, target = 0, Path(f"crash{len(steps)}")
+            shutil.copytree(saved, target)
+            calls, limit = 0, len(steps) + 1
             try:
-                trainer.save(saved)
-                break
+                trainer.save(target)
+                done = True
             except Crash:
-                found = checkpoint.find(saved)
-                checkpoint.verify(found[-1])
+                found = checkpoint.find(target)
+                for path in found:
+                    checkpoint.verify(path)
                 steps.append(checkpoint.read_trainer(found[-1])["step"])
-                if steps[-1] == 2:
-                    break
         assert steps == sorted(steps)
         assert steps.count(1) > 12
+        assert steps.count(2) > 5
         limit = 0
-        new = new_trainer()
-        new.load(checkpoint.find(saved)[-1])
+        new = new_trainer("train.keep_checkpoints=1")
+        new.load(checkpoint.find(target)[-1])
         assert_equal({n: p.detach() for n, p in new.model.named_parameters()}, expected)
-        trainer.train_step(watch=False)
-        trainer.save(saved)
-        assert [p.name for p in saved.iterdir()] == ["step-000000003"]
+        for crashed in ("crash2", f"crash{steps.index(2) - 1}", f"crash{len(steps) - 2}"):
+            new.step = 3
+            new.save(Path(crashed))
+            assert [p.name for p in Path(crashed).iterdir()] == ["step-000000003"]
 
     def test_stop_and_continue(self, folder, capsys):
         """Ctrl-C saves; the log has every step once."""
