@@ -189,7 +189,7 @@ class TestStep:
         with torch.no_grad():
             trainer.model.norm.weight.fill_(math.inf)
         before = trainer.model.embed_tokens.weight.clone()
-        with pytest.raises(UserError, match=r"loss is nan in step 1; lower optimizer\.lr"):
+        with pytest.raises(UserError, match="loss is nan in step 1; begin again in another folder"):
             trainer.train_step(watch=False)
         assert torch.equal(before, trainer.model.embed_tokens.weight)
         assert trainer.step == 0
@@ -211,7 +211,18 @@ class TestStep:
             assert train.main([*TINY, "out=run"]) == 2
         assert "out of memory: lower train.batch_size" in capsys.readouterr().err
         assert checkpoint.find(Path("run/checkpoints"))[-1].name == "step-000000004"
-        assert train.main([*TINY, "out=run", "train.gradient_checkpointing=true"]) == 0
+        advice = ["train.batch_size=1", "train.grad_accumulation=4", "train.gradient_checkpointing=true"]
+        assert train.main([*TINY, "out=run", *advice]) == 0
+        assert [r["step"] for r in runlog.read(Path("run/log.jsonl"))] == list(range(1, 13))
+
+    def test_without_a_checkpoint_settings_may_change(self, folder, monkeypatch):
+        def fail(self, watch):
+            raise UserError("no step")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", fail)
+            assert train.main([*TINY, "out=run"]) == 2
+        assert train.main([*TINY, "out=run", "optimizer.lr=1e-3"]) == 0
 
     def test_other_errors_are_not_hidden(self, folder, monkeypatch):
         def fail(self, watch):
@@ -471,6 +482,7 @@ class TestSettings:
         assert train.main([*TINY, "out=run", "train.steps=4"]) == 0
         for change, message in (
             ("optimizer.lr=3e-3", "is of a run with optimizer.lr = 0.01, now it is 0.003; use that value, or another"),
+            ("train.batch_size=3", "is of a run with batch_size x grad_accumulation = 4, now it is 6"),
             ("model.loop_count=3", "is of a run with model.loop_count = 2, now it is 3"),
             ("data.tokenizer=bpe", "was made with data.tokenizer = 'bytes', now it is 'bpe'"),
         ):

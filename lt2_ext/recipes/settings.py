@@ -72,11 +72,12 @@ class Run:
     train: Train = field(default_factory=Train)
 
 
-# What may differ between a run and its continuation: the weights at a step do not depend on it.
+# What may differ between a run and its continuation: a step does not depend on it, but for the rounding of sums where
+# the rows of a step come in other portions (how many there are may not differ).
 FREE = {
     "out", "data.path", "data.tokenizer", "data.vocab_size", "data.suffix", "data.held_out", "data.verify",
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.eval_every", "train.eval_rows",
-    "train.gradient_checkpointing",
+    "train.gradient_checkpointing", "train.batch_size", "train.grad_accumulation",
 }  # fmt: skip
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -225,6 +226,8 @@ def check_same(old: Run, new: Run, path: Path) -> None:
         UserError: Naming the first setting that differs.
     """
     before, after = flat(old), flat(new)
+    for values in (before, after):
+        values["batch_size x grad_accumulation"] = values["train.batch_size"] * values["train.grad_accumulation"]
     for key in {**before, **after}:
         if key not in FREE and before.get(key) != after.get(key):
             raise UserError(

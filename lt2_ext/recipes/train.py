@@ -63,13 +63,12 @@ def train(run: Run) -> int:
             needed = splits["train"].vocab_size
             raise UserError(f"model.vocab_size must be at least the {needed} of the data, got {config.vocab_size}")
         run.model = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-        path = out / "settings.yaml"
-        if path.is_file():
+        path, saved = out / "settings.yaml", checkpoint.find(out / "checkpoints")
+        if saved and path.is_file():
             settings.check_same(settings.read([str(path)]), run, path)
         write(path, settings.to_yaml(run))
         print(settings.to_yaml(run), flush=True)
         trainer = Trainer(run, config, splits, tokenizer, checksum(folder / shards.INDEX))
-        saved = checkpoint.find(out / "checkpoints")
         if saved:
             trainer.load(saved[-1])
             print(f"continues from {saved[-1]}", flush=True)

@@ -91,8 +91,8 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} is {value} in step {step}; lower optimizer.lr or raise "
-                    "optimizer.warmup_steps (the last checkpoint is good)"
+                    f"{name} is {value} in step {step}; begin again in another folder (out=...) with a lower "
+                    "optimizer.lr or more optimizer.warmup_steps"
                 )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
