@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -280,6 +282,35 @@ class TestInstruments:
         assert math.hypot(*norms.values()) == pytest.approx(total.item(), rel=1e-5)
         own = torch.nn.utils.get_total_norm([p.grad for p in model.layers[1].mixer.parameters()])
         assert norms["full"] == pytest.approx(own.item(), rel=1e-6)
+
+
+class TestProgress:
+    def test_bar(self, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("COLUMNS", "120")
+        progress = runlog.Progress(3, 20)
+        time.sleep(0.2)
+        progress.update(4, 2.5, 1234.4)
+        shown = sys.stderr.getvalue()
+        progress.close()
+        assert "4/20 [00:00<00:0" in shown
+        assert "loss 2.500, 1,234 tokens/s]" in shown
+
+    def test_lines(self, monkeypatch, capsys):
+        """On no terminal: a line now and then, not one per step."""
+        progress = runlog.Progress(3, 20)
+        progress.update(4, 2.5, 1234.4)
+        assert capsys.readouterr() == ("", "")
+        progress.said -= runlog.QUIET
+        progress.begun -= 2
+        progress.update(5, 2.4, 1234.4)
+        progress.update(6, 2.3, 1234.4)
+        progress.close()
+        assert capsys.readouterr() == ("step 5/20: loss 2.400, 1,234 tokens/s, 00:15 left\n", "")
 
 
 class Crash(BaseException):
