@@ -112,6 +112,17 @@ class TestRun:
         model = LT2.load(checkpoint.find(Path("run/checkpoints"))[-1])
         assert model.config.vocab_size == 258
 
+    def test_transformers_reads_a_checkpoint(self, folder):
+        transformers = pytest.importorskip("transformers")
+        import lt2_ext.models.hf  # noqa: F401
+
+        assert train.main([*TINY, "out=run", "train.steps=2"]) == 0
+        last = checkpoint.find(Path("run/checkpoints"))[-1]
+        tokens = torch.arange(12)[None]
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(last)
+        with torch.no_grad():
+            assert torch.equal(theirs(tokens).logits, LT2.load(last)(tokens))
+
     def test_its_settings_are_a_settings_file(self, folder):
         assert train.main([*TINY, "out=run"]) == 0
         saved = settings.read(["run/settings.yaml"])
