@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+
+COMMANDS = {  # name: (module with a main(argv), what it does)
+    "doctor": ("lt2_ext.doctor", "check this installation: versions, instruction set, GPU, a test of every operator"),
+    "demo": ("lt2_ext.recipes.demo", "four facts about LT2 and a small training run, about 3 minutes"),
+    "plan": ("lt2_ext.recipes.plan", "parameters, FLOPs and state of a model, before it runs"),
+    "train": ("lt2_ext.recipes.train", "train a model on text"),
+    "generate": ("lt2_ext.recipes.generate", "continue a text with a saved model"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lt2",
         description="Fused operators and models for looped linear-time transformers.",
-        epilog="example: lt2 doctor && lt2 demo",
+        epilog="example: lt2 doctor && lt2 demo   each command has its own --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "doctor",
-        help="check this installation: versions, instruction set, GPU, a test of every operator",
-        description="One line per fact, then OK (exit 0) or the problems with their fixes (exit 1).",
-        epilog="example: LT2_CPU_ISA=avx2 lt2 doctor",
-    )
-    commands.add_parser(
-        "demo",
-        add_help=False,
-        help="four facts about LT2 and a small training run, about 3 minutes (lt2 demo --help)",
-    )
-    args, rest = parser.parse_known_args(argv)
-    if args.command == "demo":
-        from .recipes import demo
-
-        return demo.main(rest) or 0
-    if rest:
-        parser.error(f"doctor takes no arguments, got {' '.join(rest)}")
-    from . import doctor
-
-    return doctor.main()
+    for name, (_, purpose) in COMMANDS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = parser.parse_args(argv[:1]).command
+    return int(importlib.import_module(COMMANDS[command][0]).main(argv[1:]) or 0)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -23,15 +24,22 @@ REINSTALL = "pip install --force-reinstall --no-deps . (in the source tree)"
 OPTIONAL = {  # package: (what for, what pip installs)
     "transformers": ("Hugging Face models, a peer in bench/", "transformers>=5.17"),
     "tqdm": ("progress bars of the recipes", "tqdm"),
+    "pyyaml": ("settings of lt2 train", "pyyaml"),
     "tokenizers": ("BPE in the recipes", "tokenizers"),
-    "matplotlib": ("plots of lt2 demo and bench/", "matplotlib"),
+    "matplotlib": ("plots of lt2 demo, lt2 train and bench/", "matplotlib"),
     "pytest": ("tests", "pytest pytest-timeout hypothesis"),
 }
 Tensors = dict[str, Tensor]
 Pairs = Iterable[tuple[Tensor, Tensor]]  # (the operator's, the oracle's)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lt2 doctor",
+        description="One line per fact, then OK (exit 0) or the problems with their fixes (exit 1).",
+        epilog="example: LT2_CPU_ISA=avx2 lt2 doctor",
+    )
+    parser.parse_args(argv)
     problems: list[str] = []  # each: what is wrong. Fix: what to do
     fact("lt2_ext", f"{__version__}, Python {platform.python_version()}, {platform.machine()}")
     fact("torch", str(torch.__version__))

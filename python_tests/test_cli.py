@@ -70,12 +70,27 @@ def test_architectures_in_words(archs, words):
     assert doctor.describe_archs(archs) == words
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join)
 def test_help_shows_an_example(argv, capsys):
+    if argv[0] in ("demo", "train"):
+        pytest.importorskip("tqdm")
+        pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as e:
         cli.main(argv)
     assert e.value.code == 0
-    assert "example: " in capsys.readouterr().out
+    example = capsys.readouterr().out.split("example: ")[1]
+    assert " ".join(["lt2", *argv[:-1]]) in example
+
+
+def test_five_verbs():
+    assert list(cli.COMMANDS) == ["doctor", "demo", "plan", "train", "generate"]
+
+
+def test_arguments_reach_the_command(monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "main", lambda argv: seen.append(argv))
+    assert cli.main(["doctor", "a", "--help"]) == 0
+    assert seen == [["a", "--help"]]
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["doctor", "--nonsense"]])

@@ -6,10 +6,12 @@ import json
 import os
 import reprlib
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+BLOCK = 2**22  # bytes per read when checking
 LARGEST_JSON = 64 * 2**20  # bytes; ours are far smaller, and json.loads needs many times the size of its text
 
 
@@ -27,6 +29,11 @@ def run_command(name: str, main: Callable[[], int]) -> int:
         message = f"{e.strerror or e}: {e.filename}" if e.filename else str(e.strerror or e)
     print(f"{name}: {message}", file=sys.stderr)
     return 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says so: a class of its own on a GPU, a RuntimeError on a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def short(value: object) -> str:
@@ -74,6 +81,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {short(values)}")
     return values
+
+
+def checksum(path: Path, tick: Callable[[int], object] = lambda n: None) -> int:
+    """CRC-32 of a file; ``tick`` is told the number of bytes read."""
+    crc32 = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            crc32 = zlib.crc32(block, crc32)
+            tick(len(block))
+    return crc32
 
 
 def inside(folder: Path, name: object) -> Path:

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import UserError, inside, read_json, replace, short, write
+from .files import UserError, checksum, inside, read_json, replace, short, write
 
 INDEX = "index.json"
 FORMAT = "lt2 tokens 1"
 SPLITS = ("train", "held_out")
 SHARD_TOKENS = 2**26
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-BLOCK = 2**22  # bytes per read when checking
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -90,7 +89,7 @@ class Split:
         Raises:
             UserError: An id is not below vocab_size, so the file is not what the index says.
         """
-        pieces = []
+        pieces = [np.empty(0, dtype=np.int64)]
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while count:
             offset = start - int(self.starts[shard])
@@ -164,10 +163,6 @@ def _check_file(path: Path, size: int) -> None:
 
 
 def _check_sum(path: Path, expected: int, tick: Callable[[int], object]) -> None:
-    crc32 = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            crc32 = zlib.crc32(block, crc32)
-            tick(len(block))
+    crc32 = checksum(path, tick)
     if crc32 != expected:
         raise UserError(f"{path} is corrupted: its checksum is {crc32:08x}, the index says {expected:08x}")

@@ -168,6 +168,33 @@ def load(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def for_transformers(tokenizer: Tokenizer) -> Any:
+    """The same ids from a ``PreTrainedTokenizerFast``, which puts ``bos`` before a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    library = _tokenizers()
+    if isinstance(tokenizer, BPETokenizer):
+        inner = library.Tokenizer.from_str(tokenizer.inner.to_str())
+    else:  # every byte is a token, and none are merged
+        inner = library.Tokenizer(library.models.BPE({c: b for b, c in enumerate(_byte_characters())}, []))
+        inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = library.decoders.ByteLevel()
+        inner.add_special_tokens([BOS, EOS])
+    bos, eos = inner.id_to_token(tokenizer.bos), inner.id_to_token(tokenizer.eos)
+    begin = library.processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.bos)])
+    inner.post_processor = begin
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=bos, eos_token=eos, pad_token=eos, split_special_tokens=True
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level tokenizers write for each byte: itself where it is printable, else one from 256."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b if b in shown else next(others)) for b in range(256)]
+
+
 def printable(text: str) -> str:
     """``text`` with control characters replaced, all but newline and tab: a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,184 @@
+"""``lt2 plan``: what a model costs, before it runs. Nothing is allocated."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models.config import Layer
+from lt2_ext.models.mixers import MIXERS, Attention, GatedDeltaNet
+from lt2_ext.models.presets import PRESETS
+
+from . import checkpoint, settings, shards
+from .files import UserError, read_json, run_command
+from .instruments import kind_of
+from .trainer import BYTES_PER_PARAMETER
+
+GDN_FLOPS = 7  # per token and entry of a head's matrix: decay 1; k^T S, k x correction, q^T S 2 each
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lt2 plan",
+        description="Parameters, FLOPs per token, bytes of state per loop and layer, memory for training: of a preset, "
+        "a saved model or the folder of a run, a config.json, or a settings file of lt2 train. Nothing is allocated.",
+        epilog=f"example: lt2 plan lt2-1.3b-full-gdn --context 32768   presets: {', '.join(PRESETS)}",
+    )
+    parser.add_argument("model", metavar="MODEL", help="preset, folder, config.json, or settings file (.yaml)")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes, such as model.loop_count=2")
+    parser.add_argument("--context", type=int, help="tokens of a sequence, default 4096 or that of the settings")
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: plan(args.model, args.changes, args.context))
+
+
+def plan(name: str, changes: Sequence[str], context: int | None) -> int:
+    run, config = find(name, changes)
+    length = (run.data.sequence_length if run else 4096) if context is None else context
+    if not 1 <= length <= 2**30:
+        raise UserError(f"--context must be in 1..{2**30}, got {length}")
+    shape = f"{config.num_hidden_layers} layers x {config.loop_count} loops, hidden {config.hidden_size}"
+    print(f"{name}: {shape}, {config.layer_pattern}, vocabulary {config.vocab_size:,}")
+    with torch.device("meta"):
+        model = LT2(config)
+    counts = count_parameters(model)
+    total = sum(counts.values())
+    print(f"parameters {total:,}: " + ", ".join(f"{kind} {count:,}" for kind, count in counts.items()))
+    trained, decoded = train_flops(model, length), forward_flops(model, length)
+    print(f"FLOPs per token: {in_units(trained, 'FLOP')} in training, forward and backward, sequences of {length:,};")
+    print(f"  {in_units(decoded, 'FLOP')} in decoding, after {length:,} tokens")
+    print(f"state of one sequence of {length:,} tokens, bf16:")
+    print(f"  {'mixer':<14}{'loops':<8}{'layers':>6}{'each loop and layer':>22}{'all':>12}")
+    costs = state_costs(model, length)
+    for row in costs:
+        sizes = f"{in_units(row.nbytes, 'B'):>22}{in_units(row.nbytes * row.count, 'B'):>12}"
+        print(f"  {row.mixer:<14}{row.loops:<8}{row.layers:>6}{sizes}")
+    print(f"  {'all':<50}{in_units(sum(r.nbytes * r.count for r in costs), 'B'):>12}")
+    gigabytes = f"{in_units(BYTES_PER_PARAMETER * total, 'B')} in training (fp32, gradients, AdamW)"
+    print(f"weights: {in_units(2 * total, 'B')} in bf16, {gigabytes}, activations not counted")
+    if run is not None:
+        t = run.train
+        tokens = t.batch_size * t.grad_accumulation * run.data.sequence_length
+        print(f"the run: {t.steps:,} steps x {tokens:,} tokens = {in_units(t.steps * tokens, ' tokens')}, ", end="")
+        print(in_units(t.steps * tokens * train_flops(model, run.data.sequence_length), "FLOP"))
+    return 0
+
+
+def find(name: str, changes: Sequence[str]) -> tuple[settings.Run | None, LT2Config]:
+    """The configuration that ``name`` means, and the settings where that is a settings file."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        run = settings.read([name, *changes])
+        return run, settings.model_config(run.model, vocabulary(run.data))
+    changed = settings.read([c if c.startswith("model.") else f"model.{c}" for c in ("preset=null", *changes)]).model
+    if name in PRESETS:
+        values = PRESETS[name]
+    elif path.suffix == ".json":
+        values = read_json(path)
+    elif path.exists():
+        values = read_json(checkpoint.model_folder(path) / "config.json")
+    else:
+        raise UserError(f"there is no file or preset {name}; presets: {', '.join(PRESETS)}")
+    return None, settings.model_config({**values, **changed}, None)
+
+
+def vocabulary(data: settings.Data) -> int | None:
+    """Its size in training on this data, as far as it is known before."""
+    if not data.path:
+        return None
+    index = Path(data.path) / shards.INDEX
+    if index.is_file():
+        return shards.open_shards(index.parent, verify=False)["train"].vocab_size
+    return 258 if data.tokenizer == "bytes" else data.vocab_size
+
+
+def count_parameters(model: LT2) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        counts[kind_of(name, model.config.layer_types)] += p.numel()
+    return dict(counts)
+
+
+def forward_flops(model: LT2, context: int) -> int:
+    """Of one token that has ``context`` tokens behind it, itself included: matrix products and mixers."""
+    return _flops(model, lambda window: min(window or context, context))
+
+
+def train_flops(model: LT2, length: int) -> int:
+    """Of one token on average over a sequence, forward and twice as much backward."""
+
+    def seen(window: int | None) -> float:
+        w = min(window or length, length)
+        return w - w * (w - 1) / (2 * length)  # mean of min(t, w) over t = 1..length
+
+    return 3 * _flops(model, seen)
+
+
+def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
+    def matrices(module: nn.Module) -> int:
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+    total = 2.0 * model.config.vocab_size * model.config.hidden_size
+    for loop in model.config.schedule():
+        for block, layer in zip(model.layers, loop, strict=True):
+            total += 2 * matrices(block)
+            mixer = block.mixer
+            if isinstance(mixer, Attention):
+                total += 4 * mixer.heads * mixer.head_dim * seen(layer.window)
+            elif isinstance(mixer, GatedDeltaNet):
+                total += 2 * mixer.conv_weight.numel()
+                total += GDN_FLOPS * mixer.value_heads * mixer.key_dim * mixer.value_dim
+            else:
+                raise UserError(f"lt2 plan does not know the FLOPs of {layer.mixer}; known: {', '.join(MIXERS)}")
+    return round(total)
+
+
+@dataclass
+class StateCost:
+    """(loop, layer) pairs whose memory is alike."""
+
+    mixer: str
+    loops: str
+    layers: int
+    nbytes: int
+    count: int
+
+
+def state_costs(model: LT2, length: int) -> list[StateCost]:
+    """One sequence of ``length`` tokens, keys and values in bf16."""
+    state = model.to(torch.bfloat16).new_state(1, length)
+    pairs: dict[tuple[Layer, int], list[int]] = {}
+    for number, (loop, memory) in enumerate(zip(model.config.schedule(), state.layers, strict=True), 1):
+        for layer, tensors in zip(loop, memory, strict=True):
+            pairs.setdefault((layer, sum(t.nbytes for t in tensors.values())), []).append(number)
+    costs = []
+    for (layer, nbytes), numbers in pairs.items():
+        loops = sorted(set(numbers))
+        whole = len(loops) > 1 and len(loops) == loops[-1] - loops[0] + 1
+        words = f"{loops[0]}-{loops[-1]}" if whole else ",".join(map(str, loops))
+        name = layer.mixer if layer.window is None else f"{layer.mixer}:{layer.window}"
+        costs.append(StateCost(name, words, len(numbers) // len(loops), nbytes, len(numbers)))
+    return costs
+
+
+def in_units(number: float, unit: str) -> str:
+    """Three digits and a prefix: 1234567, "B" -> "1.23 MB"."""
+    for factor, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * factor:
+            return f"{_digits(number / factor)} {prefix}{unit}"
+    return f"{number:g} {unit}"
+
+
+def _digits(x: float) -> str:
+    return f"{x:.2f}" if x < 9.995 else f"{x:.1f}" if x < 99.95 else f"{x:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

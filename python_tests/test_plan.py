@@ -1,0 +1,148 @@
+"""``lt2 plan`` and the presets: numbers against those published and against torch's own counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("tqdm")
+
+from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models.presets import PRESETS, preset
+from lt2_ext.recipes import checkpoint, plan
+from lt2_ext.recipes.trainer import count_parameters
+
+SIZES = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "loop_count": 2}
+OURO_EXIT_GATE = 2048 + 1  # counted in its publication, and no part of LT2
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("lt2-0.6b-gdn", 445_775_120),
+        ("ouro-1.4b", 1_434_652_673 - OURO_EXIT_GATE),
+        ("ouro-2.6b", 2_667_974_657 - OURO_EXIT_GATE),
+    ],
+)
+def test_published_counts(name, parameters):
+    assert count_parameters(preset(name)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "billions"),
+    [
+        ("lt2-0.6b-full", {}, "0.452"),
+        ("lt2-0.6b-full", {"tie_word_embeddings": False}, "0.584"),
+        ("lt2-1.3b-full", {}, "1.547"),
+        ("lt2-1.3b-gdn", {}, "1.579"),
+        ("lt2-1.3b-full-gdn", {}, "1.486"),
+        ("lt2-1.3b-full-gdn", {"attn_output_gate": True}, "1.503"),
+    ],
+)
+def test_published_digits(name, changes, billions):
+    count = count_parameters(preset(name, **changes))
+    assert abs(count / 1e9 - float(billions)) < 6e-4
+
+
+def test_the_hybrid_has_17_gdn_and_4_full_layers():
+    types = preset("lt2-1.3b-full-gdn").layer_types
+    assert (types.count("gdn"), types.count("full"), len(types)) == (17, 4, 21)
+    assert types[-1] == "gdn"
+
+
+def test_every_preset_is_a_model():
+    for name in PRESETS:
+        assert 0 < count_parameters(preset(name, num_hidden_layers=2)) < count_parameters(preset(name))
+
+
+@pytest.mark.parametrize("pattern", ["full", "gdn", "gdn,full,gdn"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_torch_counts(pattern, tied):
+    """torch counts matrix products, and attention as if every token saw all; our operators it does not see."""
+    model, length = LT2(LT2Config(**SIZES, layer_pattern=pattern, tie_word_embeddings=tied)), 12
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, length, dtype=torch.int64))
+    hidden = 0
+    for block in model.layers:
+        if (m := block.mixer).__class__.__name__ == "GatedDeltaNet":
+            hidden += 2 * 2 * m.conv_weight.numel() + 2 * plan.GDN_FLOPS * m.value_heads * m.key_dim * m.value_dim
+    assert plan.forward_flops(model, length) == counter.get_total_flops() // length + hidden
+
+
+def test_training_flops_average_over_the_sequence():
+    for pattern in ("full", "window:5", "gdn"):
+        model = LT2(LT2Config(**SIZES, layer_pattern=pattern))
+        mean = sum(plan.forward_flops(model, t) for t in range(1, 13)) / 12
+        assert plan.train_flops(model, 12) == pytest.approx(3 * mean, rel=1e-9), pattern
+
+
+@pytest.mark.parametrize("pattern", ["gdn", "gdn,full,window:5", "full->window:7"])
+def test_state_is_what_a_model_allocates(pattern):
+    config = LT2Config(**SIZES, layer_pattern=pattern)
+    with torch.device("meta"):
+        costs = plan.state_costs(LT2(config), 40)
+    state = LT2(config).to(torch.bfloat16).new_state(1, 40)
+    assert sum(c.nbytes * c.count for c in costs) == state.nbytes
+    assert sum(c.count for c in costs) == 6
+    if "->" in pattern:
+        assert [(c.mixer, c.loops, c.layers) for c in costs] == [("full", "1", 3), ("window:7", "2", 3)]
+
+
+def test_output(capsys):
+    assert plan.main(["lt2-1.3b-full-gdn", "--context", "32768"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters 1,485,891,296: " in out
+    assert "  gdn           1-4         17               1.23 MB     83.6 MB\n" in out
+    assert "  full          1-4          4                268 MB     4.29 GB\n" in out
+
+
+def test_sources_of_a_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("yaml")
+
+    def first_line(*args):
+        assert plan.main(list(args)) == 0
+        return capsys.readouterr().out
+
+    whole = first_line("tiny").partition(": ")[2]
+    LT2(preset("tiny")).save("saved")
+    assert first_line("saved").partition(": ")[2] == whole
+    assert first_line("saved/config.json").partition(": ")[2] == whole
+    assert "3 loops" in first_line("tiny", "loop_count=3")
+    assert "3 loops" in first_line("saved", "model.loop_count=3")
+    (tmp_path / "run.yaml").write_text("model: small\ndata: {path: a.txt, sequence_length: 100}\ntrain: {steps: 10}\n")
+    out = first_line("run.yaml", "train.batch_size=2", "train.grad_accumulation=1")
+    assert "vocabulary 258" in out
+    assert "the run: 10 steps x 200 tokens = 2.00 k tokens" in out
+    run = tmp_path / "run" / "checkpoints" / "step-000000007"
+    run.parent.mkdir(parents=True)
+    (tmp_path / "saved").rename(run)
+    (run / checkpoint.COMPLETE).write_text("{}")
+    assert first_line("run").partition(": ")[2] == whole
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tinny"], "there is no file or preset tinny; presets: tiny, small"),
+        (["tiny", "hiden_size=3"], "model: LT2Config: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        (["tiny", "--context", "0"], r"--context must be in 1..1073741824, got 0"),
+        (["bad.json"], "bad.json is not valid JSON"),
+        (["hostile.json"], "model: LT2Config: loop_count must be an integer in 1..8, got 1000000000"),
+        (["."], ". holds neither a saved model (config.json) nor a checkpoint of lt2 train"),
+        (["no.yaml"], "there is no file no.yaml"),
+    ],
+)
+def test_mistakes_are_one_sentence(args, message, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "hostile.json").write_text(json.dumps({**PRESETS["tiny"], "loop_count": 10**9}))
+    assert plan.main(args) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
