@@ -56,8 +56,7 @@ void forward_tokens(ForwardParams const& p, Span span, int head, ValueSlice slic
     Token const token{q,      k, v, o, exp(g < kNoDecay ? kNoDecay : g), write_strength(p, span.row, t, head),
                       p.scale};
     update_rows_k(state, n, p.key_dim, n, token);
-    T* const out = token_row<T>(p.o, span.row, t, head) + slice.begin;
-    for (int j = 0; j < n; ++j) store_one(out + j, o[j]);
+    store_values(o, n, token_row<T>(p.o, span.row, t, head) + slice.begin);
   }
   for (int i = 0; i < p.key_dim; ++i) {
     for (int j = 0; j < n; ++j) s.at(i, j) = state[i * n + j];
