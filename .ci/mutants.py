@@ -113,7 +113,8 @@ class Tree:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, path / name)
         self.replace("CMakeLists.txt", r"set\(isas scalar .*\)", "set(isas scalar)")
-        self.replace("csrc/common/cpu_isa.h", r"(#define LT2_FOR_EACH_ISA\(X\) X\(scalar, kScalar\)) X\(avx2.*", r"\1")
+        self.replace("CMakeLists.txt", r"if\(lt2_has_amx\)", "if(FALSE)")
+        self.replace("csrc/common/cpu_isa.h", r"X\(scalar, kScalar\) X\(avx2.*", "X(scalar, kScalar)")
         flags = {"LT2_CUDA": "OFF", "LT2_STRICT": "OFF", "LT2_CPU_ISA": "scalar", "PYTHONPATH": str(path)}
         self.environment = os.environ | flags
 

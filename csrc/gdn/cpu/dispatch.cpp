@@ -12,7 +12,7 @@ LT2_DEFINE_KERNELS()
 namespace cpu {
 namespace {
 
-constexpr int kSliceMultiple = 32;  // the kernels' panel width
+constexpr int kSliceMultiple = 32;             // the kernels' panel width
 constexpr int64_t kStepGrainFloats = 1 << 14;  // less state than this is not worth another thread
 
 // Value columns are independent: with fewer heads than threads, they are split too.
