@@ -146,11 +146,12 @@ def _require(condition: object, reason: str) -> None:
         raise _Unsupported(reason)
 
 
-def _require_kernel(operator: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _require_kernel(operator: str, x: Tensor) -> None:
     device = x.device.type
+    half = (torch.bfloat16,) if device == "cpu" else (torch.bfloat16, torch.float16)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"lt2::{operator}", device.upper())
     _require(has_kernel and (device != "cuda" or build_info()["cuda_archs"]), f"no kernel for {device}")
-    _require(x.dtype in dtypes, f"{x.dtype} on {device}")
+    _require(x.dtype in (torch.float32, *half), f"{x.dtype} on {device}")
 
 
 def _require_absent(x: Arguments, *names: str) -> None:
@@ -159,8 +160,7 @@ def _require_absent(x: Arguments, *names: str) -> None:
 
 
 def _gated_delta_rule(f: Function, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    half = (torch.bfloat16,) if q.device.type == "cpu" else (torch.bfloat16, torch.float16)
-    _require_kernel("gdn_fwd", q, (torch.float32, *half))
+    _require_kernel("gdn_fwd", q)
     _require(q.dtype == k.dtype == v.dtype, f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}")
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     _require(1 <= K <= MAX_KEY_DIM and 1 <= V <= MAX_VALUE_DIM, f"head dimensions {K}, {V}")
@@ -196,7 +196,7 @@ def _fla_rule(f: Function) -> Adapter:
 
 
 def _require_conv(operator: str, x: Tensor, weight: Tensor, activation: str | None) -> None:
-    _require_kernel(operator, x, (torch.float32, torch.bfloat16))
+    _require_kernel(operator, x)
     _require(activation in ("silu", "swish", None), f"activation {activation}")
     _require(weight.shape[-1] <= MAX_WIDTH, f"kernel size {weight.shape[-1]}")
 
