@@ -88,17 +88,16 @@ MUTANTS = [
            "    if not ctx.output_final_state:  # the placeholder's gradient\n", "    if True:\n", GDN),
     Mutant("invalid cu_seqlens not seen", "lt2_ext/ops/gdn.py",
            "offsets == sorted(offsets) and", "", GDN),
-    Mutant("one cache shared by all loops", "lt2_ext/models/loop_state.py",
-           "[mixer.new_state(batch_size, max_length) for mixer in mixers] for _ in range(config.loop_count)\n        ]",
-           "[mixer.new_state(batch_size, max_length) for mixer in mixers]\n        ] * config.loop_count", CACHE),
+    Mutant("one cache shared by all loops", "lt2_ext/models/lt2.py", "state.layers[loop][i]", "state.layers[0][i]",
+           CACHE),
     Mutant("a reset leaves the memory", "lt2_ext/models/loop_state.py",
            "ops.loop_state_zero_(tensor, index)", "pass", CACHE),
     Mutant("state of the convolution not kept", "lt2_ext/models/mixers/gdn.py",
            'state["conv"].copy_(conv)', "pass", CACHE),
     Mutant("rho of the first loop used in every loop", "lt2_ext/models/lt2.py",
            "h_in, self.rho[loop], self.norm.weight", "h_in, self.rho[0], self.norm.weight", MODELS),
-    Mutant("first token of a packed document is a label", "lt2_ext/models/lt2.py",
-           "labels.masked_fill(tokens.positions == 0, -100)[:, 1:]", "labels[:, 1:]", MODELS),
+    Mutant("first token of a packed document is a label", "lt2_ext/models/lt2.py", ", -100)[:, 1:]", ", 0)[:, 1:]",
+           MODELS),
 ]  # fmt: skip
 
 
