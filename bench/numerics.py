@@ -134,6 +134,23 @@ def step_ours(x: Tensors) -> Tensors:
     return {"o": ops.gated_delta_step_(**x | {"state": state}), "state": state}
 
 
+def fused_inputs(dtype: torch.dtype) -> Tensors:
+    x = step_inputs(dtype)
+    qkv = torch.cat([x.pop(n).flatten(2) for n in ("q", "k", "v")], -1)
+    D = qkv.shape[-1]
+    return x | {"qkv": qkv, "z": torch.randn(4, 2, 4, 96).to(dtype), "conv_state": torch.randn(4, D, 4).to(dtype),
+                "conv_weight": torch.randn(D, 4) / 2, "norm_weight": torch.randn(96)}  # fmt: skip
+
+
+def fused_plain(x: Tensors) -> Tensors:
+    return dict(zip(("o", "state", "conv_state"), gdn.decode_fused(**x), strict=True))
+
+
+def fused_ours(x: Tensors) -> Tensors:
+    states = {n: x[n].clone() for n in ("state", "conv_state")}
+    return {"o": ops.gdn_decode_fused_(**x | states)} | states
+
+
 def conv_inputs(dtype: torch.dtype) -> Tensors:
     return {"x": torch.randn(2, 200, 96).to(dtype), "weight": torch.randn(96, 4), "bias": torch.randn(96),
             "initial_state": torch.randn(2, 96, 4).to(dtype)}  # fmt: skip
@@ -173,6 +190,7 @@ def other_cases(dtype: torch.dtype) -> list[Case]:
 
     return [
         case(ops.gated_delta_step_, step_inputs, step_ours, step_plain),
+        case(ops.gdn_decode_fused_, fused_inputs, fused_ours, fused_plain),
         case(ops.causal_conv1d, conv_inputs, partial(convolution, ops.causal_conv1d),
              partial(convolution, conv.causal_conv1d), ("x", "weight", "bias", "initial_state")),
         case(ops.loop_residual, residual_inputs, partial(residual, ops.loop_residual),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lt2_ext import ops
 from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models.mixers import MIXERS
 from lt2_ext.reference import causal_conv1d as conv_reference
 from lt2_ext.reference import gdn as gdn_reference
 from lt2_ext.reference import loop_state as loop_reference
@@ -253,7 +254,8 @@ MODEL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "interme
 
 @given(
     seed=SEEDS,
-    mixers=st.lists(st.sampled_from(["gdn", "full"]), min_size=1, max_size=3),
+    mixers=st.lists(st.sampled_from(sorted(MIXERS)), min_size=1, max_size=3),
+    window=st.integers(1, 70),
     loops=st.integers(1, 4),
     rows=st.integers(1, 2),
     pieces=st.integers(1, 60).flatmap(splits),
@@ -261,10 +263,11 @@ MODEL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "interme
     residual=st.booleans(),
 )
 @torch.no_grad()
-def test_any_split_through_the_state_is_one_forward(seed, mixers, loops, rows, pieces, gated, residual):
+def test_any_split_through_the_state_is_one_forward(seed, mixers, window, loops, rows, pieces, gated, residual):
     torch.manual_seed(seed)
-    shape = {"layer_pattern": ",".join(mixers), "num_hidden_layers": len(mixers), "loop_count": loops}
-    model = LT2(LT2Config(**MODEL, **shape, attn_output_gate=gated, use_loop_residual=residual))
+    shape = {"layer_pattern": ",".join(mixers), "num_hidden_layers": len(mixers), "window_size": window}
+    options = {"loop_count": loops, "attn_output_gate": gated, "use_loop_residual": residual}
+    model = LT2(LT2Config(**MODEL, **shape, **options))
     if residual:
         model.rho.normal_(std=0.3)
     x = torch.randint(64, (rows, sum(pieces)))
