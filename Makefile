@@ -18,7 +18,7 @@ test-all: ## Every test: all instruction sets, long shapes, repeats
 	@.ci/setup test recipes hf
 	@.venv/bin/python -m pytest $(ARGS)
 
-mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 7 minutes)
+mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 9 minutes)
 	@.ci/setup test recipes hf
 	@echo "[3/3] mutants"
 	@.venv/bin/python .ci/mutants.py $(ARGS)
