@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but python3 (venv, headers), a C++ compiler and make: see .ci/setup.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all bench lint clean help
+.PHONY: demo test test-all mutants bench lint clean help
 cpp_sources = $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 demo: ## Four facts about LT2 and a small training run, about 3 minutes (ARGS=--help for options)
@@ -17,6 +17,11 @@ test: ## The quick tests, about 3 minutes
 test-all: ## Every test: all instruction sets, long shapes, repeats
 	@.ci/setup test recipes hf
 	@.venv/bin/python -m pytest $(ARGS)
+
+mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 9 minutes)
+	@.ci/setup test recipes hf
+	@echo "[3/3] mutants"
+	@.venv/bin/python .ci/mutants.py $(ARGS)
 
 bench: ## The operators against PyTorch and peers, quick form, about 2 minutes
 	@.ci/setup recipes hf

@@ -4,8 +4,14 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # many small operators: spinning threads would starve each other
 
+import hypothesis
 import pytest
 import torch
+
+# Every run tries the same few examples; --hypothesis-profile=search looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=50, deadline=None, database=None)
+hypothesis.settings.register_profile("search", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_generate_tests(metafunc):

@@ -765,3 +765,13 @@ def test_checked_values(device):
         cu_seqlens = torch.tensor(offsets, device=device)
         with pytest.raises(ValueError, match=r"cu_seqlens must not decrease and stay within 0..T = 4, got \["):
             chunk_gated_delta_rule(x["q"], x["k"], x["v"], cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("keys, beta, gate", [("random", "sigmoid", "logsigmoid"), ("equal", "0.835", "small")])
+def test_bf16_loses_no_more_than_the_rounding_of_the_output(keys, beta, gate):
+    """On CPUs, whatever the instruction set multiplies with."""
+    x = gdn_inputs(T=200, HV=4, K=96, V=64, dtype=BF16, keys=keys, beta=beta, gate=gate)
+    want_o, want_state = reference.gated_delta_rule(**double(x), output_final_state=True)
+    o, state = chunk_gated_delta_rule(**x, output_final_state=True)
+    assert rel_err(o, want_o) < 2e-3
+    assert rel_err(state, want_state) < 2e-5

@@ -16,6 +16,7 @@ PARTS = {
     "reference": ({"reference"}, {"torch"}),
     "testing": ({"testing", "reference"}, {"torch"}),
     "ops": ({"ops", "_C"}, {"torch"}),
+    "integrations": ({"ops", "build_info"}, {"torch"}),
     "models": ({"models", "ops"}, {"torch", "numpy", "safetensors"}),
 }
 EXTRA = {"models/hf.py": {"transformers"}}

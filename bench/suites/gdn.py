@@ -60,6 +60,7 @@ CPU = [  # (shape, dtype, with gradients, part of --quick)
     (MAIN, BF16, False, True),
     (MAIN, BF16, True, True),
     (Shape(T=512, H=16, HV=16), BF16, False, True),
+    (Shape(H=4, HV=4), BF16, False, False),
     (Shape(T=512, H=16, HV=16), F32, True, False),
     (Shape(K=96, V=192), F32, True, False),
     (Shape(K=96, V=192), BF16, True, True),

@@ -3,16 +3,23 @@
 namespace lt2 {
 
 // In ascending order of preference. A build contains those of its processor family (LT2_FOR_EACH_ISA).
-enum class CpuIsa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
+enum class CpuIsa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// Best instruction set of this machine, lowered (never raised) by LT2_CPU_ISA=scalar|avx2|avx512|avx512_bf16.
+// Best instruction set of this machine, lowered (never raised) by
+// LT2_CPU_ISA=scalar|avx2|avx512|avx512_bf16|amx.
 CpuIsa cpu_isa();
 char const* name(CpuIsa isa);
 
 }  // namespace lt2
 
+#if defined(LT2_HAS_AMX)
+#define LT2_AMX(X) X(amx, kAmx)
+#else
+#define LT2_AMX(X)
+#endif
 #if defined(__x86_64__)
-#define LT2_FOR_EACH_ISA(X) X(scalar, kScalar) X(avx2, kAvx2) X(avx512, kAvx512) X(avx512_bf16, kAvx512Bf16)
+#define LT2_FOR_EACH_ISA(X) \
+  X(scalar, kScalar) X(avx2, kAvx2) X(avx512, kAvx512) X(avx512_bf16, kAvx512Bf16) LT2_AMX(X)
 #elif defined(__aarch64__)
 #define LT2_FOR_EACH_ISA(X) X(neon, kNeon)
 #else

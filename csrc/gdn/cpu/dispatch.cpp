@@ -12,7 +12,8 @@ LT2_DEFINE_KERNELS()
 namespace cpu {
 namespace {
 
-constexpr int kSliceMultiple = 32;  // the kernels' panel width
+constexpr int kSliceMultiple = 32;             // the kernels' panel width
+constexpr int64_t kStepGrainFloats = 1 << 14;  // less state than this is not worth another thread
 
 // Value columns are independent: with fewer heads than threads, they are split too.
 int slice_count(int64_t items, int value_dim, ThreadPool const& pool) {
@@ -87,14 +88,18 @@ void backward(BackwardParams const& p, float* workspace, ThreadPool const& pool)
   });
 }
 
+// Equal items in fixed ranges: from step to step a head's state stays in the cache of one core.
 void step(StepParams const& p, ThreadPool const& pool) {
   int64_t const heads = p.batch * p.value_heads;
   int const slices = slice_count(heads, p.value_dim, pool);
-  pool.items(heads * slices, [&](int64_t item, int) {
-    ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
-    if (slice.begin == slice.end) return;
-    int64_t const head = item / slices;
-    kernels().step(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice);
+  int64_t const item_floats = std::max<int64_t>(1, static_cast<int64_t>(p.key_dim) * p.value_dim / slices);
+  pool.ranges(0, heads * slices, 1 + kStepGrainFloats / item_floats, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
+      if (slice.begin == slice.end) continue;
+      int64_t const head = item / slices;
+      kernels().step(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice);
+    }
   });
 }
 

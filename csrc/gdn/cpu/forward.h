@@ -3,6 +3,9 @@
 
 #include "gdn/cpu/chunk.h"
 #include "gdn/cpu/step.h"
+#if defined(__AMX_BF16__)
+#include "gdn/cpu/amx.h"
+#endif
 
 namespace lt2::gdn::LT2_ISA {
 namespace {
@@ -56,8 +59,7 @@ void forward_tokens(ForwardParams const& p, Span span, int head, ValueSlice slic
     Token const token{q,      k, v, o, exp(g < kNoDecay ? kNoDecay : g), write_strength(p, span.row, t, head),
                       p.scale};
     update_rows_k(state, n, p.key_dim, n, token);
-    T* const out = token_row<T>(p.o, span.row, t, head) + slice.begin;
-    for (int j = 0; j < n; ++j) store_one(out + j, o[j]);
+    store_values(o, n, token_row<T>(p.o, span.row, t, head) + slice.begin);
   }
   for (int i = 0; i < p.key_dim; ++i) {
     for (int j = 0; j < n; ++j) s.at(i, j) = state[i * n + j];
@@ -71,9 +73,18 @@ inline int64_t token_scratch(ForwardParams const& p, int value_dim) {
 template <class T>
 void forward_item(ForwardParams const& p, int64_t sequence, int head, ValueSlice slice, float* workspace) {
   Arena arena{workspace};
-  ForwardBuffers b(arena, geometry(p, slice));
   Span const span = sequence_span(p, sequence);
   int64_t const states = (sequence * p.value_heads + head) * p.key_dim * p.value_dim;
+#if defined(__AMX_BF16__)
+  if (sizeof(T) == sizeof(Bf16) && !p.recurrent && span.length() >= kMinAmxTokens) {
+    AmxBuffers b(arena, geometry(p, slice));
+    load_state(p, p.initial_state == nullptr ? nullptr : p.initial_state + states, slice, b.s);
+    forward_amx(p, span, head, slice, b);
+    if (p.final_state != nullptr) store_state(p, b.s, slice, p.final_state + states);
+    return;
+  }
+#endif
+  ForwardBuffers b(arena, geometry(p, slice));
   load_state(p, p.initial_state == nullptr ? nullptr : p.initial_state + states, slice, b.s);
   if (p.recurrent) {
     forward_tokens<T>(p, span, head, slice, b.s, arena.floats(token_scratch(p, slice.end - slice.begin)));
@@ -93,6 +104,11 @@ int64_t forward_workspace(ForwardParams const& p, int slices) {
   int const width = (p.value_dim + slices - 1) / slices;
   ForwardBuffers const b(arena, geometry(p, {0, round_up(width, kPanel)}));
   arena.floats(token_scratch(p, round_up(width, kPanel)));
+#if defined(__AMX_BF16__)
+  Arena amx{nullptr};
+  AmxBuffers const buffers(amx, geometry(p, {0, round_up(width, kPanel)}));
+  if (amx.used > arena.used) return amx.used;
+#endif
   return arena.used;
 }
 

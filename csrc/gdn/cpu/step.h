@@ -19,14 +19,28 @@ struct Token {
 
 template <class T>
 void load_unit(T const* src, int n, bool normalise, float* dst) {
-  float squares = 0.f;
-  for (int i = 0; i < n; ++i) {
+  Vec partial{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vec const x = load(src + i);
+    store(dst + i, x);
+    partial += x * x;
+  }
+  float squares = sum(partial);
+  for (; i < n; ++i) {
     dst[i] = to_float(src[i]);
     squares += dst[i] * dst[i];
   }
   if (!normalise) return;
   float const norm = 1.f / __builtin_sqrtf(squares + 1e-6f);
-  for (int i = 0; i < n; ++i) dst[i] *= norm;
+  for (int j = 0; j < n; ++j) dst[j] *= norm;
+}
+
+template <class T>
+void store_values(float const* src, int n, T* dst) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  for (; i < n; ++i) store_one(dst + i, src[i]);
 }
 
 // Columns [0, kVecs * kLanes) of a state whose rows are keys, `stride` floats apart.
@@ -139,8 +153,7 @@ void step_item(StepParams const& p, int64_t row, int head, ValueSlice slice) {
     update_rows_k(s + slice.begin, p.state_row, p.key_dim, n, tokens, p.tokens);
   }
   for (int t = 0; t < p.tokens; ++t) {
-    T* const out = token_row<T>(p.o, row, t, head) + slice.begin;
-    for (int j = 0; j < n; ++j) store_one(out + j, o[t][j]);
+    store_values(o[t], n, token_row<T>(p.o, row, t, head) + slice.begin);
   }
 }
 

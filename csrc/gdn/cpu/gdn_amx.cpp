@@ -1,0 +1,2 @@
+#define LT2_ISA amx
+#include "gdn/cpu/gdn_kernels.h"
