@@ -151,6 +151,7 @@ def test_dict_round_trip():
         (SIZES | {"xyzzy": 2}, "unknown key 'xyzzy'; known keys: vocab_size, hidden_size"),
         (SIZES | {"model_type": "llama"}, "model_type must be 'lt2', got 'llama'"),
         ({"vocab_size": 64, "hidden_size": 32}, "missing num_hidden_layers, num_attention_heads"),
+        ([1], "a config must be an object of names and values, got list"),
     ],
 )
 def test_bad_dict(values, message):

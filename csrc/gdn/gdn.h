@@ -91,8 +91,8 @@ int64_t fused_step_workspace(FusedStepParams const& p);
 void fused_step(FusedStepParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
-// Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are in
-// floats.
+// Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are
+// in floats.
 namespace sm90 {
 Status supports(ForwardParams const& p);
 int64_t forward_workspace(ForwardParams const& p);

@@ -157,6 +157,8 @@ class LT2Config:
     def from_dict(cls, values: dict[str, Any]) -> LT2Config:
         """Inverse of :meth:`to_dict`. A key that is not a field is an error: it would silently do nothing. Only what
         transformers notes in the same file, like dtype and token ids, is passed over."""
+        if not isinstance(values, dict):
+            raise ValueError(f"LT2Config: a config must be an object of names and values, got {type(values).__name__}")
         values = {key: value for key, value in values.items() if key not in _TRANSFORMERS}
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:

@@ -1,3 +1,4 @@
 #include "gdn/cuda/sm90/backward_launch.cuh"
 
-template lt2::Status lt2::gdn::sm90::launch_backward<lt2::Dtype::kBFloat16, 64>(BackwardParams const&, float*, void*);
+template lt2::Status lt2::gdn::sm90::launch_backward<lt2::Dtype::kBFloat16, 64>(BackwardParams const&, float*,
+                                                                                void*);

@@ -1,3 +1,4 @@
 #include "gdn/cuda/sm90/forward_launch.cuh"
 
-template lt2::Status lt2::gdn::sm90::launch_forward<lt2::Dtype::kBFloat16, 96>(ForwardParams const&, float*, void*);
+template lt2::Status lt2::gdn::sm90::launch_forward<lt2::Dtype::kBFloat16, 96>(ForwardParams const&, float*,
+                                                                               void*);
