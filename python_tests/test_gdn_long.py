@@ -71,8 +71,8 @@ def check_outputs_within(x, offsets):
 
 def test_keys_longer_than_one(device):
     """What precedes a segment is forgotten only if no key keeps it: here a token multiplies the state along its key by
-    -1.25 e^g = -0.9995, although e^g alone is 0.8. (bf16 would hide it: its roundings are kept as well.)"""
-    x = long_inputs(device, torch.float16 if device == "cuda" else torch.float32, gate="-0.22364", beta="1")
+    -1.25 e^g = -0.9995, although e^g alone is 0.8. (On GPUs in fp16: the roundings of bf16 are kept as well.)"""
+    x = long_inputs(device, torch.float16 if device == "cuda" else torch.bfloat16, gate="-0.22364", beta="1")
     x["k"] = (1.5 * x["k"][:, :1].float()).to(x["k"].dtype).expand_as(x["k"]).contiguous()
     check_outputs(x, hard=True)
 

@@ -408,6 +408,7 @@ class TestCrash:
 
     def test_stop_and_continue(self, folder, capsys):
         """Ctrl-C saves; the log has every step once."""
+        handler = signal.getsignal(signal.SIGINT)
         assert train.main([*TINY, "out=whole"]) == 0
         step = Trainer.train_step
 
@@ -420,7 +421,7 @@ class TestCrash:
             patch.setattr(Trainer, "train_step", interrupt)
             assert train.main([*TINY, "out=run"]) == 130
         assert "stopped after step 5; the same command continues from" in capsys.readouterr().out
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is handler
         assert train.main([*TINY, "out=run"]) == 0
         assert_equal(contents("run"), contents("whole"))
         assert train.main([*TINY, "out=run"]) == 0  # nothing left to do
