@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import __version__, build_info, ops
 from .reference import causal_conv1d as conv_reference
+from .reference import dsa as dsa_reference
 from .reference import gdn as gdn_reference
 from .reference import loop_state as loop_reference
 from .testing import TOLERANCE, gdn_inputs, rel_err
@@ -168,6 +169,11 @@ def causal_conv1d_step_(device: str) -> Pairs:
     return compare(ops.causal_conv1d_step_, oracle, device, tensors, ("state",))
 
 
+def lightning_indexer(device: str) -> Pairs:
+    tensors = {"q_idx": torch.randn(2, 50, 4, 64), "k_idx": torch.randn(2, 50, 64), "w_idx": torch.randn(2, 50, 4)}
+    return compare(ops.lightning_indexer, dsa_reference.lightning_indexer, device, tensors, topk=8)
+
+
 def loop_residual(device: str) -> Pairs:
     tensors = {"h": torch.randn(2, 5, 96), "h_in": torch.randn(2, 5, 96), "rho": torch.randn(96)}
     return compare(ops.loop_residual, loop_reference.loop_residual, device, tensors)
@@ -207,6 +213,7 @@ SELF_TESTS: dict[str, Callable[[str], Pairs]] = {
         gdn_decode_fused_,
         causal_conv1d,
         causal_conv1d_step_,
+        lightning_indexer,
         loop_residual,
         loop_residual_rmsnorm,
         loop_decode_attention,

@@ -12,7 +12,7 @@ import peers
 import report
 import run as bench
 import timing
-from suites import Case, causal_conv1d, gdn, loop_state
+from suites import Case, causal_conv1d, dsa, gdn, loop_state
 
 from lt2_ext.testing import TOLERANCE
 
@@ -38,6 +38,8 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         causal_conv1d.conv_case(2, 9, 16, 4, F32, True, CPU),
         causal_conv1d.conv_case(2, 9, 16, 4, BF16, False, CPU),
         causal_conv1d.step_case(2, 16, 4, BF16, CPU),
+        dsa.indexer_case(70, 2, 16, 8, F32, CPU),
+        dsa.indexer_case(70, 2, 16, 8, BF16, CPU),
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
         loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
         loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),

@@ -111,6 +111,16 @@ def conv_step() -> list[dict[str, Any]]:
     return [sample, sample | options | {"state": torch.randn(5, 2, 6, 4)[:, 1]}]
 
 
+def indexer_samples() -> list[dict[str, Any]]:
+    plain = {"q_idx": torch.randn(2, 5, 3, 8), "k_idx": torch.randn(2, 7, 8), "w_idx": None, "cu_seqlens": None,
+             "cu_seqlens_k": None, "q_offset": None, "topk": 4, "scale": 0.3, "relu": False}  # fmt: skip
+    full = {"q_idx": torch.randn(1, 9, 2, 8).to(BF16), "k_idx": torch.randn(1, 12, 8).to(BF16),
+            "w_idx": torch.randn(1, 9, 2), "cu_seqlens": torch.tensor([0, 3, 3, 9]),
+            "cu_seqlens_k": torch.tensor([1, 5, 5, 12]), "q_offset": torch.tensor([1, 0, -2]),
+            "relu": True}  # fmt: skip
+    return [plain, plain | full]
+
+
 def residual_samples() -> list[dict[str, Any]]:
     plain = {"h": torch.randn(2, 3, 6), "h_in": torch.randn(2, 3, 6), "rho": torch.randn(6)}
     strided = torch.randn(5, 2, 8).to(BF16).transpose(0, 1)
@@ -164,6 +174,11 @@ CONTRACTS = {
     "causal_conv1d_fwd": Contract(conv_fwd, {"weight": torch.zeros(7, 4)}, differentiable=True),
     "causal_conv1d_bwd": Contract(conv_bwd, {"dy": torch.zeros(2, 5, 7)}),
     "causal_conv1d_step_": Contract(conv_step, {"state": torch.zeros(2, 6, 3)}),
+    "lightning_indexer": Contract(
+        indexer_samples,
+        {"k_idx": torch.zeros(2, 7, 16), "w_idx": torch.zeros(2, 5, 2), "topk": 0},
+        devices=("cpu",),
+    ),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),

@@ -33,6 +33,7 @@ class Case:
     peers: Mapping[str, Build] = field(default_factory=dict)  # keys: a name in peers.PEERS, perhaps followed by " ..."
     graph: bool = False  # on CUDA in a graph, as in a decode loop: eager, it would be the launch that is timed
     headline: bool = False  # ours and the peers get every round, whatever it takes
+    compared: Callable[[Tensors, Tensors], Tensors] | None = None  # what to check of (inputs, outputs); None: outputs
     checked: Callable[[], Tensors] | None = None  # smaller inputs for the oracle, where ``inputs`` are too large for it
 
 

@@ -35,6 +35,11 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "causal_conv1d_step_(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, Tensor? slots, "
       "bool silu) -> Tensor");
 
+  m.def(
+      "lightning_indexer(Tensor q_idx, Tensor k_idx, Tensor? w_idx, Tensor? cu_seqlens, Tensor? "
+      "cu_seqlens_k, "
+      "Tensor? q_offset, int topk, float scale, bool relu) -> Tensor");
+
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");
   m.def(

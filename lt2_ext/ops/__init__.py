@@ -1,6 +1,7 @@
 """The operators, one module per family. May import: ``lt2_ext._C`` (through ``torch.ops.lt2``) and torch."""
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
+from .dsa import lightning_indexer
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
 from .loop_state import (
     loop_decode_attention,
@@ -17,6 +18,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "gated_delta_step_",
     "gdn_decode_fused_",
+    "lightning_indexer",
     "loop_decode_attention",
     "loop_residual",
     "loop_residual_rmsnorm",

@@ -1,0 +1,2 @@
+#define LT2_ISA amx
+#include "dsa/cpu/dsa_kernels.h"

@@ -1,0 +1,2 @@
+#define LT2_ISA avx2
+#include "dsa/cpu/dsa_kernels.h"

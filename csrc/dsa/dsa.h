@@ -1,0 +1,58 @@
+// Contract of sparse attention by selection: the lightning indexer scores keys,
+//   I[t, s] = sum_j w[t, j] act(scale q_idx[t, j] . k_idx[s]),
+// and selects the topk visible keys of each query.
+// The only header shared by bindings and kernels: POD parameters, raw pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+
+namespace lt2::dsa {
+
+// int32 or int64 offsets of packed sequences; data null: not packed.
+struct Offsets {
+  void const* data;
+  bool int64;
+
+  int64_t operator[](int64_t i) const {
+    return int64 ? static_cast<int64_t const*>(data)[i] : static_cast<int32_t const*>(data)[i];
+  }
+};
+
+// [B, T, H, D] with a contiguous last axis; strides in elements.
+struct Heads {
+  void* data;
+  int64_t batch, token, head;
+};
+
+// Who sees whom. Sequence n is batch row n, or queries [cu_seqlens[n], cu_seqlens[n + 1]) and keys
+// [cu_seqlens_k[n], cu_seqlens_k[n + 1]) of the only row. Its query t stands at q_offset[n] + t (q_offset
+// null: its keys less its queries) and sees its keys [0, position]; a key's index counts from the sequence's
+// first.
+struct Sequences {
+  int64_t batch, tokens, keys, sequences;
+  Offsets cu_seqlens, cu_seqlens_k;
+  int64_t const* q_offset;  // [N] or null
+};
+
+struct IndexerParams : Sequences {
+  Dtype dtype;  // of q and k
+  int64_t heads, dim, topk;
+  float scale;
+  bool relu;
+  Heads q;        // [B, T, HI, DI]
+  Heads k;        // [B, S, 1, DI]
+  Heads weights;  // fp32 [B, T, HI]: no last axis; data null: ones
+  // [B, T, topk]: ascending, unique, then -1. Of equal scores the smaller index wins, NaN is never selected.
+  int32_t* indices;
+};
+
+namespace cpu {
+// Floats of workspace for lightning_indexer() with the same parameters.
+int64_t indexer_workspace(IndexerParams const& p, ThreadPool const& pool);
+void lightning_indexer(IndexerParams const& p, float* workspace, ThreadPool const& pool);
+}  // namespace cpu
+
+}  // namespace lt2::dsa
