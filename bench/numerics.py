@@ -20,7 +20,7 @@ from torch import Tensor
 import lt2_ext
 from lt2_ext import ops
 from lt2_ext.reference import causal_conv1d as conv
-from lt2_ext.reference import gdn
+from lt2_ext.reference import dsa, gdn
 from lt2_ext.reference import loop_state as loop
 from lt2_ext.testing import TOLERANCE, gdn_inputs, gradient_kind, rel_err
 
@@ -167,6 +167,12 @@ def attention_inputs(dtype: torch.dtype) -> Tensors:
             "lengths": torch.tensor([600, 2, 37, 300])}  # fmt: skip
 
 
+def sparse_inputs(dtype: torch.dtype) -> Tensors:
+    k, v = torch.randn(2, 2, 200, 2, 64).to(dtype)
+    indices = torch.rand(2, 200, 200).argsort(-1)[..., :50].int()
+    return {"q": torch.randn(2, 200, 8, 64).to(dtype), "k": k, "v": v, "indices": indices}
+
+
 def residual(f: Callable[..., Tensor], x: Tensors) -> Tensors:
     return {"out": f(x["h"], x["h_in"], x["rho"])}
 
@@ -193,6 +199,8 @@ def other_cases(dtype: torch.dtype) -> list[Case]:
         case(ops.gdn_decode_fused_, fused_inputs, fused_ours, fused_plain),
         case(ops.causal_conv1d, conv_inputs, partial(convolution, ops.causal_conv1d),
              partial(convolution, conv.causal_conv1d), ("x", "weight", "bias", "initial_state")),
+        case(ops.dsa_attention, sparse_inputs, partial(attention, ops.dsa_attention),
+             partial(attention, dsa.dsa_attention), ("q", "k", "v")),
         case(ops.loop_residual, residual_inputs, partial(residual, ops.loop_residual),
              partial(residual, loop.loop_residual), ("h", "h_in", "rho")),
         case(ops.loop_residual_rmsnorm, residual_inputs, partial(residual_norm, ops.loop_residual_rmsnorm),

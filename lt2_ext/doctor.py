@@ -169,6 +169,12 @@ def causal_conv1d_step_(device: str) -> Pairs:
     return compare(ops.causal_conv1d_step_, oracle, device, tensors, ("state",))
 
 
+def dsa_attention(device: str) -> Pairs:
+    tensors = {"q": torch.randn(2, 50, 4, 64), "k": torch.randn(2, 50, 2, 64), "v": torch.randn(2, 50, 2, 64)}
+    tensors["indices"] = torch.randint(-8, 60, (2, 50, 8), dtype=torch.int32)
+    return compare(ops.dsa_attention, dsa_reference.dsa_attention, device, tensors)
+
+
 def lightning_indexer(device: str) -> Pairs:
     tensors = {"q_idx": torch.randn(2, 50, 4, 64), "k_idx": torch.randn(2, 50, 64), "w_idx": torch.randn(2, 50, 4)}
     return compare(ops.lightning_indexer, dsa_reference.lightning_indexer, device, tensors, topk=8)
@@ -213,6 +219,7 @@ SELF_TESTS: dict[str, Callable[[str], Pairs]] = {
         gdn_decode_fused_,
         causal_conv1d,
         causal_conv1d_step_,
+        dsa_attention,
         lightning_indexer,
         loop_residual,
         loop_residual_rmsnorm,

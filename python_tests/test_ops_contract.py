@@ -121,6 +121,27 @@ def indexer_samples() -> list[dict[str, Any]]:
     return [plain, plain | full]
 
 
+def attention_samples() -> list[dict[str, Any]]:
+    plain = {"q": torch.randn(2, 5, 4, 8), "k": torch.randn(2, 7, 2, 8), "v": torch.randn(2, 7, 2, 16),
+             "indices": torch.randint(-2, 8, (2, 5, 3), dtype=torch.int32), "cu_seqlens": None, "cu_seqlens_k": None,
+             "q_offset": None, "scale": 0.3}  # fmt: skip
+    full = {"q": torch.randn(1, 9, 4, 8).to(BF16), "k": torch.randn(1, 12, 2, 8).to(BF16),
+            "v": torch.randn(1, 12, 2, 16).to(BF16), "indices": torch.randint(-2, 8, (1, 9, 5), dtype=torch.int32),
+            "cu_seqlens": torch.tensor([0, 3, 3, 9]), "cu_seqlens_k": torch.tensor([1, 5, 5, 12]),
+            "q_offset": torch.tensor([1, 0, -2])}  # fmt: skip
+    return [plain, plain | full]
+
+
+def attention_bwd() -> list[dict[str, Any]]:
+    plain, full = attention_samples()
+    samples = []
+    for s, with_lse in ((plain, False), (full, True)):
+        o, lse = torch.ops.lt2.dsa_attention_fwd(**s)
+        dlse = torch.randn_like(lse) if with_lse else None
+        samples.append(s | {"dout": torch.randn_like(o), "dlse": dlse, "lse": lse})
+    return samples
+
+
 def residual_samples() -> list[dict[str, Any]]:
     plain = {"h": torch.randn(2, 3, 6), "h_in": torch.randn(2, 3, 6), "rho": torch.randn(6)}
     strided = torch.randn(5, 2, 8).to(BF16).transpose(0, 1)
@@ -179,6 +200,13 @@ CONTRACTS = {
         {"k_idx": torch.zeros(2, 7, 16), "w_idx": torch.zeros(2, 5, 2), "topk": 0},
         devices=("cpu",),
     ),
+    "dsa_attention_fwd": Contract(
+        attention_samples,
+        {"k": torch.zeros(2, 7, 2, 16), "v": torch.zeros(2, 6, 2, 8), "indices": torch.zeros(2, 5, 3)},
+        differentiable=True,
+        devices=("cpu",),
+    ),
+    "dsa_attention_bwd": Contract(attention_bwd, {"dout": torch.zeros(2, 5, 4, 8)}, devices=("cpu",)),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),

@@ -1,4 +1,4 @@
-"""Sparse attention by selection: the lightning indexer."""
+"""Sparse attention by selection: the lightning indexer, and attention over what it selects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lt2_ext import ops
 from lt2_ext.reference import dsa as reference
 
-from . import NAMES, Case, Tensors, cast, generator, timed
+from . import NAMES, Case, Tensors, cast, generator, oracle, timed
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -17,7 +17,14 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
         return []
     lengths = [4096] if quick else [2048, 4096, 8192]
-    return [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
+    selection = [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
+    return selection + [
+        attention_case(T, 16, 4, 128, 256, dtype, backward, dense, device)
+        for T in lengths
+        for dtype in (F32, BF16)
+        for backward in (False, True)
+        for dense in (False, True)
+    ]
 
 
 def indexer_case(T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -31,7 +38,7 @@ def indexer_case(T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device
     def plain(x: Tensors) -> Tensors:
         return {"indices": indexer_torch(x["q"], x["k"], x["w"], topk)}
 
-    def oracle(x: Tensors) -> Tensors:
+    def exact(x: Tensors) -> Tensors:
         x = cast(x, torch.float64)
         return {"indices": reference.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}
 
@@ -44,7 +51,7 @@ def indexer_case(T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device
         inputs=inputs,
         ours=timed(ours),
         torch=timed(plain),
-        oracle=oracle,
+        oracle=exact,
         compared=selected_scores,
         checked=None if T <= 1024 else lambda: inputs(1024),
     )
@@ -72,3 +79,56 @@ def indexer_torch(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, topk: int, 
         indices = indices.masked_fill(values == -torch.inf, -1)
         selected.append(F.pad(indices, (0, topk - indices.shape[-1]), value=-1).int())
     return torch.cat(selected, 1)
+
+
+def attention_case(
+    T: int, HQ: int, H: int, D: int, topk: int, dtype: torch.dtype, backward: bool, dense: bool, device: torch.device
+) -> Case:
+    """Beside torch that gathers the selected keys, or that attends to all keys: then the check is on so few tokens that
+    all are selected."""
+    trained = ("q", "k", "v") if backward else ()
+
+    def inputs(T: int = T) -> Tensors:
+        randn = generator(device)
+        x = {n: randn(1, T, heads, D).to(dtype) for n, heads in {"q": HQ, "k": H, "v": H, "grad_o": HQ}.items()}
+        return x | {"indices": ops.lightning_indexer(randn(1, T, 1, 8), randn(1, T, 8), topk=topk)}
+
+    def exact(x: Tensors) -> Tensors:
+        return {"o": reference.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}
+
+    pairs = HQ * (T * topk - topk * (topk - 1) // 2) if topk < T else HQ * T * (T + 1) // 2
+    return Case(
+        op=f"dsa_attention {'fwd+bwd' if backward else 'fwd'} ({'torch: dense' if dense else 'torch: gathers'})",
+        shape=f"T={T} HQ={HQ} H={H} D={D} topk={topk} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=pairs * D * (14 if backward else 4),
+        moved=T * (HQ + H) * D * dtype.itemsize * (5 if backward else 2) + T * topk * 4 * (1 + backward),
+        inputs=inputs,
+        ours=timed(lambda x: {"o": ops.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}, trained),
+        torch=timed(dense_torch if dense else gather_torch, trained),
+        oracle=oracle(exact, trained),
+        checked=lambda: inputs(min(T, topk if dense else 512)),
+    )
+
+
+def gather_torch(x: Tensors, chunk: int = 64) -> Tensors:
+    """The selected keys and values copied together for a chunk of queries at a time."""
+    q, k, v = x["q"][0], x["k"][0], x["v"][0]
+    G = q.shape[1] // k.shape[1]
+    parts = []
+    for begin in range(0, len(q), chunk):
+        indices = x["indices"][0, begin : begin + chunk].long()
+        shape = (*indices.shape, *k.shape[1:])
+        rows = indices.clamp_min(0).flatten()
+        keys, values = (t.index_select(0, rows).view(shape).transpose(1, 2) for t in (k, v))  # [chunk, H, topk, D]
+        queries = q[begin : begin + chunk].unflatten(1, (-1, G))  # [chunk, H, G, D]
+        unseen = (indices < 0)[:, None, None]
+        logits = (queries @ keys.mT * q.shape[-1] ** -0.5).masked_fill(unseen, -torch.inf)
+        parts.append((logits.softmax(-1) @ values).flatten(1, 2))
+    return {"o": torch.cat(parts)[None]}
+
+
+def dense_torch(x: Tensors) -> Tensors:
+    """What it replaces: all keys, selected or not."""
+    q, k, v = (x[n].transpose(1, 2) for n in "qkv")
+    return {"o": F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)}

@@ -8,58 +8,62 @@ namespace {
 using namespace dsa;
 
 Heads heads_of(Tensor const& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-#define OP "lt2::lightning_indexer"
+float* floats(Tensor const& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 template <class Int>
-void check_values(char const* name, Int const* offsets, int64_t sequences, int64_t limit) {
+void check_values(char const* op, char const* name, Int const* offsets, int64_t sequences, int64_t limit) {
   for (int64_t i = 0; i <= sequences; ++i) {
     int64_t const lowest = i == 0 ? 0 : offsets[i - 1];
-    STD_TORCH_CHECK(offsets[i] >= lowest && offsets[i] <= limit, OP ": ", name,
+    STD_TORCH_CHECK(offsets[i] >= lowest && offsets[i] <= limit, op, ": ", name,
                     " must ascend within [0, tokens = ", limit, "], got ", offsets[i], " at position ", i);
   }
 }
 
 // The kernels trust the offsets, so their values are checked here.
-Offsets offsets_of(char const* name, Tensor const& offsets, int64_t sequences, int64_t limit) {
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == sequences + 1, OP ": ", name,
+Offsets offsets_of(char const* op, char const* name, Tensor const& offsets, int64_t sequences,
+                   int64_t limit) {
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == sequences + 1, op, ": ", name,
                   " must have shape [N + 1] = [", sequences + 1, "], got ", shape_string(offsets));
   bool const int64 = offsets.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(int64 || offsets.scalar_type() == ScalarType::Int, OP ": ", name,
+  STD_TORCH_CHECK(int64 || offsets.scalar_type() == ScalarType::Int, op, ": ", name,
                   " must be int32 or int64, got ", dtype_name(offsets.scalar_type()));
-  STD_TORCH_CHECK(offsets.is_cpu() && offsets.is_contiguous(), OP ": ", name,
+  STD_TORCH_CHECK(offsets.is_cpu() && offsets.is_contiguous(), op, ": ", name,
                   " must be contiguous and on the CPU, got shape ", shape_string(offsets));
   Offsets const result{offsets.const_data_ptr(), int64};
-  if (int64) check_values(name, static_cast<int64_t const*>(result.data), sequences, limit);
-  if (!int64) check_values(name, static_cast<int32_t const*>(result.data), sequences, limit);
+  if (int64) check_values(op, name, static_cast<int64_t const*>(result.data), sequences, limit);
+  if (!int64) check_values(op, name, static_cast<int32_t const*>(result.data), sequences, limit);
   return result;
 }
 
-Sequences sequences_of(int64_t batch, int64_t tokens, int64_t keys, OptionalTensor const& cu_seqlens,
-                       OptionalTensor const& cu_seqlens_k, OptionalTensor const& positions) {
-  STD_TORCH_CHECK(keys <= INT32_MAX, OP ": k_idx must have at most 2^31 - 1 keys, got ", keys);
+Sequences sequences_of(char const* op, int64_t batch, int64_t tokens, int64_t keys,
+                       OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
+                       OptionalTensor const& q_offset) {
+  STD_TORCH_CHECK(keys <= INT32_MAX, op, ": S must be at most 2^31 - 1, got ", keys);
   Sequences p{batch, tokens, keys, batch, {}, {}, nullptr};
   if (cu_seqlens) {
-    STD_TORCH_CHECK(batch == 1, OP ": q_idx must have B = 1 with cu_seqlens, got B = ", batch);
-    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                    OP ": cu_seqlens must have shape [N + 1], got ", shape_string(*cu_seqlens));
+    STD_TORCH_CHECK(batch == 1, op, ": cu_seqlens must come with B = 1, got B = ", batch);
+    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
+                    ": cu_seqlens must have shape [N + 1], got ", shape_string(*cu_seqlens));
     p.sequences = cu_seqlens->size(0) - 1;
-    p.cu_seqlens = offsets_of("cu_seqlens", *cu_seqlens, p.sequences, tokens);
-    p.cu_seqlens_k = cu_seqlens_k ? offsets_of("cu_seqlens_k", *cu_seqlens_k, p.sequences, keys)
-                                  : offsets_of("cu_seqlens", *cu_seqlens, p.sequences, keys);
+    p.cu_seqlens = offsets_of(op, "cu_seqlens", *cu_seqlens, p.sequences, tokens);
+    p.cu_seqlens_k = cu_seqlens_k ? offsets_of(op, "cu_seqlens_k", *cu_seqlens_k, p.sequences, keys)
+                                  : offsets_of(op, "cu_seqlens", *cu_seqlens, p.sequences, keys);
   }
-  STD_TORCH_CHECK(cu_seqlens || !cu_seqlens_k, OP ": cu_seqlens_k must come with cu_seqlens, got shape ",
+  STD_TORCH_CHECK(cu_seqlens || !cu_seqlens_k, op, ": cu_seqlens_k must come with cu_seqlens, got shape ",
                   shape_string(*cu_seqlens_k));
-  if (positions) {
-    Tensor const& q_offset = *positions;
-    LT2_CHECK_SHAPE(OP, q_offset, "[N]", p.sequences);
-    LT2_CHECK_DTYPE(OP, q_offset, ScalarType::Long);
-    STD_TORCH_CHECK(q_offset.is_cpu() && q_offset.is_contiguous(),
-                    OP ": q_offset must be contiguous and on the CPU, got shape ", shape_string(q_offset));
-    p.q_offset = static_cast<int64_t const*>(q_offset.const_data_ptr());
+  if (q_offset) {
+    STD_TORCH_CHECK(has_shape(*q_offset, {p.sequences}), op, ": q_offset must have shape [N] = [",
+                    p.sequences, "], got ", shape_string(*q_offset));
+    STD_TORCH_CHECK(q_offset->scalar_type() == ScalarType::Long, op, ": q_offset must be int64, got ",
+                    dtype_name(q_offset->scalar_type()));
+    STD_TORCH_CHECK(q_offset->is_cpu() && q_offset->is_contiguous(), op,
+                    ": q_offset must be contiguous and on the CPU, got shape ", shape_string(*q_offset));
+    p.q_offset = static_cast<int64_t const*>(q_offset->const_data_ptr());
   }
   return p;
 }
+
+#define OP "lt2::lightning_indexer"
 
 Tensor indexer_cpu(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& weights,
                    OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
@@ -77,7 +81,7 @@ Tensor indexer_cpu(Tensor const& q_any, Tensor const& k_any, OptionalTensor cons
   LT2_CHECK_SAME_DEVICE(OP, k_idx, q_idx);
   STD_TORCH_CHECK(topk >= 1, OP ": topk must be at least 1, got ", topk);
   IndexerParams p{};
-  static_cast<Sequences&>(p) = sequences_of(B, T, k_idx.size(1), cu_seqlens, cu_seqlens_k, q_offset);
+  static_cast<Sequences&>(p) = sequences_of(OP, B, T, k_idx.size(1), cu_seqlens, cu_seqlens_k, q_offset);
   p.dtype = kernel_dtype(q_idx);
   p.heads = HI;
   p.dim = DI;
@@ -96,7 +100,7 @@ Tensor indexer_cpu(Tensor const& q_any, Tensor const& k_any, OptionalTensor cons
   Tensor indices = empty(q_idx, {B, T, topk}, ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   Tensor workspace = empty(q_idx, {cpu::indexer_workspace(p, torch_pool())}, ScalarType::Float);
-  cpu::lightning_indexer(p, static_cast<float*>(workspace.mutable_data_ptr()), torch_pool());
+  cpu::lightning_indexer(p, floats(workspace), torch_pool());
   return indices;
 }
 
@@ -107,11 +111,136 @@ Tensor indexer_cuda(Tensor const&, Tensor const&, OptionalTensor const&, Optiona
 }
 
 #undef OP
+#define OP "lt2::dsa_attention"
+
+AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& indices,
+                             OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
+                             OptionalTensor const& q_offset, double scale) {
+  LT2_CHECK_DIM(OP, q, 4);
+  LT2_CHECK_DIM(OP, k, 4);
+  LT2_CHECK_DIM(OP, v, 4);
+  LT2_CHECK_DIM(OP, indices, 3);
+  int64_t const B = q.size(0), T = q.size(1), HQ = q.size(2), D = q.size(3), S = k.size(1), H = k.size(2);
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
+                  OP ": q must be float32 or bfloat16, got ", dtype_name(q.scalar_type()));
+  STD_TORCH_CHECK(D >= 8 && D % 8 == 0, OP ": q must have D a multiple of 8, got shape ", shape_string(q));
+  LT2_CHECK_SHAPE(OP, k, "[B, S, H, D]", B, S, H, D);
+  LT2_CHECK_SHAPE(OP, v, "[B, S, H, DV]", B, S, H, v.size(3));
+  STD_TORCH_CHECK(H >= 1 && HQ % H == 0, OP ": q must have a multiple of k's heads (", H, "), got shape ",
+                  shape_string(q));
+  STD_TORCH_CHECK(v.size(3) >= 8 && v.size(3) % 8 == 0, OP ": v must have DV a multiple of 8, got shape ",
+                  shape_string(v));
+  LT2_CHECK_DTYPE(OP, k, q.scalar_type());
+  LT2_CHECK_DTYPE(OP, v, q.scalar_type());
+  LT2_CHECK_SAME_DEVICE(OP, k, q);
+  LT2_CHECK_SAME_DEVICE(OP, v, q);
+  LT2_CHECK_SHAPE(OP, indices, "[B, T, topk]", B, T, indices.size(2));
+  LT2_CHECK_DTYPE(OP, indices, ScalarType::Int);
+  LT2_CHECK_CONTIGUOUS(OP, indices);
+  LT2_CHECK_SAME_DEVICE(OP, indices, q);
+  AttentionParams p{};
+  static_cast<Sequences&>(p) = sequences_of(OP, B, T, S, cu_seqlens, cu_seqlens_k, q_offset);
+  p.dtype = kernel_dtype(q);
+  p.query_heads = HQ;
+  p.key_heads = H;
+  p.dim = D;
+  p.value_dim = v.size(3);
+  p.topk = indices.size(2);
+  p.scale = static_cast<float>(scale);
+  p.q = heads_of(q);
+  p.k = heads_of(k);
+  p.v = heads_of(v);
+  p.indices = static_cast<int32_t const*>(indices.const_data_ptr());
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_cpu(Tensor const& q_any, Tensor const& k_any, Tensor const& v_any,
+                                         Tensor const& indices, OptionalTensor const& cu_seqlens,
+                                         OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset,
+                                         double scale) {
+  Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any);
+  Tensor const v = with_unit_last_stride(v_any);
+  AttentionForwardParams p{};
+  static_cast<AttentionParams&>(p) =
+      attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale);
+  Tensor o = empty(q, {p.batch, p.tokens, p.query_heads, p.value_dim}, q.scalar_type());
+  Tensor lse = empty(q, {p.batch, p.tokens, p.query_heads}, ScalarType::Float);
+  p.o = heads_of(o);
+  p.lse = floats(lse);
+  Tensor workspace = empty(q, {cpu::attention_workspace(p, torch_pool())}, ScalarType::Float);
+  cpu::attention(p, floats(workspace), torch_pool());
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
+    Tensor const& dout_any, OptionalTensor const& dlse_any, Tensor const& q_any, Tensor const& k_any,
+    Tensor const& v_any, Tensor const& indices, Tensor const& lse, OptionalTensor const& cu_seqlens,
+    OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset, double scale) {
+  Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any);
+  Tensor const v = with_unit_last_stride(v_any), dout = with_unit_last_stride(dout_any);
+  AttentionBackwardParams p{};
+  static_cast<AttentionParams&>(p) =
+      attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale);
+  int64_t const B = p.batch, T = p.tokens, HQ = p.query_heads;
+  LT2_CHECK_SHAPE(OP, dout, "[B, T, HQ, DV]", B, T, HQ, p.value_dim);
+  LT2_CHECK_DTYPE(OP, dout, q.scalar_type());
+  LT2_CHECK_SAME_DEVICE(OP, dout, q);
+  LT2_CHECK_SHAPE(OP, lse, "[B, T, HQ]", B, T, HQ);
+  LT2_CHECK_DTYPE(OP, lse, ScalarType::Float);
+  LT2_CHECK_CONTIGUOUS(OP, lse);
+  LT2_CHECK_SAME_DEVICE(OP, lse, q);
+  p.dout = heads_of(dout);
+  p.lse = static_cast<float const*>(lse.const_data_ptr());
+  std::optional<Tensor> const contiguous_dlse =
+      dlse_any ? OptionalTensor(torch::stable::contiguous(*dlse_any)) : std::nullopt;
+  if (contiguous_dlse) {
+    Tensor const& dlse = *contiguous_dlse;
+    LT2_CHECK_SHAPE(OP, dlse, "[B, T, HQ]", B, T, HQ);
+    LT2_CHECK_DTYPE(OP, dlse, ScalarType::Float);
+    LT2_CHECK_SAME_DEVICE(OP, dlse, q);
+    p.dlse = static_cast<float const*>(dlse.const_data_ptr());
+  }
+  Tensor dq = empty(q, {B, T, HQ, p.dim}, q.scalar_type());
+  Tensor dk = empty(q, {B, p.keys, p.key_heads, p.dim}, q.scalar_type());
+  Tensor dv = empty(q, {B, p.keys, p.key_heads, p.value_dim}, q.scalar_type());
+  p.dq = heads_of(dq);
+  p.dk = heads_of(dk);
+  p.dv = heads_of(dv);
+  Tensor workspace = empty(q, {cpu::attention_backward_workspace(p, torch_pool())}, ScalarType::Float);
+  cpu::attention_backward(p, floats(workspace), torch_pool());
+  return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor> attention_cuda(Tensor const&, Tensor const&, Tensor const&, Tensor const&,
+                                          OptionalTensor const&, OptionalTensor const&, OptionalTensor const&,
+                                          double) {
+  STD_TORCH_CHECK(false, OP ": q must be on the CPU (not supported on CUDA), got a CUDA tensor");
+  return {};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(Tensor const&, OptionalTensor const&,
+                                                           Tensor const&, Tensor const&, Tensor const&,
+                                                           Tensor const&, Tensor const&,
+                                                           OptionalTensor const&, OptionalTensor const&,
+                                                           OptionalTensor const&, double) {
+  STD_TORCH_CHECK(false, OP ": q must be on the CPU (not supported on CUDA), got a CUDA tensor");
+  return {};
+}
+
+#undef OP
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) { m.impl("lightning_indexer", TORCH_BOX(&indexer_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
+  m.impl("lightning_indexer", TORCH_BOX(&indexer_cpu));
+  m.impl("dsa_attention_fwd", TORCH_BOX(&attention_cpu));
+  m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward_cpu));
+}
 
-STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) { m.impl("lightning_indexer", TORCH_BOX(&indexer_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
+  m.impl("lightning_indexer", TORCH_BOX(&indexer_cuda));
+  m.impl("dsa_attention_fwd", TORCH_BOX(&attention_cuda));
+  m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward_cuda));
+}
 
 }  // namespace lt2

@@ -40,6 +40,16 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "cu_seqlens_k, "
       "Tensor? q_offset, int topk, float scale, bool relu) -> Tensor");
 
+  m.def(
+      "dsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? cu_seqlens, Tensor? "
+      "cu_seqlens_k, "
+      "Tensor? q_offset, float scale) -> (Tensor o, Tensor lse)");
+  m.def(
+      "dsa_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor "
+      "lse, "
+      "Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, float scale) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
+
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");
   m.def(

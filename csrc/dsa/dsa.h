@@ -1,6 +1,6 @@
 // Contract of sparse attention by selection: the lightning indexer scores keys,
 //   I[t, s] = sum_j w[t, j] act(scale q_idx[t, j] . k_idx[s]),
-// and selects the topk visible keys of each query.
+// and selects the topk visible keys of each query; attention is over a selection, whoever made it.
 // The only header shared by bindings and kernels: POD parameters, raw pointers.
 #pragma once
 
@@ -49,10 +49,36 @@ struct IndexerParams : Sequences {
   int32_t* indices;
 };
 
+// Query head h reads key head h / (query_heads / key_heads). Indices of keys that a query does not see are
+// ignored, whatever their value; a key named twice counts twice. Without any key left o = 0, lse = -inf.
+struct AttentionParams : Sequences {
+  Dtype dtype;  // of q, k, v, o and their gradients
+  int64_t query_heads, key_heads, dim, value_dim, topk;
+  float scale;
+  Heads q, k, v;           // [B, T, HQ, D], [B, S, H, D], [B, S, H, DV]
+  int32_t const* indices;  // [B, T, topk]
+};
+
+struct AttentionForwardParams : AttentionParams {
+  Heads o;
+  float* lse;  // [B, T, HQ]
+};
+
+struct AttentionBackwardParams : AttentionParams {
+  float const *lse, *dlse;  // [B, T, HQ]; dlse may be null
+  Heads dout, dq, dk, dv;
+  int64_t splits;  // set by attention_backward()
+};
+
 namespace cpu {
 // Floats of workspace for lightning_indexer() with the same parameters.
 int64_t indexer_workspace(IndexerParams const& p, ThreadPool const& pool);
 void lightning_indexer(IndexerParams const& p, float* workspace, ThreadPool const& pool);
+
+int64_t attention_workspace(AttentionForwardParams const& p, ThreadPool const& pool);
+void attention(AttentionForwardParams const& p, float* workspace, ThreadPool const& pool);
+int64_t attention_backward_workspace(AttentionBackwardParams const& p, ThreadPool const& pool);
+void attention_backward(AttentionBackwardParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
 }  // namespace lt2::dsa

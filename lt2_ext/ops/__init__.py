@@ -1,7 +1,7 @@
 """The operators, one module per family. May import: ``lt2_ext._C`` (through ``torch.ops.lt2``) and torch."""
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
-from .dsa import lightning_indexer
+from .dsa import dsa_attention, lightning_indexer
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
 from .loop_state import (
     loop_decode_attention,
@@ -15,6 +15,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
     "chunk_gated_delta_rule",
+    "dsa_attention",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_step_",
     "gdn_decode_fused_",

@@ -1,13 +1,18 @@
-"""Sparse attention by selection: the lightning indexer."""
+"""Sparse attention by selection: the lightning indexer, and attention over selected keys."""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._common import autocast, check
+from ._common import autocast, check, checks_enabled, no_double_backward
 
 _indexer = torch.ops.lt2.lightning_indexer.default
+_fwd = torch.ops.lt2.dsa_attention_fwd.default
+_bwd = torch.ops.lt2.dsa_attention_bwd.default
 
 
 def lightning_indexer(
@@ -72,6 +77,91 @@ def lightning_indexer(
                     activation is not None)  # fmt: skip
 
 
+def dsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_offset: Tensor | int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the keys that it selects, for all its heads the same.
+
+    Query head h reads key head ``h // (HQ // H)``. Softmax and sums are float32. Under autocast q, k, v are cast to the
+    autocast dtype.
+
+    Args:
+        q: ``[B, T, HQ, D]`` float32 or bfloat16, D a multiple of 8; any strides. HQ is a multiple of H.
+        k, v: ``[B, S, H, D]`` and ``[B, S, H, DV]`` in the dtype of q, DV a multiple of 8.
+        indices: ``[B, T, topk]`` int32 in any order, counted from the first key of the document. Those of keys that the
+            query does not see are ignored, whatever their value (-1 is customary). A key that is named twice counts
+            twice; ``lt2_ext.set_checks(True)`` makes it an error.
+        scale: of ``q . k``; None: ``D ** -0.5``.
+        cu_seqlens, cu_seqlens_k, q_offset: who sees whom, as in :func:`lightning_indexer`.
+        return_lse: also return the logarithm of the softmax's denominator.
+
+    Returns:
+        ``o`` ``[B, T, HQ, DV]`` in the dtype of q, and if wanted ``lse`` ``[B, T, HQ]`` float32 (natural logarithm). A
+        query without a key gives ``o = 0``, ``lse = -inf`` and has no gradient. Differentiable in q, k, v, also through
+        lse; gradients do not depend on the number of threads.
+
+    Raises:
+        ValueError: a wrong shape or dtype; with checks on, a visible key named twice by one query.
+        RuntimeError: offsets that do not ascend within the tokens; a CUDA tensor (not supported on CUDA).
+    """
+    op = "dsa_attention"
+    q, k, v = autocast(q, q, k, v)
+    check(q.dtype in (torch.float32, torch.bfloat16), op, "q", "be float32 or bfloat16", q.dtype)
+    check(q.dim() == 4, op, "q", "have shape [B, T, HQ, D]", list(q.shape))
+    B, T, HQ, D = q.shape
+    check(D >= 8 and D % 8 == 0, op, "q", "have D a multiple of 8", list(q.shape))
+    check(k.dim() == 4 and k.shape[0] == B and k.shape[3] == D, op, "k", f"have shape [B, S, H, D] = [{B}, S, H, {D}]",
+          list(k.shape))  # fmt: skip
+    S, H = k.shape[1:3]
+    check(H >= 1 and HQ % H == 0, op, "q", f"have a multiple of k's {H} heads", list(q.shape))
+    check(v.dim() == 4 and v.shape[:3] == k.shape[:3], op, "v", f"have shape [B, S, H, DV] = [{B}, {S}, {H}, DV]",
+          list(v.shape))  # fmt: skip
+    check(v.shape[3] >= 8 and v.shape[3] % 8 == 0, op, "v", "have DV a multiple of 8", list(v.shape))
+    for name, t in (("k", k), ("v", v)):
+        check(t.dtype == q.dtype, op, name, f"have the dtype of q ({q.dtype})", t.dtype)
+    check(indices.dim() == 3 and indices.shape[:2] == q.shape[:2], op, "indices",
+          f"have shape [B, T, topk] = [{B}, {T}, topk]", list(indices.shape))  # fmt: skip
+    check(indices.dtype == torch.int32, op, "indices", "be int32", indices.dtype)
+    offset = _positions(op, "q", q, cu_seqlens, cu_seqlens_k, q_offset)
+    if checks_enabled() and not torch.compiler.is_compiling():
+        seen = indices.masked_fill((indices < 0) | (indices >= _visible(q, k, cu_seqlens, cu_seqlens_k, offset)), -1)
+        seen = seen.sort(-1).values
+        twice = seen[..., 1:][(seen[..., 1:] == seen[..., :-1]) & (seen[..., 1:] >= 0)]
+        check(not twice.numel(), op, "indices", "name no visible key twice", twice[:10].tolist())
+    scale = D**-0.5 if scale is None else scale
+    o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale)
+    return (o, lse) if return_lse else o
+
+
+def _visible(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    """``[B, T, 1]``: how many keys each query sees. Reads the offsets."""
+    B, T, S = *q.shape[:2], k.shape[1]
+    if cu_seqlens is None:
+        first = S - T if offset is None else offset.clamp(-T, S)[:, None]
+        limits = (first + torch.arange(1, T + 1, device=q.device)).clamp(0, S)
+        return limits.expand(B, T)[..., None]
+    limits = torch.zeros(1, T, dtype=torch.int64, device=q.device)
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    for n, ((begin, end), (first_k, last_k)) in enumerate(
+        zip(pairwise(cu_seqlens.tolist()), pairwise(keys.tolist()), strict=True)
+    ):
+        count, length = end - begin, last_k - first_k
+        first = length - count if offset is None else max(-count, min(length, int(offset[n])))
+        limits[0, begin:end] = (first + torch.arange(1, count + 1, device=q.device)).clamp(0, length)
+    return limits[..., None]
+
+
 def _positions(
     op: str, argument: str, q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     q_offset: Tensor | int | None,
@@ -105,3 +195,38 @@ def _(
     q_offset: Tensor | None, topk: int, scale: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     return q_idx.new_empty((q_idx.shape[0], q_idx.shape[1], topk), dtype=torch.int32)
+
+
+@torch.library.register_fake("lt2::dsa_attention_fwd")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
+    q_offset: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("lt2::dsa_attention_bwd")
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q_offset: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, *positions, scale = inputs
+    ctx.save_for_backward(q, k, v, indices, output[1], *positions)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, _, v = ctx.saved_tensors[:3]
+    dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
+    grads = _bwd(dout, dlse, *ctx.saved_tensors, ctx.scale)
+    needed = ctx.needs_input_grad
+    return *(grad if needs else None for grad, needs in zip(grads, needed, strict=False)), *[None] * 5
+
+
+torch.library.register_autograd("lt2::dsa_attention_fwd", _backward, setup_context=_setup_context)
+no_double_backward("dsa_attention_bwd")

@@ -1,6 +1,6 @@
 // Cuts sequences into blocks of queries, spreads them over threads, picks the instruction set.
 #include <algorithm>
-#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -31,12 +31,6 @@ std::vector<Document> documents(Sequences const& p) {
   return list;
 }
 
-// Queries of no sequence have no rows among the items.
-int64_t first_query(Sequences const& p) { return p.cu_seqlens.data == nullptr ? 0 : p.cu_seqlens[0]; }
-int64_t last_query(Sequences const& p) {
-  return p.cu_seqlens.data == nullptr ? p.tokens : p.cu_seqlens[p.sequences];
-}
-
 // Blocks of `size` out of `length` of each document, the last ones first: their queries see most keys.
 struct Block {
   int64_t document, index;
@@ -54,6 +48,33 @@ int64_t panels(IndexerParams const& p) {
   return static_cast<int64_t>(blocks(documents(p), &Document::keys, kBlockKeys).size());
 }
 
+// Rows of a contiguous [1, T, ..] tensor that belong to no sequence, filled by the element.
+template <class T>
+void fill_outside(Sequences const& p, T* data, int64_t row, T value) {
+  if (p.cu_seqlens.data == nullptr) return;
+  std::fill(data, data + p.cu_seqlens[0] * row, value);
+  std::fill(data + p.cu_seqlens[p.sequences] * row, data + p.tokens * row, value);
+}
+
+void zero_outside(AttentionParams const& p, Heads const& x, int64_t dim) {
+  int64_t const row = p.query_heads * dim;
+  if (p.dtype == Dtype::kFloat32) {
+    fill_outside(p, static_cast<float*>(x.data), row, 0.f);
+  } else {
+    fill_outside(p, static_cast<uint16_t*>(x.data), row, uint16_t{0});
+  }
+}
+
+// dk and dv of a key head are summed in so many parts that all heads make kSummands of them: a number that
+// does not depend on the threads, so neither does the order of the sums.
+constexpr int64_t kSummands = 8;
+int64_t splits(AttentionParams const& p) {
+  int64_t const heads = std::max<int64_t>(p.batch * p.key_heads, 1);
+  return (kSummands + heads - 1) / heads;
+}
+
+int64_t partial_size(AttentionParams const& p) { return p.keys * (padded(p.dim) + padded(p.value_dim)); }
+
 }  // namespace
 
 int64_t indexer_workspace(IndexerParams const& p, ThreadPool const& pool) {
@@ -61,11 +82,7 @@ int64_t indexer_workspace(IndexerParams const& p, ThreadPool const& pool) {
 }
 
 void lightning_indexer(IndexerParams const& p, float* workspace, ThreadPool const& pool) {
-  int64_t const row = p.topk * sizeof(int32_t), last = last_query(p);
-  if (p.cu_seqlens.data != nullptr) {
-    std::memset(p.indices, 0xff, first_query(p) * row);
-    std::memset(p.indices + last * p.topk, 0xff, (p.tokens - last) * row);
-  }
+  fill_outside(p, p.indices, p.topk, -1);
   auto const list = documents(p);
   auto const keys = blocks(list, &Document::keys, kBlockKeys);
   auto const queries = blocks(list, &Document::queries, kBlockQueries);
@@ -83,6 +100,54 @@ void lightning_indexer(IndexerParams const& p, float* workspace, ThreadPool cons
     auto const [n, i] = queries[item];
     kernels().select(p, list[n], i * kBlockQueries, workspace + first_panel[n] * panel,
                      lanes + lane * select_workspace(p));
+  });
+}
+
+int64_t attention_workspace(AttentionForwardParams const& p, ThreadPool const& pool) {
+  return pool.num_threads * attend_workspace(p);
+}
+
+void attention(AttentionForwardParams const& p, float* workspace, ThreadPool const& pool) {
+  zero_outside(p, p.o, p.value_dim);
+  fill_outside(p, p.lse, p.query_heads, -std::numeric_limits<float>::infinity());
+  auto const list = documents(p);
+  auto const queries = blocks(list, &Document::queries, kBlockQueries);
+  pool.items(static_cast<int64_t>(queries.size()) * p.key_heads, [&](int64_t item, int lane) {
+    auto const [n, i] = queries[item / p.key_heads];
+    kernels().attend(p, list[n], i * kBlockQueries, item % p.key_heads,
+                     workspace + lane * attend_workspace(p));
+  });
+}
+
+int64_t attention_backward_workspace(AttentionBackwardParams const& p, ThreadPool const& pool) {
+  return p.batch * p.key_heads * splits(p) * partial_size(p) + pool.num_threads * attend_workspace(p);
+}
+
+void attention_backward(AttentionBackwardParams const& params, float* workspace, ThreadPool const& pool) {
+  AttentionBackwardParams p = params;
+  p.splits = splits(p);
+  zero_outside(p, p.dq, p.dim);
+  auto const list = documents(p);
+  auto const queries = blocks(list, &Document::queries, kBlockQueries);
+  int64_t const heads = p.batch * p.key_heads, size = partial_size(p);
+  float* const lanes = workspace + heads * p.splits * size;
+  // Part i of a head takes every splits-th block of queries, so that all see many keys and few.
+  pool.items(heads * p.splits, [&](int64_t item, int lane) {
+    int64_t const row = item / p.splits / p.key_heads, head = item / p.splits % p.key_heads;
+    float* const partial = workspace + item * size;
+    std::fill(partial, partial + size, 0.f);
+    int64_t count = 0;
+    for (auto const [n, i] : queries) {
+      if (list[n].row != row || count++ % p.splits != item % p.splits) continue;
+      kernels().attend_backward(p, list[n], i * kBlockQueries, head, partial,
+                                lanes + lane * attend_workspace(p));
+    }
+  });
+  int64_t const spans = (p.keys + kReducedKeys - 1) / kReducedKeys;
+  pool.items(heads * spans, [&](int64_t item, int) {
+    int64_t const head = item / spans;
+    kernels().reduce(p, head / p.key_heads, head % p.key_heads, item % spans * kReducedKeys,
+                     workspace + head * p.splits * size);
   });
 }
 

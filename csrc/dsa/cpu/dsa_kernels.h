@@ -1,11 +1,12 @@
 // Function table of one instruction set; dsa_<isa>.cpp compiles it.
 #pragma once
 
+#include "dsa/cpu/attention.h"
 #include "dsa/cpu/indexer.h"
 
 namespace lt2::dsa::LT2_ISA {
 
 extern Kernels const kKernels;
-Kernels const kKernels = {&pack, &select};
+Kernels const kKernels = {&pack, &select, &attend, &attend_backward, &reduce};
 
 }  // namespace lt2::dsa::LT2_ISA

@@ -33,11 +33,31 @@ static inline int64_t select_workspace(IndexerParams const& p) {
   return kBlockQueries * (2 * candidates(p) + p.heads * p.dim + p.heads);
 }
 
+constexpr int kRowMultiple = 16;   // rows of keys and values are padded to it in fp32
+constexpr int kReducedKeys = 128;  // keys [first, first + kReducedKeys) are one item of reduce()
+
+static inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+// Floats of one thread, forward or backward: q dq, o or dout, two [G, topk], a tile of keys and one of
+// values, indices.
+static inline int64_t attend_workspace(AttentionParams const& p) {
+  int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
+  return G * (2 * D + DV) + (2 * G + 1) * padded(p.topk) + kRowMultiple * (D + DV);
+}
+
 struct Kernels {
   // Keys [panel * kBlockKeys, ..) of the document, transposed, zeros after the last.
   void (*pack)(IndexerParams const& p, Document const& document, int64_t panel, float* packed);
   void (*select)(IndexerParams const& p, Document const& document, int64_t first, float const* packed,
                  float* workspace);
+
+  // Query heads of one key head, queries [first, first + kBlockQueries) of the document.
+  void (*attend)(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
+                 float* workspace);
+  // Also adds the dk and dv of these queries to partial [S, padded(D) + padded(DV)].
+  void (*attend_backward)(AttentionBackwardParams const& p, Document const& document, int64_t first,
+                          int64_t head, float* partial, float* workspace);
+  // dk and dv out of the partials [splits, S, ..] of one key head, added in order.
+  void (*reduce)(AttentionBackwardParams const& p, int64_t row, int64_t head, int64_t first, float* partials);
 };
 
 }  // namespace lt2::dsa
