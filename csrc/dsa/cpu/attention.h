@@ -1,5 +1,5 @@
-// Attention of one query and the query heads of one key head over the selected keys, gathered as fp32 into
-// tiles of kLanes rows. A query's sums run in the order of its indices.
+// Attention of a block of queries and the query heads of one key head over the selected keys, gathered as
+// fp32 into tiles of kLanes rows. A query's sums run in the order of its indices.
 #pragma once
 
 #include "common/cpu/gemm.h"
@@ -55,20 +55,34 @@ inline Vec dots(float const* x, float const* tile, int64_t dim) {
   return sums(acc);
 }
 
-// out += sum_i factors[i * stride] rows[i], for rows `dim` apart.
-inline void add_rows(float const* factors, int64_t stride, float const* rows, int n, int64_t dim,
-                     float* out) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    Vec acc = load(out + d);
-    for (int i = 0; i < n; ++i) acc += factors[i * stride] * load(rows + i * dim + d);
-    store(out + d, acc);
+// out[0, kVecs vectors) += sum_i factors[i * stride] rows[i], for rows `dim` apart.
+template <int kVecs>
+inline void add_columns(float const* factors, int64_t stride, float const* rows, int n, int64_t dim,
+                        float* out) {
+  Vec acc[kVecs];
+  for (int j = 0; j < kVecs; ++j) acc[j] = load(out + j * kLanes);
+  for (int i = 0; i < n; ++i) {
+    Vec const factor = splat(factors[i * stride]);
+    for (int j = 0; j < kVecs; ++j) acc[j] += factor * load(rows + i * dim + j * kLanes);
   }
+  for (int j = 0; j < kVecs; ++j) store(out + j * kLanes, acc[j]);
 }
 
-inline Vec first_lanes(Vec x, int64_t n) {
+inline void add_rows(float const* factors, int64_t stride, float const* rows, int n, int64_t dim,
+                     float* out) {
+  constexpr int kVecs = 8;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
+    add_columns<kVecs>(factors, stride, rows + d, n, dim, out + d);
+  }
+  for (; d < dim; d += kLanes) add_columns<1>(factors, stride, rows + d, n, dim, out + d);
+}
+
+// The first n lanes of x, `rest` in the others.
+inline Vec first_lanes(Vec x, int64_t n, float rest) {
   VecI lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < static_cast<int32_t>(n < kLanes ? n : kLanes) - VecI{} ? x : Vec{};
+  return lane < static_cast<int32_t>(n < kLanes ? n : kLanes) - VecI{} ? x : splat(rest);
 }
 
 // What one query selects: its valid indices in the order in which they come.
@@ -76,6 +90,7 @@ struct Selection {
   int32_t* keys;
   int64_t count;
 
+  Selection() = default;
   Selection(AttentionParams const& p, Document const& document, int64_t t, int32_t* keys)
       : keys(keys), count(0) {
     int32_t const* const row = p.indices + (document.row * p.tokens + document.query + t) * p.topk;
@@ -84,6 +99,10 @@ struct Selection {
       keys[count] = row[i];
       count += row[i] >= 0 && row[i] < limit;
     }
+  }
+
+  int in_tile(int64_t first) const {
+    return static_cast<int>(count - first < kLanes ? count - first : kLanes);
   }
 };
 
@@ -100,11 +119,11 @@ struct Rows {
 
   // Rows of the selected keys [first, first + kLanes), zeros after the last.
   void gather(Selection const& selected, int64_t first, float* tile) const {
-    for (int i = 0; i < kLanes; ++i) {
-      bool const some = first + i < selected.count;
-      widen(some ? data + selected.keys[first + i] * stride : data, some ? dim : 0, tile + i * padded(dim));
-      if (!some) __builtin_memset(tile + i * padded(dim), 0, padded(dim) * sizeof(float));
+    int64_t const left = selected.count - first, size = padded(dim);
+    for (int64_t i = 0; i < kLanes && i < left; ++i) {
+      widen(data + selected.keys[first + i] * stride, dim, tile + i * size);
     }
+    if (left < kLanes) __builtin_memset(tile + left * size, 0, (kLanes - left) * size * sizeof(float));
   }
 };
 
@@ -119,51 +138,90 @@ struct Arena {
   float* take(int64_t n) { return (next += n) - n; }
 };
 
+// The queries of a block and what they select.
+struct Block {
+  int count;
+  Selection selected[kBlockQueries];
+
+  Block(AttentionParams const& p, Document const& document, int64_t first, int32_t* keys) {
+    int64_t const left = document.queries - first;
+    count = static_cast<int>(left < kBlockQueries ? left : kBlockQueries);
+    for (int i = 0; i < count; ++i) {
+      selected[i] = Selection(p, document, first + i, keys + i * padded(p.topk));
+    }
+  }
+
+  // f(query, tile) for every tile of each query in order; of ascending indices all those of a span of keys
+  // come together, so that its rows are in the cache when the next query wants them.
+  template <class F>
+  void tiles(int64_t keys, F const& f) const {
+    constexpr int64_t kSpan = 256;
+    int64_t next[kBlockQueries] = {};
+    for (int64_t end = kSpan; end < keys + kSpan; end += kSpan) {
+      for (int i = 0; i < count; ++i) {
+        auto const& s = selected[i];
+        for (; next[i] < s.count && (end >= keys || s.keys[next[i]] < end); next[i] += kLanes) f(i, next[i]);
+      }
+    }
+  }
+};
+
 template <class T>
 void attend_block(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
                   float* workspace) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
   int64_t const width = padded(p.topk);
   Arena arena{workspace};
-  float* const q = arena.take(G * D);
-  float* const o = arena.take(G * DV);
-  float* const scores = arena.take(G * width);
+  float* const q = arena.take(kBlockQueries * G * D);
+  float* const o = arena.take(kBlockQueries * G * DV);
+  float* const scores = arena.take(kBlockQueries * G * width);
   float* const tile = arena.take(kLanes * (D > DV ? D : DV));
-  auto* const keys = reinterpret_cast<int32_t*>(arena.take(width));
+  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kBlockQueries * width)));
   Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
-  for (int64_t t = first; t < document.queries && t < first + kBlockQueries; ++t) {
-    Selection const selected(p, document, t, keys);
-    for (int64_t g = 0; g < G; ++g) widen(row_of<T>(p.q, document, t, head * G + g), p.dim, q + g * D);
-    for (int64_t i = 0; i < selected.count; i += kLanes) {
-      k.gather(selected, i, tile);
-      for (int64_t g = 0; g < G; ++g) store(scores + g * width + i, dots(q + g * D, tile, D) * p.scale);
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
+  }
+  block.tiles(document.keys, [&](int query, int64_t i) {
+    auto const& selected = block.selected[query];
+    k.gather(selected, i, tile);
+    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
+      Vec const x = dots(q + r * D, tile, D) * p.scale;
+      store(scores + r * width + i, first_lanes(x, selected.count - i, -__builtin_inff()));
     }
-    float* const lse = p.lse + (document.row * p.tokens + document.query + t) * p.query_heads + head * G;
-    for (int64_t g = 0; g < G; ++g) {
-      float* const row = scores + g * width;
-      float top = -__builtin_inff();
-      for (int64_t i = 0; i < selected.count; ++i) top = row[i] > top ? row[i] : top;
-      Vec total{};
-      float const base = top == -__builtin_inff() ? 0.f : top;
-      for (int64_t i = 0; i < selected.count; i += kLanes) {
-        Vec const e = first_lanes(exp(load(row + i) - base), selected.count - i);
-        store(row + i, e);
-        total += e;
-      }
-      float const sum_of_all = sum(total);
-      lse[g] = sum_of_all == 0.f ? -__builtin_inff() : base + __builtin_logf(sum_of_all);
-      float const factor = sum_of_all == 0.f ? 0.f : 1.f / sum_of_all;
-      for (int64_t i = 0; i < selected.count; i += kLanes) store(row + i, load(row + i) * factor);
+  });
+  float* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    int64_t const count = block.selected[r / G].count;
+    float* const row = scores + r * width;
+    Vec tops = splat(-__builtin_inff());
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec const x = load(row + i);
+      tops = x > tops ? x : tops;
     }
-    __builtin_memset(o, 0, G * DV * sizeof(float));
-    for (int64_t i = 0; i < selected.count; i += kLanes) {
-      v.gather(selected, i, tile);
-      int const n = static_cast<int>(selected.count - i < kLanes ? selected.count - i : kLanes);
-      for (int64_t g = 0; g < G; ++g) add_rows(scores + g * width + i, 1, tile, n, DV, o + g * DV);
+    float top = tops[0];
+    for (int i = 1; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
+    float const base = top == -__builtin_inff() ? 0.f : top;
+    Vec parts{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec const e = exp(load(row + i) - base);
+      store(row + i, e);
+      parts += e;
     }
-    for (int64_t g = 0; g < G; ++g) {
-      narrow(o + g * DV, p.value_dim, row_of<T>(p.o, document, t, head * G + g));
+    float const total = sum(parts);
+    lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
+    float const factor = total == 0.f ? 0.f : 1.f / total;
+    for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
+  }
+  __builtin_memset(o, 0, block.count * G * DV * sizeof(float));
+  block.tiles(document.keys, [&](int query, int64_t i) {
+    auto const& selected = block.selected[query];
+    v.gather(selected, i, tile);
+    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
+      add_rows(scores + r * width + i, 1, tile, selected.in_tile(i), DV, o + r * DV);
     }
+  });
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    narrow(o + r * DV, p.value_dim, row_of<T>(p.o, document, first + r / G, head * G + r % G));
   }
 }
 
@@ -173,59 +231,63 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
   int64_t const width = padded(p.topk);
   Arena arena{workspace};
-  float* const q = arena.take(G * D);
-  float* const dq = arena.take(G * D);
-  float* const dout = arena.take(G * DV);
-  float* const probability = arena.take(G * width);
-  float* const gradient = arena.take(G * width);  // of the probability, then of the score
+  float* const q = arena.take(kBlockQueries * G * D);
+  float* const dq = arena.take(kBlockQueries * G * D);
+  float* const dout = arena.take(kBlockQueries * G * DV);
+  float* const probability = arena.take(kBlockQueries * G * width);
+  float* const gradient = arena.take(kBlockQueries * G * width);  // of the probability, then of the score
   float* const k_tile = arena.take(kLanes * D);
   float* const v_tile = arena.take(kLanes * DV);
-  auto* const keys = reinterpret_cast<int32_t*>(arena.take(width));
+  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kBlockQueries * width)));
   Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
-  for (int64_t t = first; t < document.queries && t < first + kBlockQueries; ++t) {
-    Selection const selected(p, document, t, keys);
-    int64_t const at = (document.row * p.tokens + document.query + t) * p.query_heads + head * G;
-    for (int64_t g = 0; g < G; ++g) {
-      widen(row_of<T>(p.q, document, t, head * G + g), p.dim, q + g * D);
-      widen(row_of<T>(p.dout, document, t, head * G + g), p.value_dim, dout + g * DV);
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
+    widen(row_of<T>(p.dout, document, first + r / G, head * G + r % G), p.value_dim, dout + r * DV);
+  }
+  int64_t const at = (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
+  auto const per_row = [&](float const* x, int64_t r) { return x[at + r / G * p.query_heads + r % G]; };
+  block.tiles(document.keys, [&](int query, int64_t i) {
+    auto const& selected = block.selected[query];
+    k.gather(selected, i, k_tile);
+    v.gather(selected, i, v_tile);
+    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
+      float const lse = per_row(p.lse, r);
+      Vec const e = exp(dots(q + r * D, k_tile, D) * p.scale - lse);
+      store(probability + r * width + i,
+            lse == -__builtin_inff() ? Vec{} : first_lanes(e, selected.count - i, 0.f));
+      store(gradient + r * width + i, dots(dout + r * DV, v_tile, DV));
     }
-    for (int64_t i = 0; i < selected.count; i += kLanes) {
-      k.gather(selected, i, k_tile);
-      v.gather(selected, i, v_tile);
-      for (int64_t g = 0; g < G; ++g) {
-        float const lse = p.lse[at + g];
-        Vec const e = exp(dots(q + g * D, k_tile, D) * p.scale - lse);
-        store(probability + g * width + i,
-              lse == -__builtin_inff() ? Vec{} : first_lanes(e, selected.count - i));
-        store(gradient + g * width + i, dots(dout + g * DV, v_tile, DV));
-      }
+  });
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    int64_t const count = block.selected[r / G].count;
+    float const* const e = probability + r * width;
+    float* const de = gradient + r * width;
+    Vec parts{};
+    for (int64_t i = 0; i < count; i += kLanes) parts += load(e + i) * load(de + i);
+    float const delta = sum(parts) - (p.dlse == nullptr ? 0.f : per_row(p.dlse, r));
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec const x = load(e + i);
+      // A key without weight has no gradient, also where its value is infinite.
+      store(de + i, x == 0.f ? Vec{} : x * (load(de + i) - delta) * p.scale);
     }
-    for (int64_t g = 0; g < G; ++g) {
-      float const* const e = probability + g * width;
-      float* const de = gradient + g * width;
-      Vec total{};
-      for (int64_t i = 0; i < selected.count; i += kLanes) total += load(e + i) * load(de + i);
-      float const delta = sum(total) - (p.dlse == nullptr ? 0.f : p.dlse[at + g]);
-      for (int64_t i = 0; i < selected.count; i += kLanes) {
-        Vec const x = load(e + i);
-        // A key without weight has no gradient, also where its value is infinite.
-        store(de + i, x == 0.f ? Vec{} : x * (load(de + i) - delta) * p.scale);
-      }
+  }
+  __builtin_memset(dq, 0, block.count * G * D * sizeof(float));
+  block.tiles(document.keys, [&](int query, int64_t i) {
+    auto const& selected = block.selected[query];
+    int const n = selected.in_tile(i);
+    k.gather(selected, i, k_tile);
+    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
+      add_rows(gradient + r * width + i, 1, k_tile, n, D, dq + r * D);
     }
-    __builtin_memset(dq, 0, G * D * sizeof(float));
-    for (int64_t i = 0; i < selected.count; i += kLanes) {
-      k.gather(selected, i, k_tile);
-      int const n = static_cast<int>(selected.count - i < kLanes ? selected.count - i : kLanes);
-      for (int64_t g = 0; g < G; ++g) add_rows(gradient + g * width + i, 1, k_tile, n, D, dq + g * D);
-      for (int j = 0; j < n; ++j) {
-        float* const row = partial + (document.key + selected.keys[i + j]) * (D + DV);
-        add_rows(gradient + i + j, width, q, static_cast<int>(G), D, row);
-        add_rows(probability + i + j, width, dout, static_cast<int>(G), DV, row + D);
-      }
+    int64_t const r = query * G;
+    for (int j = 0; j < n; ++j) {
+      float* const row = partial + (document.key + selected.keys[i + j]) * (D + DV);
+      add_rows(gradient + r * width + i + j, width, q + r * D, static_cast<int>(G), D, row);
+      add_rows(probability + r * width + i + j, width, dout + r * DV, static_cast<int>(G), DV, row + D);
     }
-    for (int64_t g = 0; g < G; ++g) {
-      narrow(dq + g * D, p.dim, row_of<T>(p.dq, document, t, head * G + g));
-    }
+  });
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    narrow(dq + r * D, p.dim, row_of<T>(p.dq, document, first + r / G, head * G + r % G));
   }
 }
 

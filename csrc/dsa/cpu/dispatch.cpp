@@ -112,10 +112,10 @@ void attention(AttentionForwardParams const& p, float* workspace, ThreadPool con
   fill_outside(p, p.lse, p.query_heads, -std::numeric_limits<float>::infinity());
   auto const list = documents(p);
   auto const queries = blocks(list, &Document::queries, kBlockQueries);
-  pool.items(static_cast<int64_t>(queries.size()) * p.key_heads, [&](int64_t item, int lane) {
-    auto const [n, i] = queries[item / p.key_heads];
-    kernels().attend(p, list[n], i * kBlockQueries, item % p.key_heads,
-                     workspace + lane * attend_workspace(p));
+  int64_t const count = static_cast<int64_t>(queries.size());
+  pool.items(count * p.key_heads, [&](int64_t item, int lane) {
+    auto const [n, i] = queries[item % count];
+    kernels().attend(p, list[n], i * kBlockQueries, item / count, workspace + lane * attend_workspace(p));
   });
 }
 

@@ -37,11 +37,11 @@ constexpr int kRowMultiple = 16;   // rows of keys and values are padded to it i
 constexpr int kReducedKeys = 128;  // keys [first, first + kReducedKeys) are one item of reduce()
 
 static inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
-// Floats of one thread, forward or backward: q dq, o or dout, two [G, topk], a tile of keys and one of
-// values, indices.
+// Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices; two
+// tiles.
 static inline int64_t attend_workspace(AttentionParams const& p) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
-  return G * (2 * D + DV) + (2 * G + 1) * padded(p.topk) + kRowMultiple * (D + DV);
+  return kBlockQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk)) + kRowMultiple * (D + DV);
 }
 
 struct Kernels {
