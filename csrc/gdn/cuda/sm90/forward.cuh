@@ -1,11 +1,12 @@
-// The chunked forward pass in one launch: one block per segment of a sequence, value head and kSlices x 64
-// value columns. A helper warpgroup loads k and q, and prepares each chunk (tile.cuh) one ahead; each state
+// The chunked forward pass: one block per segment of a sequence, value head and kSlices x 64 value columns.
+// Helper warpgroups load k and q, and prepare tiles of two chunks (tile.cuh) ahead of time; each state
 // warpgroup keeps S^T [64 x K] of its columns in the registers that wgmma accumulates in, and chains the
-// products through them:
-//   W = V - e^G K S      U = T~ W      O = scale e^G Q S + P U      S <- e^(G_last) S + (e^(G_last - G) K)^T
-//   U
+// products of a chunk through them:
+//   W = V - e^G K S;  U = T~ W;  O = scale e^G Q S + P U;  S <- e^(G_last) S + (e^(G_last - G) K)^T U
 // All of it is transposed (value columns are the rows of every product), so that S, W and U are operands from
-// registers.
+// registers. Operands have the type of the inputs, which bounds their range, but for P U: it cancels where
+// keys repeat, so it is in fp16, U times a power of two. For the same reason what S gains is a pair of bf16
+// that add up.
 #pragma once
 
 #include "gdn/cuda/sm90/segments.cuh"
