@@ -69,53 +69,59 @@ inline constexpr float kForgotten = -40.f;  // log2
 template <class T>
 __global__ void __launch_bounds__(kPlanWarps * 32)
     plan_segments(Inputs const p, Segments const segments, int key_dim) {
-  __shared__ float growth[kPlanWarps];
+  __shared__ float growth[kPlanWarps], scratch[kPlanWarps];
   int const number = blockIdx.x / p.value_heads, head = blockIdx.x % p.value_heads;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Segment const segment = find_segment(p, segments.span, number);
   if (segment.tokens < 0) return;
   int const tiles = (segment.tokens + kTileSide - 1) / kTileSide;
   int const qk_head = head / (p.value_heads / p.heads);
-  int result = kWhole;
-  float total = 0.f;
-  for (int round = 0; round < kPlanRounds && result == kWhole; ++round) {
-    int const tile = tiles - 1 - round * kPlanWarps - warp;
+  auto const decay_of = [&](int token) {
+    bool const there = token >= 0 && token < segment.tokens;
+    return there ? portable::log_decay(p, segment.row, segment.begin + token, head) * kLog2E : 0.f;
+  };
+  // Of a tile's tokens, 2 a lane: how much they multiply the norm of a state by, at most.
+  auto const growth_of = [&](int tile) {
     float sum = 0.f;
-    if (tile >= 0) {
-      for (int i = 0; i < 2; ++i) {
-        int const token = tile * kTileSide + 32 * i + lane;
-        bool const there = token < segment.tokens;
-        int64_t const at = segment.begin + token;
-        float const decay = there ? portable::log_decay(p, segment.row, at, head) * kLog2E : 0.f;
-        float const strength = there ? portable::write_strength(p, segment.row, at, head) : 0.f;
-        float norm2 = 1.f;
-        if (!p.qk_l2norm) {
-          for (int t = 0; t < 32; ++t) {
-            float mine = 0.f;
-            int const other = tile * kTileSide + 32 * i + t;
-            if (other < segment.tokens) {
-              T const* const k =
-                  portable::token_row<T const>(p.k, segment.row, segment.begin + other, qk_head);
-              for (int j = lane; j < key_dim; j += 32) mine += to_float(k[j]) * to_float(k[j]);
-            }
-            mine = lane_sum(mine);
-            if (t == lane) norm2 = mine;
+    for (int token = tile * kTileSide + lane; token < (tile + 1) * kTileSide; token += 32) {
+      if (token < 0 || token >= segment.tokens) continue;
+      int64_t const at = segment.begin + token;
+      float norm2 = 1.f;  // after l2norm |k| <= 1, so that 1 - b |k|^2 lies between 1 and 1 - b
+      if (!p.qk_l2norm) {
+        auto const* const k =
+            reinterpret_cast<uint4 const*>(portable::token_row<T const>(p.k, segment.row, at, qk_head));
+        norm2 = 0.f;
+        for (int j = 0; j < key_dim / 8; ++j) {
+          uint4 const x = k[j];
+          for (uint32_t const pair : {x.x, x.y, x.z, x.w}) {
+            float2 const two = unpack<T>(pair);
+            norm2 += two.x * two.x + two.y * two.y;
           }
         }
-        // |k| <= 1 after l2norm, so that 1 - b |k|^2 lies between 1 and 1 - b.
-        sum += decay + log2f(fmaxf(1.f, fabsf(1.f - strength * norm2)));
       }
+      float const strength = portable::write_strength(p, segment.row, at, head);
+      sum += decay_of(token) + log2f(fmaxf(1.f, fabsf(1.f - strength * norm2)));
     }
-    sum = lane_sum(sum);
-    if (lane == 0) growth[warp] = sum;
-    __syncthreads();
-    for (int w = 0; w < kPlanWarps && result == kWhole; ++w) {
-      int const at = tiles - 1 - round * kPlanWarps - w;
-      total += growth[w];
-      if (at >= 0 && total < kForgotten) result = at;
+    return lane_sum(sum);
+  };
+  int result = kWhole;
+  float decay = 0.f;  // of all that is looked at: keys are read only where it is enough
+  for (int i = threadIdx.x; i < kPlanRounds * kPlanWarps * kTileSide; i += kPlanWarps * 32)
+    decay += decay_of(tiles * kTileSide - 1 - i);
+  if (block_sum<kPlanWarps * 32>(decay, scratch) < kForgotten) {
+    float total = 0.f;
+    for (int round = 0; round < kPlanRounds && result == kWhole; ++round) {
+      int const last = tiles - 1 - round * kPlanWarps;
+      if (last < 0) break;
+      float const mine = growth_of(last - warp);
+      if (lane == 0) growth[warp] = mine;
+      __syncthreads();
+      for (int w = 0; w < kPlanWarps && result == kWhole; ++w) {
+        total += growth[w];
+        if (last - w >= 0 && total < kForgotten) result = last - w;
+      }
+      __syncthreads();
     }
-    __syncthreads();
-    if (tiles - 1 - (round + 1) * kPlanWarps < 0) break;
   }
   if (threadIdx.x == 0) segments.first_tiles[number * p.value_heads + head] = result;
 }
