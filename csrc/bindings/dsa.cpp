@@ -19,25 +19,27 @@ void check_values(char const* op, char const* name, Int const* offsets, int64_t 
   }
 }
 
-// The kernels trust the offsets, so their values are checked here.
-Offsets offsets_of(char const* op, char const* name, Tensor const& offsets, int64_t sequences,
-                   int64_t limit) {
+// The CPU kernels trust the offsets, so their values are checked here; the CUDA kernels clamp them.
+Offsets offsets_of(char const* op, char const* name, Tensor const& offsets, Tensor const& queries,
+                   int64_t sequences, int64_t limit) {
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == sequences + 1, op, ": ", name,
                   " must have shape [N + 1] = [", sequences + 1, "], got ", shape_string(offsets));
   bool const int64 = offsets.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(int64 || offsets.scalar_type() == ScalarType::Int, op, ": ", name,
                   " must be int32 or int64, got ", dtype_name(offsets.scalar_type()));
-  STD_TORCH_CHECK(offsets.is_cpu() && offsets.is_contiguous(), op, ": ", name,
-                  " must be contiguous and on the CPU, got shape ", shape_string(offsets));
+  STD_TORCH_CHECK(offsets.device() == queries.device() && offsets.is_contiguous(), op, ": ", name,
+                  " must be contiguous and on the device of the queries, got shape ", shape_string(offsets));
   Offsets const result{offsets.const_data_ptr(), int64};
+  if (!queries.is_cpu()) return result;
   if (int64) check_values(op, name, static_cast<int64_t const*>(result.data), sequences, limit);
   if (!int64) check_values(op, name, static_cast<int32_t const*>(result.data), sequences, limit);
   return result;
 }
 
-Sequences sequences_of(char const* op, int64_t batch, int64_t tokens, int64_t keys,
-                       OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
-                       OptionalTensor const& q_offset) {
+// queries [B, T, ..]
+Sequences sequences_of(char const* op, Tensor const& queries, int64_t keys, OptionalTensor const& cu_seqlens,
+                       OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset) {
+  int64_t const batch = queries.size(0), tokens = queries.size(1);
   STD_TORCH_CHECK(keys <= INT32_MAX, op, ": S must be at most 2^31 - 1, got ", keys);
   Sequences p{batch, tokens, keys, batch, {}, {}, nullptr};
   if (cu_seqlens) {
@@ -45,9 +47,9 @@ Sequences sequences_of(char const* op, int64_t batch, int64_t tokens, int64_t ke
     STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
                     ": cu_seqlens must have shape [N + 1], got ", shape_string(*cu_seqlens));
     p.sequences = cu_seqlens->size(0) - 1;
-    p.cu_seqlens = offsets_of(op, "cu_seqlens", *cu_seqlens, p.sequences, tokens);
-    p.cu_seqlens_k = cu_seqlens_k ? offsets_of(op, "cu_seqlens_k", *cu_seqlens_k, p.sequences, keys)
-                                  : offsets_of(op, "cu_seqlens", *cu_seqlens, p.sequences, keys);
+    p.cu_seqlens = offsets_of(op, "cu_seqlens", *cu_seqlens, queries, p.sequences, tokens);
+    p.cu_seqlens_k = cu_seqlens_k ? offsets_of(op, "cu_seqlens_k", *cu_seqlens_k, queries, p.sequences, keys)
+                                  : offsets_of(op, "cu_seqlens", *cu_seqlens, queries, p.sequences, keys);
   }
   STD_TORCH_CHECK(cu_seqlens || !cu_seqlens_k, op, ": cu_seqlens_k must come with cu_seqlens, got shape ",
                   shape_string(*cu_seqlens_k));
@@ -56,8 +58,9 @@ Sequences sequences_of(char const* op, int64_t batch, int64_t tokens, int64_t ke
                     p.sequences, "], got ", shape_string(*q_offset));
     STD_TORCH_CHECK(q_offset->scalar_type() == ScalarType::Long, op, ": q_offset must be int64, got ",
                     dtype_name(q_offset->scalar_type()));
-    STD_TORCH_CHECK(q_offset->is_cpu() && q_offset->is_contiguous(), op,
-                    ": q_offset must be contiguous and on the CPU, got shape ", shape_string(*q_offset));
+    STD_TORCH_CHECK(q_offset->device() == queries.device() && q_offset->is_contiguous(), op,
+                    ": q_offset must be contiguous and on the device of the queries, got shape ",
+                    shape_string(*q_offset));
     p.q_offset = static_cast<int64_t const*>(q_offset->const_data_ptr());
   }
   return p;
@@ -65,14 +68,18 @@ Sequences sequences_of(char const* op, int64_t batch, int64_t tokens, int64_t ke
 
 #define OP "lt2::lightning_indexer"
 
-Tensor indexer_cpu(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& weights,
-                   OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
-                   OptionalTensor const& q_offset, int64_t topk, double scale, bool relu) {
+void check_status(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
+
+Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& weights,
+               OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
+               OptionalTensor const& q_offset, int64_t topk, double scale, bool relu) {
   Tensor const q_idx = with_unit_last_stride(q_any), k_idx = with_unit_last_stride(k_any);
   LT2_CHECK_DIM(OP, q_idx, 4);
   int64_t const B = q_idx.size(0), T = q_idx.size(1), HI = q_idx.size(2), DI = q_idx.size(3);
-  STD_TORCH_CHECK(q_idx.scalar_type() == ScalarType::Float || q_idx.scalar_type() == ScalarType::BFloat16,
-                  OP ": q_idx must be float32 or bfloat16, got ", dtype_name(q_idx.scalar_type()));
+  bool const half_ok = q_idx.scalar_type() == ScalarType::Half && q_idx.is_cuda();
+  STD_TORCH_CHECK(
+      q_idx.scalar_type() == ScalarType::Float || q_idx.scalar_type() == ScalarType::BFloat16 || half_ok,
+      OP ": q_idx must be float32 or bfloat16 (or float16 on CUDA), got ", dtype_name(q_idx.scalar_type()));
   STD_TORCH_CHECK(HI >= 1 && DI >= 8 && DI % 8 == 0,
                   OP ": q_idx must have HI >= 1 and DI a multiple of 8, got shape ", shape_string(q_idx));
   LT2_CHECK_DIM(OP, k_idx, 3);
@@ -81,7 +88,7 @@ Tensor indexer_cpu(Tensor const& q_any, Tensor const& k_any, OptionalTensor cons
   LT2_CHECK_SAME_DEVICE(OP, k_idx, q_idx);
   STD_TORCH_CHECK(topk >= 1, OP ": topk must be at least 1, got ", topk);
   IndexerParams p{};
-  static_cast<Sequences&>(p) = sequences_of(OP, B, T, k_idx.size(1), cu_seqlens, cu_seqlens_k, q_offset);
+  static_cast<Sequences&>(p) = sequences_of(OP, q_idx, k_idx.size(1), cu_seqlens, cu_seqlens_k, q_offset);
   p.dtype = kernel_dtype(q_idx);
   p.heads = HI;
   p.dim = DI;
@@ -99,15 +106,19 @@ Tensor indexer_cpu(Tensor const& q_any, Tensor const& k_any, OptionalTensor cons
   }
   Tensor indices = empty(q_idx, {B, T, topk}, ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+  if (q_idx.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(q_idx.get_device_index());
+    bool const hopper = sm90::indexer_supports(p) == kOk;
+    if (!hopper) check_status(portable::indexer_supports(p));
+    Tensor workspace = empty(q_idx, {hopper ? sm90::indexer_workspace(p) : portable::indexer_workspace(p)},
+                             ScalarType::Float);
+    auto const run = hopper ? sm90::lightning_indexer : portable::lightning_indexer;
+    check_status(run(p, floats(workspace), current_cuda_stream(q_idx)));
+    return indices;
+  }
   Tensor workspace = empty(q_idx, {cpu::indexer_workspace(p, torch_pool())}, ScalarType::Float);
   cpu::lightning_indexer(p, floats(workspace), torch_pool());
   return indices;
-}
-
-Tensor indexer_cuda(Tensor const&, Tensor const&, OptionalTensor const&, OptionalTensor const&,
-                    OptionalTensor const&, OptionalTensor const&, int64_t, double, bool) {
-  STD_TORCH_CHECK(false, OP ": q_idx must be on the CPU (not supported on CUDA), got a CUDA tensor");
-  return {};
 }
 
 #undef OP
@@ -139,7 +150,7 @@ AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, 
   LT2_CHECK_CONTIGUOUS(OP, indices);
   LT2_CHECK_SAME_DEVICE(OP, indices, q);
   AttentionParams p{};
-  static_cast<Sequences&>(p) = sequences_of(OP, B, T, S, cu_seqlens, cu_seqlens_k, q_offset);
+  static_cast<Sequences&>(p) = sequences_of(OP, q, S, cu_seqlens, cu_seqlens_k, q_offset);
   p.dtype = kernel_dtype(q);
   p.query_heads = HQ;
   p.key_heads = H;
@@ -232,13 +243,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(Tensor const&, Option
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
-  m.impl("lightning_indexer", TORCH_BOX(&indexer_cpu));
+  m.impl("lightning_indexer", TORCH_BOX(&indexer));
   m.impl("dsa_attention_fwd", TORCH_BOX(&attention_cpu));
   m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
-  m.impl("lightning_indexer", TORCH_BOX(&indexer_cuda));
+  m.impl("lightning_indexer", TORCH_BOX(&indexer));
   m.impl("dsa_attention_fwd", TORCH_BOX(&attention_cuda));
   m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward_cuda));
 }

@@ -1,13 +1,14 @@
 // Contract of sparse attention by selection: the lightning indexer scores keys,
 //   I[t, s] = sum_j w[t, j] act(scale q_idx[t, j] . k_idx[s]),
 // and selects the topk visible keys of each query; attention is over a selection, whoever made it.
-// The only header shared by bindings and kernels: POD parameters, raw pointers.
+// The only header shared by bindings and kernels: POD parameters, raw pointers, an opaque stream.
 #pragma once
 
 #include <cstdint>
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/status.h"
 
 namespace lt2::dsa {
 
@@ -80,5 +81,20 @@ void attention(AttentionForwardParams const& p, float* workspace, ThreadPool con
 int64_t attention_backward_workspace(AttentionBackwardParams const& p, ThreadPool const& pool);
 void attention_backward(AttentionBackwardParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
+
+// Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are
+// in floats. The CUDA kernels clamp offsets to the tokens: wrong ones are memory-safe.
+namespace sm90 {
+Status indexer_supports(IndexerParams const& p);
+int64_t indexer_workspace(IndexerParams const& p);
+Status lightning_indexer(IndexerParams const& p, float* workspace, void* cuda_stream);
+}  // namespace sm90
+
+// Plain CUDA for any GPU that the build has code for.
+namespace portable {
+Status indexer_supports(IndexerParams const& p);
+int64_t indexer_workspace(IndexerParams const& p);
+Status lightning_indexer(IndexerParams const& p, float* workspace, void* cuda_stream);
+}  // namespace portable
 
 }  // namespace lt2::dsa

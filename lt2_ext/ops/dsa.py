@@ -58,7 +58,7 @@ def lightning_indexer(
     op = "lightning_indexer"
     q_idx, k_idx = autocast(q_idx, q_idx, k_idx)
     check(activation in ("relu", None), op, "activation", 'be "relu" or None', repr(activation))
-    check(q_idx.dtype in (torch.float32, torch.bfloat16), op, "q_idx", "be float32 or bfloat16", q_idx.dtype)
+    _check_dtype(op, "q_idx", q_idx)
     check(q_idx.dim() == 4, op, "q_idx", "have shape [B, T, HI, DI]", list(q_idx.shape))
     B, T, HI, DI = q_idx.shape
     check(HI >= 1 and DI >= 8 and DI % 8 == 0, op, "q_idx", "have HI >= 1 and DI a multiple of 8", list(q_idx.shape))
@@ -140,6 +140,12 @@ def dsa_attention(
     scale = D**-0.5 if scale is None else scale
     o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale)
     return (o, lse) if return_lse else o
+
+
+def _check_dtype(op: str, argument: str, x: Tensor) -> None:
+    on_cpu = x.device.type == "cpu"
+    known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
+    check(x.dtype in known, op, argument, f"be float32 or bfloat16{'' if on_cpu else ' or float16'}", x.dtype)
 
 
 def _visible(
