@@ -138,7 +138,7 @@ def attention_bwd() -> list[dict[str, Any]]:
     for s, with_lse in ((plain, False), (full, True)):
         o, lse = torch.ops.lt2.dsa_attention_fwd(**s)
         dlse = torch.randn_like(lse) if with_lse else None
-        samples.append(s | {"dout": torch.randn_like(o), "dlse": dlse, "lse": lse})
+        samples.append(s | {"dout": torch.randn_like(o), "dlse": dlse, "o": o, "lse": lse})
     return samples
 
 
@@ -204,9 +204,8 @@ CONTRACTS = {
         attention_samples,
         {"k": torch.zeros(2, 7, 2, 16), "v": torch.zeros(2, 6, 2, 8), "indices": torch.zeros(2, 5, 3)},
         differentiable=True,
-        devices=("cpu",),
     ),
-    "dsa_attention_bwd": Contract(attention_bwd, {"dout": torch.zeros(2, 5, 4, 8)}, devices=("cpu",)),
+    "dsa_attention_bwd": Contract(attention_bwd, {"dout": torch.zeros(2, 5, 4, 8)}),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),

@@ -132,8 +132,10 @@ AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, 
   LT2_CHECK_DIM(OP, v, 4);
   LT2_CHECK_DIM(OP, indices, 3);
   int64_t const B = q.size(0), T = q.size(1), HQ = q.size(2), D = q.size(3), S = k.size(1), H = k.size(2);
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
-                  OP ": q must be float32 or bfloat16, got ", dtype_name(q.scalar_type()));
+  bool const half_ok = q.scalar_type() == ScalarType::Half && q.is_cuda();
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16 || half_ok,
+                  OP ": q must be float32 or bfloat16 (or float16 on CUDA), got ",
+                  dtype_name(q.scalar_type()));
   STD_TORCH_CHECK(D >= 8 && D % 8 == 0, OP ": q must have D a multiple of 8, got shape ", shape_string(q));
   LT2_CHECK_SHAPE(OP, k, "[B, S, H, D]", B, S, H, D);
   LT2_CHECK_SHAPE(OP, v, "[B, S, H, DV]", B, S, H, v.size(3));
@@ -165,12 +167,22 @@ AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, 
   return p;
 }
 
-std::tuple<Tensor, Tensor> attention_cpu(Tensor const& q_any, Tensor const& k_any, Tensor const& v_any,
-                                         Tensor const& indices, OptionalTensor const& cu_seqlens,
-                                         OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset,
-                                         double scale) {
-  Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any);
-  Tensor const v = with_unit_last_stride(v_any);
+void check_attention(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
+
+// The CUDA kernels read 16 bytes at a time.
+Tensor with_kernel_rows(Tensor const& t) {
+  Tensor const rows = with_unit_last_stride(t);
+  if (t.is_cpu()) return rows;
+  bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < rows.dim(); ++i) aligned &= rows.size(i) <= 1 || rows.stride(i) % 8 == 0;
+  return aligned ? rows : torch::stable::clone(torch::stable::contiguous(rows));
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor const& q_any, Tensor const& k_any, Tensor const& v_any,
+                                     Tensor const& indices, OptionalTensor const& cu_seqlens,
+                                     OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset,
+                                     double scale) {
+  Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any), v = with_kernel_rows(v_any);
   AttentionForwardParams p{};
   static_cast<AttentionParams&>(p) =
       attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale);
@@ -178,29 +190,49 @@ std::tuple<Tensor, Tensor> attention_cpu(Tensor const& q_any, Tensor const& k_an
   Tensor lse = empty(q, {p.batch, p.tokens, p.query_heads}, ScalarType::Float);
   p.o = heads_of(o);
   p.lse = floats(lse);
+  if (q.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
+    bool const hopper = sm90::attention_supports(p) == kOk;
+    if (!hopper) check_attention(portable::attention_supports(p));
+    Tensor workspace = empty(q, {hopper ? sm90::attention_workspace(p) : portable::attention_workspace(p)},
+                             ScalarType::Float);
+    auto const run = hopper ? sm90::attention : portable::attention;
+    check_attention(run(p, floats(workspace), current_cuda_stream(q)));
+    return {o, lse};
+  }
   Tensor workspace = empty(q, {cpu::attention_workspace(p, torch_pool())}, ScalarType::Float);
   cpu::attention(p, floats(workspace), torch_pool());
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
-    Tensor const& dout_any, OptionalTensor const& dlse_any, Tensor const& q_any, Tensor const& k_any,
-    Tensor const& v_any, Tensor const& indices, Tensor const& lse, OptionalTensor const& cu_seqlens,
-    OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset, double scale) {
-  Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any);
-  Tensor const v = with_unit_last_stride(v_any), dout = with_unit_last_stride(dout_any);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor const& dout_any, OptionalTensor const& dlse_any,
+                                                      Tensor const& q_any, Tensor const& k_any,
+                                                      Tensor const& v_any, Tensor const& indices,
+                                                      Tensor const& o_any, Tensor const& lse,
+                                                      OptionalTensor const& cu_seqlens,
+                                                      OptionalTensor const& cu_seqlens_k,
+                                                      OptionalTensor const& q_offset, double scale) {
+  Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any), v = with_kernel_rows(v_any);
+  Tensor const o = with_kernel_rows(o_any), dout = with_kernel_rows(dout_any);
   AttentionBackwardParams p{};
   static_cast<AttentionParams&>(p) =
       attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale);
   int64_t const B = p.batch, T = p.tokens, HQ = p.query_heads;
-  LT2_CHECK_SHAPE(OP, dout, "[B, T, HQ, DV]", B, T, HQ, p.value_dim);
+  for (auto const& [name, x] : {std::pair{"dout", &dout}, std::pair{"o", &o}}) {
+    STD_TORCH_CHECK(has_shape(*x, {B, T, HQ, p.value_dim}), OP ": ", name,
+                    " must have shape [B, T, HQ, DV] = ", shape_string({B, T, HQ, p.value_dim}), ", got ",
+                    shape_string(*x));
+  }
   LT2_CHECK_DTYPE(OP, dout, q.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, dout, q);
+  LT2_CHECK_DTYPE(OP, o, q.scalar_type());
+  LT2_CHECK_SAME_DEVICE(OP, o, q);
   LT2_CHECK_SHAPE(OP, lse, "[B, T, HQ]", B, T, HQ);
   LT2_CHECK_DTYPE(OP, lse, ScalarType::Float);
   LT2_CHECK_CONTIGUOUS(OP, lse);
   LT2_CHECK_SAME_DEVICE(OP, lse, q);
   p.dout = heads_of(dout);
+  p.o = heads_of(o);
   p.lse = static_cast<float const*>(lse.const_data_ptr());
   std::optional<Tensor> const contiguous_dlse =
       dlse_any ? OptionalTensor(torch::stable::contiguous(*dlse_any)) : std::nullopt;
@@ -217,25 +249,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   p.dq = heads_of(dq);
   p.dk = heads_of(dk);
   p.dv = heads_of(dv);
+  if (q.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
+    bool const hopper = sm90::attention_backward_supports(p) == kOk;
+    if (!hopper) check_attention(portable::attention_supports(p));
+    Tensor workspace =
+        empty(q, {hopper ? sm90::attention_backward_workspace(p) : portable::attention_backward_workspace(p)},
+              ScalarType::Float);
+    auto const run = hopper ? sm90::attention_backward : portable::attention_backward;
+    check_attention(run(p, floats(workspace), current_cuda_stream(q)));
+    return {dq, dk, dv};
+  }
   Tensor workspace = empty(q, {cpu::attention_backward_workspace(p, torch_pool())}, ScalarType::Float);
   cpu::attention_backward(p, floats(workspace), torch_pool());
   return {dq, dk, dv};
-}
-
-std::tuple<Tensor, Tensor> attention_cuda(Tensor const&, Tensor const&, Tensor const&, Tensor const&,
-                                          OptionalTensor const&, OptionalTensor const&, OptionalTensor const&,
-                                          double) {
-  STD_TORCH_CHECK(false, OP ": q must be on the CPU (not supported on CUDA), got a CUDA tensor");
-  return {};
-}
-
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(Tensor const&, OptionalTensor const&,
-                                                           Tensor const&, Tensor const&, Tensor const&,
-                                                           Tensor const&, Tensor const&,
-                                                           OptionalTensor const&, OptionalTensor const&,
-                                                           OptionalTensor const&, double) {
-  STD_TORCH_CHECK(false, OP ": q must be on the CPU (not supported on CUDA), got a CUDA tensor");
-  return {};
 }
 
 #undef OP
@@ -244,14 +271,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(Tensor const&, Option
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("lightning_indexer", TORCH_BOX(&indexer));
-  m.impl("dsa_attention_fwd", TORCH_BOX(&attention_cpu));
-  m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward_cpu));
+  m.impl("dsa_attention_fwd", TORCH_BOX(&attention));
+  m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
   m.impl("lightning_indexer", TORCH_BOX(&indexer));
-  m.impl("dsa_attention_fwd", TORCH_BOX(&attention_cuda));
-  m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward_cuda));
+  m.impl("dsa_attention_fwd", TORCH_BOX(&attention));
+  m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace lt2

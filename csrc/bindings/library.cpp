@@ -45,9 +45,8 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "cu_seqlens_k, "
       "Tensor? q_offset, float scale) -> (Tensor o, Tensor lse)");
   m.def(
-      "dsa_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor "
-      "lse, "
-      "Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, float scale) -> "
+      "dsa_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor o, "
+      "Tensor lse, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, float scale) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");

@@ -67,6 +67,7 @@ struct AttentionForwardParams : AttentionParams {
 
 struct AttentionBackwardParams : AttentionParams {
   float const *lse, *dlse;  // [B, T, HQ]; dlse may be null
+  Heads o;                  // of the forward pass; only CUDA kernels read it
   Heads dout, dq, dk, dv;
   int64_t splits;  // set by attention_backward()
 };
@@ -83,11 +84,18 @@ void attention_backward(AttentionBackwardParams const& p, float* workspace, Thre
 }  // namespace cpu
 
 // Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are
-// in floats. The CUDA kernels clamp offsets to the tokens: wrong ones are memory-safe.
+// in floats. The CUDA kernels clamp offsets to the tokens: wrong ones are memory-safe. Rows of attention are
+// aligned to 16 bytes.
 namespace sm90 {
 Status indexer_supports(IndexerParams const& p);
 int64_t indexer_workspace(IndexerParams const& p);
 Status lightning_indexer(IndexerParams const& p, float* workspace, void* cuda_stream);
+Status attention_supports(AttentionParams const& p);
+int64_t attention_workspace(AttentionForwardParams const& p);
+Status attention(AttentionForwardParams const& p, float* workspace, void* cuda_stream);
+Status attention_backward_supports(AttentionBackwardParams const& p);
+int64_t attention_backward_workspace(AttentionBackwardParams const& p);
+Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* cuda_stream);
 }  // namespace sm90
 
 // Plain CUDA for any GPU that the build has code for.
@@ -95,6 +103,11 @@ namespace portable {
 Status indexer_supports(IndexerParams const& p);
 int64_t indexer_workspace(IndexerParams const& p);
 Status lightning_indexer(IndexerParams const& p, float* workspace, void* cuda_stream);
+Status attention_supports(AttentionParams const& p);
+int64_t attention_workspace(AttentionForwardParams const& p);
+Status attention(AttentionForwardParams const& p, float* workspace, void* cuda_stream);
+int64_t attention_backward_workspace(AttentionBackwardParams const& p);
+Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* cuda_stream);
 }  // namespace portable
 
 }  // namespace lt2::dsa

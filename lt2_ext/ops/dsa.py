@@ -115,7 +115,7 @@ def dsa_attention(
     """
     op = "dsa_attention"
     q, k, v = autocast(q, q, k, v)
-    check(q.dtype in (torch.float32, torch.bfloat16), op, "q", "be float32 or bfloat16", q.dtype)
+    _check_dtype(op, "q", q)
     check(q.dim() == 4, op, "q", "have shape [B, T, HQ, D]", list(q.shape))
     B, T, HQ, D = q.shape
     check(D >= 8 and D % 8 == 0, op, "q", "have D a multiple of 8", list(q.shape))
@@ -213,7 +213,7 @@ def _(
 
 @torch.library.register_fake("lt2::dsa_attention_bwd")
 def _(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q_offset: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -221,7 +221,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, indices, *positions, scale = inputs
-    ctx.save_for_backward(q, k, v, indices, output[1], *positions)
+    ctx.save_for_backward(q, k, v, indices, *output, *positions)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 

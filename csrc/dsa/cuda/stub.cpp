@@ -8,4 +8,10 @@ Status indexer_supports(IndexerParams const&) { return kNotBuilt; }
 int64_t indexer_workspace(IndexerParams const&) { return 0; }
 Status lightning_indexer(IndexerParams const&, float*, void*) { return kNotBuilt; }
 
+Status attention_supports(AttentionParams const&) { return kNotBuilt; }
+int64_t attention_workspace(AttentionForwardParams const&) { return 0; }
+Status attention(AttentionForwardParams const&, float*, void*) { return kNotBuilt; }
+int64_t attention_backward_workspace(AttentionBackwardParams const&) { return 0; }
+Status attention_backward(AttentionBackwardParams const&, float*, void*) { return kNotBuilt; }
+
 }  // namespace lt2::dsa::portable
