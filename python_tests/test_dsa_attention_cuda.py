@@ -29,10 +29,19 @@ MASKED = [
     (1, 640, 640, 8, 2, 128, 128, 64),
     (3, 70, 700, 2, 2, 128, 128, 12),
 ]
+# Selections so sparse that the keys of neighbouring queries are gathered together.
+GATHERED = [
+    (1, 64, 1000, 1, 1, 64, 64, 20),
+    (2, 130, 2000, 8, 2, 128, 128, 40),
+    (1, 300, 2500, 4, 4, 64, 64, 30),
+    (2, 70, 3000, 16, 1, 128, 128, 60),
+    (1, 90, 3000, 64, 1, 64, 64, 7),
+    (1, 200, 700, 6, 2, 128, 128, 12),
+]
 
 
 @halves
-@pytest.mark.parametrize("shape", MASKED, ids=str)
+@pytest.mark.parametrize("shape", MASKED + GATHERED, ids=str)
 def test_masked_tiles_against_the_oracle(shape, dtype):
     B, T, S, HQ, H, D, DV, topk = shape
     check_against_oracle(inputs(B, T, S, HQ, H, D, DV, dtype), any_indices(B, T, S, topk), "cuda")
@@ -70,6 +79,7 @@ def test_masked_documents(dtype):
     x, indices = inputs(1, 600, 700, 4, 2, 64, 64, dtype), any_indices(1, 600, 200, 60)
     for q_offset in (None, torch.tensor([0, 3, 30, 2, -1, 60])):
         check_against_oracle(x, indices, "cuda", cu_seqlens=cu, cu_seqlens_k=cu_k, q_offset=q_offset)
+        check_against_oracle(x, indices[..., :9], "cuda", cu_seqlens=cu, cu_seqlens_k=cu_k, q_offset=q_offset)
 
 
 @halves
@@ -78,6 +88,9 @@ def test_a_key_that_is_named_twice_in_a_masked_tile(dtype):
     indices[1, 140, 30] = indices[1, 140, 7] = 5
     check_against_oracle(x, indices, "cuda")
     check_against_oracle(x, torch.randint(0, 30, (2, 150, 40), dtype=torch.int32), "cuda")
+    x, indices = inputs(1, 150, 900, 4, 2, 64, 64, dtype), any_indices(1, 150, 900, 20)
+    indices[0, 140, 13] = indices[0, 140, 7] = 5
+    check_against_oracle(x, indices, "cuda")
 
 
 def test_a_scale_that_is_not_positive():
@@ -88,8 +101,9 @@ def test_a_scale_that_is_not_positive():
 
 @halves
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_keys_reach_only_the_queries_that_select_them(poison, dtype):
-    x, indices = inputs(1, 200, 200, 4, 2, 64, 64, dtype), any_indices(1, 200, 200, 40)
+@pytest.mark.parametrize("topk", [40, 5])
+def test_keys_reach_only_the_queries_that_select_them(topk, poison, dtype):
+    x, indices = inputs(1, 200, 200, 4, 2, 64, 64, dtype), any_indices(1, 200, 200, topk)
     cotangents = on("cuda", {"o": torch.randn(1, 200, 4, 64).to(dtype), "lse": torch.randn(1, 200, 4)})
     clean = with_gradients(dsa_attention, on("cuda", x), indices.cuda(), cotangents)
     key = 90
@@ -120,11 +134,11 @@ def test_the_same_bits_every_time(dtype):
     assert all(torch.equal(again[n], t) for n, t in first.items())
 
 
-@pytest.mark.parametrize("T", [1, 200])
-def test_replays_of_a_cuda_graph(T):
+@pytest.mark.parametrize("T, topk", [(1, 300), (200, 300), (200, 30)])
+def test_replays_of_a_cuda_graph(T, topk):
     x = on("cuda", inputs(2, T, 1200, 4, 2, 64, 64, BF16))
     leaves = {n: t.requires_grad_() for n, t in x.items()}
-    indices = any_indices(2, T, 1200, 300).cuda()
+    indices = any_indices(2, T, 1200, topk).cuda()
     grad = torch.randn(2, T, 4, 64, device="cuda").to(BF16)
 
     def step():
@@ -140,7 +154,7 @@ def test_replays_of_a_cuda_graph(T):
     with torch.cuda.graph(graph):
         captured = step()
     for duplicate in (False, True, False):
-        indices.copy_(any_indices(2, T, 1200, 300))
+        indices.copy_(any_indices(2, T, 1200, topk))
         if duplicate:
             indices[1, :, 7] = indices[1, :, 9] = 2
         for t in leaves.values():

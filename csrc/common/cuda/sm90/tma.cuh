@@ -56,9 +56,10 @@ inline EncodeTiled encode_tiled() {
   return f;
 }
 
-// For tiles of `tile_tokens` rows. Coordinates of the map are (element, head, token, batch); what is outside
-// reads as zero and is not written.
-inline Status make_tensor_map(CUtensorMap* map, TokenMajor const& x, Dtype dtype, int tile_tokens) {
+// For tiles of `tile_tokens` x `tile_heads` rows, heads of a token next to each other. Coordinates of the map
+// are (element, head, token, batch); what is outside reads as zero and is not written.
+inline Status make_tensor_map(CUtensorMap* map, TokenMajor const& x, Dtype dtype, int tile_tokens,
+                              int tile_heads = 1) {
   EncodeTiled const encode = encode_tiled();
   if (encode == nullptr) return "the CUDA driver is too old for tensor maps (CUDA 12 is needed)";
   auto const stride = [](int64_t size, int64_t elements) -> cuuint64_t {
@@ -68,7 +69,9 @@ inline Status make_tensor_map(CUtensorMap* map, TokenMajor const& x, Dtype dtype
                                static_cast<cuuint64_t>(x.tokens), static_cast<cuuint64_t>(x.batches)};
   cuuint64_t const strides[3] = {stride(x.heads, x.head), stride(x.tokens, x.token),
                                  stride(x.batches, x.batch)};
-  cuuint32_t const box[4] = {kTileSide, 1, static_cast<cuuint32_t>(tile_tokens), 1}, steps[4] = {1, 1, 1, 1};
+  cuuint32_t const box[4] = {kTileSide, static_cast<cuuint32_t>(tile_heads),
+                             static_cast<cuuint32_t>(tile_tokens), 1};
+  cuuint32_t const steps[4] = {1, 1, 1, 1};
   auto const type =
       dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUresult const result = encode(map, type, 4, x.data, sizes, strides, box, steps,

@@ -1,0 +1,337 @@
+// Gradients of attention over a selection, with its bits for a mask, in two passes of one kernel. What a
+// block keeps are 128 keys with their values (its results: dk, dv), or 128 queries with the gradients of
+// their outputs (dq); what passes by are steps of 64 queries, or of 64 keys. With a, b the rows that stay, x,
+// y those that pass:
+//   s = a x^T;  p = e^(scale s - lse);  ds = p (b y^T - delta);  dk or dq = scale sum ds x;  dv = sum p y
+// Two passes cost two more products than one would, but no sum depends on scheduling.
+#pragma once
+
+#include "dsa/cuda/sm90/attention_forward.cuh"
+
+namespace lt2::dsa::sm90 {
+
+inline constexpr int kStep = 64;
+
+template <class T_, int kDim_, bool kKeys_>
+struct BackwardTraits {
+  using T = T_;
+  static constexpr bool kKeys = kKeys_;  // keys stay
+  static constexpr int kDim = kDim_, kColumns = kDim / kTileSide,
+                       kBytes = kColumns * kTileBytes;  // of 64 rows
+  static constexpr int kStages = 4, kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
+
+  struct Shared {
+    alignas(1024) char a[kConsumers][kBytes];  // then dk or dq
+    char b[kConsumers][kBytes];                // then dv
+    char x[kStages][kBytes], y[kStages][kBytes];
+    uint4 mask[kStages][kTile];
+    float lse[kStages][kStep], delta[kStages][kStep];  // of queries that pass
+    Barrier stay, loaded[kStages], released[kStages];
+    int count;
+    uint16_t tiles[kMaxTiles];
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024);
+};
+
+// Of [B, T, heads, D] tensors in tiles of 64 x 64.
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout, dq, dk, dv;
+};
+
+struct BackwardLaunch {
+  AttentionBackwardParams p;
+  Masks masks;
+  uint4 const* key_bits;     // [B, query tiles, key tiles, 128 keys]: as masks.bits, of queries
+  float const *lse, *delta;  // [B, HQ, query tiles 128]: lse / ln 2, infinite where a query has no key
+  float *dk, *dv;            // [B, HQ, S, D] where key heads have several query heads, else null
+};
+
+// Where a block is.
+struct BackwardUnit {
+  int row, head, key_head, tile;  // tile of what stays
+
+  template <bool kKeys>
+  static __device__ BackwardUnit of(BackwardLaunch const& a, int64_t unit) {
+    int64_t const heads = a.p.batch * a.p.query_heads, order = unit / heads;
+    int const head = static_cast<int>(unit % a.p.query_heads);
+    // First those that have most to do under a causal selection: the first keys, the last queries.
+    return {static_cast<int>(unit % heads / a.p.query_heads), head,
+            static_cast<int>(head / (a.p.query_heads / a.p.key_heads)),
+            static_cast<int>(kKeys ? order : a.masks.query_tiles - 1 - order)};
+  }
+};
+
+template <class Traits>
+__device__ void load_backward(typename Traits::Shared& shared, BackwardLaunch const& a,
+                              BackwardMaps const& maps, BackwardUnit const& unit) {
+  constexpr int kColumns = Traits::kColumns, kStages = Traits::kStages;
+  constexpr bool kKeys = Traits::kKeys;
+  auto const load = [&](char* to, CUtensorMap const& map, bool of_keys, int token, Barrier& loaded) {
+    load_columns<kColumns, kTileBytes>(to, map, of_keys ? unit.key_head : unit.head, token, unit.row, loaded);
+  };
+  shared.stay.arrive_expecting(2 * Traits::kConsumers * Traits::kBytes);
+  for (int g = 0; g < Traits::kConsumers; ++g) {
+    int const token = unit.tile * kTile + g * kTileSide;
+    load(shared.a[g], kKeys ? maps.k : maps.q, kKeys, token, shared.stay);
+    load(shared.b[g], kKeys ? maps.v : maps.dout, kKeys, token, shared.stay);
+  }
+  int64_t const stats = (int64_t{unit.row} * a.p.query_heads + unit.head) * a.masks.query_tiles * kTile;
+  uint4 const* const bits = kKeys ? a.key_bits : a.masks.bits;
+  for (int u = 0; u < 2 * shared.count; ++u) {
+    int const stage = u % kStages, passing = shared.tiles[u / 2], token = passing * kTile + u % 2 * kStep;
+    Barrier& loaded = shared.loaded[stage];
+    if (u >= kStages) shared.released[stage].wait((u / kStages - 1) & 1);
+    loaded.arrive_expecting(2 * Traits::kBytes + kMaskBytes + (kKeys ? 2 * kStep * sizeof(float) : 0));
+    load(shared.x[stage], kKeys ? maps.q : maps.k, !kKeys, token, loaded);
+    load_bytes(shared.mask[stage],
+               bits + (kKeys ? a.masks.tile(unit.row, passing, unit.tile)
+                             : a.masks.tile(unit.row, unit.tile, passing)) *
+                          kTile,
+               kMaskBytes, loaded);
+    load(shared.y[stage], kKeys ? maps.dout : maps.v, !kKeys, token, loaded);
+    if constexpr (kKeys) {
+      load_bytes(shared.lse[stage], a.lse + stats + token, kStep * sizeof(float), loaded);
+      load_bytes(shared.delta[stage], a.delta + stats + token, kStep * sizeof(float), loaded);
+    }
+  }
+}
+
+// A thread's rows of the sum leave: to dk, dv, dq, or as fp32 to a part of dk or dv.
+template <class Traits>
+__device__ void store_gradient(float (&x)[Traits::kDim / 2], float factor, char* own, CUtensorMap const& map,
+                               float* part, BackwardLaunch const& a, BackwardUnit const& unit, int group,
+                               int thread) {
+  constexpr int kDim = Traits::kDim;
+  int const warp = thread / kWarp, lane = thread % kWarp, first = unit.tile * kTile + group * kTileSide;
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kDim / 2; ++i) {
+    finite &= fabsf(x[i]) < INFINITY;
+    x[i] *= factor;
+  }
+  if (!finite) *a.masks.redo = 1;
+  if (part != nullptr) {
+    float* const head = part + (int64_t{unit.row} * a.p.query_heads + unit.head) * a.p.keys * kDim;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const key = first + 16 * warp + lane / 4 + 8 * half;
+      if (key >= a.p.keys) continue;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        *reinterpret_cast<float2*>(head + int64_t{key} * kDim + 8 * n + 2 * (lane % 4)) =
+            float2{x[4 * n + 2 * half], x[4 * n + 2 * half + 1]};
+      }
+    }
+    return;
+  }
+  store_fragments<typename Traits::T, kDim, kTileBytes>(own, x, warp, lane);
+  fence_async_shared();
+  named_barrier(1 + group, kWarpgroup);
+  if (thread == 0) {
+#pragma unroll
+    for (int c = 0; c < Traits::kColumns; ++c) {
+      store_tile(map, own + c * kTileBytes, c * kTileSide, Traits::kKeys ? unit.key_head : unit.head, first,
+                 unit.row);
+    }
+    wait_stores_read();
+  }
+}
+
+template <class Traits>
+__device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch const& a,
+                              BackwardMaps const& maps, BackwardUnit const& unit, int group, int thread) {
+  using T = typename Traits::T;
+  constexpr int kDim = Traits::kDim, kStages = Traits::kStages;
+  constexpr bool kKeys = Traits::kKeys;
+  int const warp = thread / kWarp, lane = thread % kWarp, row = 16 * warp + lane / 4;
+  float const scale = a.p.scale * portable::kLog2E;
+  uint64_t const stay_a = k_major(shared.a[group]), stay_b = k_major(shared.b[group]);
+  float row_lse[2], row_delta[2];
+  if constexpr (!kKeys) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int64_t const at =
+          ((int64_t{unit.row} * a.p.query_heads + unit.head) * a.masks.query_tiles + unit.tile) * kTile +
+          group * kTileSide + row + 8 * half;
+      row_lse[half] = a.lse[at];
+      row_delta[half] = a.delta[at];
+    }
+  }
+  float s[kStep / 2], dp[kStep / 2], sum[kDim / 2] = {}, values[kKeys ? kDim / 2 : 1] = {};
+  uint32_t weights[kStep / 4], slopes[kStep / 4];
+
+  // out = rows that stay, times rows that pass.
+  auto const start_product = [&](float (&out)[kStep / 2], uint64_t stay, char const* passing) {
+    uint64_t const rows = k_major(passing);
+    pin(out);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < kDim / 16; ++j) wgmma<T, kStep>(out, stay + k_step(j), rows + k_step(j), j > 0);
+    wgmma_commit();
+  };
+  auto const accumulate = [&](float (&to)[kDim / 2], uint32_t const(&factors)[kStep / 4], char const* rows) {
+    uint64_t const b = row_major(rows);
+    pin(to);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < kStep / 16; ++j) {
+      wgmma<T, kDim, Major::MN>(to, factors + 4 * j, b + j * kRowStep, true);
+    }
+    wgmma_commit();
+  };
+  auto const step = [&](int u) {
+    int const stage = u % kStages;
+    shared.loaded[stage].wait((u / kStages) & 1);
+    start_product(s, stay_a, shared.x[stage]);
+    wgmma_wait<1>();  // the sums of the step before
+    pin(sum);
+    if constexpr (kKeys) pin(values);
+    if (u > 0 && lane == 0) shared.released[(u - 1) % kStages].arrive();
+    start_product(dp, stay_b, shared.y[stage]);
+    wgmma_wait<1>();
+    pin(s);
+    uint32_t bits[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bits[half] = reinterpret_cast<uint32_t const*>(shared.mask[stage] + group * kTileSide + row +
+                                                     8 * half)[lane % 4] >>
+                   (u % 2 * 16);
+    }
+#pragma unroll
+    for (int n = 0; n < kStep / 8; ++n) {
+      float2 lse;
+      if constexpr (kKeys) lse = *reinterpret_cast<float2 const*>(shared.lse[stage] + 8 * n + 2 * (lane % 4));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * n + 2 * half + e];
+          float const p = exp2_fast(x * scale - (kKeys ? (e == 0 ? lse.x : lse.y) : row_lse[half]));
+          x = bits[half] & (1u << (2 * n + e)) ? p : 0.f;
+        }
+      }
+    }
+    pack_pairs<T>(weights, s);
+    if constexpr (kKeys) {
+      pin(weights);
+      accumulate(values, weights, shared.y[stage]);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    pin(dp);
+#pragma unroll
+    for (int n = 0; n < kStep / 8; ++n) {
+      float2 delta;
+      if constexpr (kKeys)
+        delta = *reinterpret_cast<float2 const*>(shared.delta[stage] + 8 * n + 2 * (lane % 4));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const first = kKeys ? delta.x : row_delta[half], second = kKeys ? delta.y : row_delta[half];
+        int const i = 4 * n + 2 * half;
+        float2 const p = unpack<T>(weights[i / 2]);
+        slopes[i / 2] = pack<T>(p.x * (dp[i] - first), p.y * (dp[i + 1] - second));
+      }
+    }
+    pin(slopes);
+    accumulate(sum, slopes, shared.x[stage]);
+  };
+
+  shared.stay.wait(0);
+  int const steps = 2 * shared.count;
+  if (steps > 0) {
+    for (int u = 0; u < steps; ++u) step(u);
+    wgmma_wait<0>();
+    pin(sum);
+    if constexpr (kKeys) pin(values);
+  }
+  store_gradient<Traits>(sum, a.p.scale, shared.a[group], kKeys ? maps.dk : maps.dq, kKeys ? a.dk : nullptr,
+                         a, unit, group, thread);
+  if constexpr (kKeys) {
+    store_gradient<Traits>(values, 1.f, shared.b[group], maps.dv, a.dv, a, unit, group, thread);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(BackwardLaunch const a, __grid_constant__ BackwardMaps const maps) {
+  extern __shared__ __align__(1024) char dynamic_shared[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
+  if (redo_everything(a.masks)) return;
+  BackwardUnit const unit = BackwardUnit::of<Traits::kKeys>(a, blockIdx.x);
+  int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
+  if (threadIdx.x == 0) {
+    shared.stay.init(1);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.loaded[stage].init(1);
+      shared.released[stage].init(Traits::kConsumers * kWarpgroup / kWarp);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x / kWarp == 1) {
+    Masks const& m = a.masks;
+    int const count = Traits::kKeys ? list_used(m.used + m.tile(unit.row, 0, unit.tile), m.key_tiles,
+                                                static_cast<int>(m.query_tiles), shared.tiles)
+                                    : list_used(m.used + m.tile(unit.row, unit.tile, 0), 1,
+                                                static_cast<int>(m.key_tiles), shared.tiles);
+    if (threadIdx.x % kWarp == 0) shared.count = count;
+  }
+  __syncthreads();
+  if (group == Traits::kConsumers) {
+    shrink_registers<24>();
+    if (thread == 0) load_backward<Traits>(shared, a, maps, unit);
+  } else {
+    grow_registers<240>();
+    differentiate<Traits>(shared, a, maps, unit, group, thread);
+  }
+}
+
+// lse and delta = o . do - dlse of the launch, kDim / 8 lanes a query and head; queries that fill up the last
+// tile have no key.
+template <class T, int kDim>
+__global__ void __launch_bounds__(portable::kThreads)
+    row_kernel(BackwardLaunch const a, float* lse, float* delta) {
+  constexpr int kLanes = kDim / portable::kElements, kGroups = portable::kThreads / kLanes;
+  AttentionBackwardParams const& p = a.p;
+  int const lane = threadIdx.x % kLanes;
+  int64_t const tokens = a.masks.query_tiles * kTile, rows = p.batch * tokens * p.query_heads;
+  int64_t const i = int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
+  int64_t const head = i % p.query_heads, token = i / p.query_heads % tokens,
+                row = i / p.query_heads / tokens;
+  bool const present = i < rows && token < p.tokens;
+  float dout[portable::kElements];
+  portable::load_floats(dout, portable::row_of<T const>(p.dout, row, token, head), lane, kDim, present);
+  auto const o = portable::load_piece(portable::row_of<T const>(p.o, row, token, head), lane, kDim, present);
+  float const sum = lane_sum<kLanes>(portable::dot(dout, o));
+  if (lane != 0 || i >= rows) return;
+  int64_t const from = (row * p.tokens + token) * p.query_heads + head;
+  int64_t const to = (row * p.query_heads + head) * tokens + token;
+  float const own = present ? p.lse[from] : -INFINITY;
+  lse[to] = own == -INFINITY ? INFINITY : own * portable::kLog2E;
+  delta[to] = sum - (present && p.dlse != nullptr ? p.dlse[from] : 0.f);
+}
+
+// dk and dv as sums of the parts of a key head's query heads; 8 elements a thread.
+template <class T, int kDim>
+__global__ void __launch_bounds__(portable::kThreads) sum_parts(BackwardLaunch const a) {
+  constexpr int kPieces = kDim / portable::kElements;
+  AttentionBackwardParams const& p = a.p;
+  int64_t const i = int64_t{blockIdx.x} * portable::kThreads + threadIdx.x;
+  int64_t const rows = i / kPieces, key = rows / p.key_heads % p.keys, row = rows / p.key_heads / p.keys;
+  if (row >= p.batch) return;
+  int const lane = static_cast<int>(i % kPieces);
+  int64_t const key_head = rows % p.key_heads, heads = p.query_heads / p.key_heads;
+  auto const reduce = [&](float const* parts, Heads const& to) {
+    float sum[portable::kElements] = {};
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t const head = row * p.query_heads + key_head * heads + h;
+      auto const part = portable::load_piece(parts + (head * p.keys + key) * kDim, lane, kDim);
+      portable::add_scaled(sum, 1.f, part);
+    }
+    portable::store_floats(sum, portable::row_of<T>(to, row, key, key_head), lane, kDim);
+  };
+  reduce(a.dk, p.dk);
+  reduce(a.dv, p.dv);
+}
+
+}  // namespace lt2::dsa::sm90

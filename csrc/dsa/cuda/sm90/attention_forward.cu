@@ -1,0 +1,49 @@
+#include "dsa/cuda/sm90/attention_forward.cuh"
+#include "dsa/cuda/sm90/attention_launch.cuh"
+
+namespace lt2::dsa::sm90 {
+namespace {
+
+template <Dtype kDtype, int kDim, bool kGather>
+Status launch_forward(ForwardLaunch const& a, void* stream) {
+  using Traits = ForwardTraits<Element<kDtype>, kDim, kGather>;
+  AttentionForwardParams const& p = a.p;
+  int const heads = kGather ? static_cast<int>(p.query_heads / p.key_heads) : 1;
+  ForwardMaps maps;
+  Status const made = make_maps(kDtype, {{&maps.q, queries(p, p.q, kDim), kTile / heads, heads},
+                                         {&maps.k, keys(p, p.k, kDim), kTile},
+                                         {&maps.v, keys(p, p.v, kDim), kTile},
+                                         {&maps.o, queries(p, p.o, kDim), kTileSide / heads, heads}});
+  if (made != kOk) return made;
+  int64_t const units = kGather ? a.unions.tiles * p.key_heads : a.masks.query_tiles * p.query_heads;
+  return launch(forward_kernel<Traits>, p.batch * units, Traits::kThreads, sizeof(typename Traits::Shared),
+                stream, a, maps);
+}
+
+}  // namespace
+
+int64_t attention_workspace(AttentionForwardParams const& p) {
+  return gathers(p) ? union_parts(p, nullptr).floats : mask_parts(p, nullptr).floats;
+}
+
+Status attention(AttentionForwardParams const& p, float* workspace, void* stream) {
+  bool const gather = gathers(p);
+  ForwardLaunch a{p, {}, {}};
+  if (gather) {
+    UnionParts const parts = union_parts(p, workspace);
+    a.unions = parts.unions;
+    a.masks.redo = parts.redo;
+  } else {
+    a.masks = mask_parts(p, workspace).masks;
+  }
+  Status const selected =
+      gather ? make_unions(p, a.unions, a.masks.redo, stream) : make_masks(p, a.masks, stream);
+  if (selected != kOk) return selected;
+  Status const done = with_shape(p, [&](auto dtype, auto dim) {
+    return gather ? launch_forward<dtype, dim, true>(a, stream)
+                  : launch_forward<dtype, dim, false>(a, stream);
+  });
+  return done != kOk ? done : portable::attention_if(p, nullptr, stream, a.masks.redo);
+}
+
+}  // namespace lt2::dsa::sm90

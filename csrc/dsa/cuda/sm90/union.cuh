@@ -1,0 +1,49 @@
+// What the queries of a tile select together: the keys in ascending order, and for each tile of 128 of them
+// the bits of the queries, as in mask.cuh. A tile's rows are its queries with all heads of a key head.
+#pragma once
+
+#include "common/cuda/sm90/tma.cuh"
+#include "dsa/cuda/sm90/mask.cuh"
+
+namespace lt2::dsa::sm90 {
+
+using namespace cuda::sm90;
+
+struct Unions {
+  int64_t tiles, capacity;  // of a batch row; keys of a tile at most, a multiple of 128
+  int queries;              // of a tile
+  int* sizes;               // [B, tiles]
+  int32_t* keys;            // [B, tiles, capacity]
+  uint4* bits;              // [B, tiles, capacity / 128, queries]
+
+  __host__ __device__ int64_t tile(int64_t row, int64_t tile) const { return row * tiles + tile; }
+  // Of the queries for the i-th 128 keys.
+  __host__ __device__ int64_t bits_of(int64_t tile, int64_t i) const {
+    return (tile * (capacity / kTile) + i) * queries;
+  }
+};
+
+// Copies 128 rows of kDim elements into a swizzled tile, kColumnBytes between its columns of 64 elements.
+// Thread i of a warpgroup has the number of row i of `rows`; negative: zeros.
+template <int kDim, int kColumnBytes, class T>
+__device__ __forceinline__ void gather_rows(char* tile, T const* rows, int64_t stride, int own, int thread) {
+  constexpr int kChunks = kDim / 8, kRows = kWarp / kChunks;  // of 16 bytes in a row, rows of a copy
+  int const lane = thread % kWarp, chunk = lane % kChunks, first = thread / kWarp * kWarp + lane / kChunks;
+  uint32_t const column = shared_address(tile) + chunk / 8 * kColumnBytes;
+#pragma unroll
+  for (int i = 0; i < kWarp / kRows; ++i) {
+    int const number = __shfl_sync(0xffffffffu, own, i * kRows + lane / kChunks), row = first + i * kRows;
+    T const* const from = rows + (number < 0 ? 0 : number) * stride + chunk * 8;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(column + tile_offset(row, chunk % 8)),
+                 "l"(__cvta_generic_to_global(from)), "r"(number < 0 ? 0 : 16)
+                 : "memory");
+  }
+}
+
+// One arrival of this thread, once its copies have landed.
+__device__ __forceinline__ void arrive_when_copied(Barrier& loaded) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&loaded))
+               : "memory");
+}
+
+}  // namespace lt2::dsa::sm90
