@@ -198,7 +198,6 @@ CONTRACTS = {
     "lightning_indexer": Contract(
         indexer_samples,
         {"k_idx": torch.zeros(2, 7, 16), "w_idx": torch.zeros(2, 5, 2), "topk": 0},
-        devices=("cpu",),
     ),
     "dsa_attention_fwd": Contract(
         attention_samples,
