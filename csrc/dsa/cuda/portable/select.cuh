@@ -2,16 +2,11 @@
 // the indices in order.
 #pragma once
 
+#include "dsa/cuda/portable/order.cuh"
 #include "dsa/cuda/portable/rows.h"
 #include "dsa/cuda/portable/sequences.cuh"
 
 namespace lt2::dsa::portable {
-
-// A number in the order of scores: -0 equals 0, NaN is 0 and nothing else is.
-__device__ inline uint32_t order(float score) {
-  uint32_t const bits = __float_as_uint(score + 0.f);
-  return score == score ? bits ^ (static_cast<int32_t>(bits) < 0 ? 0xffffffffu : 0x80000000u) : 0u;
-}
 
 inline constexpr int kSelectThreads = 512, kBins = 2048, kBinsPerThread = kBins / kSelectThreads;
 inline constexpr int kVector = 4;  // scores that a thread takes at a time

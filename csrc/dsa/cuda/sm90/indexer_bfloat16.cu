@@ -1,0 +1,8 @@
+#include "dsa/cuda/sm90/launch.cuh"
+
+namespace lt2::dsa::sm90 {
+
+template int64_t workspace<Dtype::kBFloat16>(IndexerParams const&);
+template Status launch_indexer<Dtype::kBFloat16>(IndexerParams const&, float*, void*);
+
+}  // namespace lt2::dsa::sm90

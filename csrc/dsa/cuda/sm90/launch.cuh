@@ -1,0 +1,109 @@
+#pragma once
+
+#include <algorithm>
+
+#include "common/cuda/launch.cuh"
+#include "dsa/cuda/sm90/indexer.cuh"
+#include "dsa/cuda/sm90/launch.h"
+
+namespace lt2::dsa::sm90 {
+
+inline constexpr int kMultiprocessors = 132, kSharedBytes = 227 << 10;
+
+inline TokenMajor keys_of(IndexerParams const& p) {
+  return {p.k.data, p.k.batch, p.k.token, 0, p.batch, p.keys, 1, p.dim};
+}
+
+// Many queries: a block selects from its scores as they come. Few: scores go to memory, so that many blocks
+// share the keys of a query.
+inline bool streams(IndexerParams const& p, int tile_queries) {
+  int64_t const tiles = p.batch * portable::ceil_div(p.tokens, tile_queries);
+  return p.tokens >= tile_queries / 2 && tiles >= kMultiprocessors / 2;
+}
+
+// Room for the kept and for as many again where that fits into shared memory, if half as many do.
+template <class Traits>
+IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int* shared_bytes) {
+  IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr};
+  auto const round_up = [](int64_t x) { return (x + kKeys - 1) / kKeys * kKeys; };
+  int64_t const least = round_up(a.kept + std::max(a.kept / 2, 128)) + kKeys;
+  int64_t const wanted = round_up(a.kept + std::max(a.kept, 256)) + kKeys;
+  int64_t const row = Traits::kQueries * 2 * sizeof(float);
+  int64_t const fitting =
+      (kSharedBytes - static_cast<int64_t>(sizeof(typename Traits::Shared))) / row / kKeys * kKeys;
+  bool const shared = fitting >= least;
+  a.capacity = static_cast<int>(shared ? std::min(fitting, wanted) : wanted);
+  a.rows.tile_rows = Traits::kQueries;
+  a.rows.row_tiles = portable::ceil_div(p.tokens, Traits::kQueries);
+  a.rows.tiles = a.rows.row_tiles * p.batch;
+  int64_t const blocks = std::min<int64_t>(a.rows.tiles, kMultiprocessors);
+  *floats = shared ? 0 : blocks * Traits::kQueries * 2 * a.capacity;
+  *shared_bytes = static_cast<int>(sizeof(typename Traits::Shared) + (shared ? a.capacity * row : 0));
+  a.candidates = shared ? nullptr : workspace;
+  return a;
+}
+
+template <class Traits>
+Status launch_items(IndexLaunch const& a, int shared_bytes, Dtype dtype, void* stream) {
+  CUtensorMap map;
+  if (Status const made = make_tensor_map(&map, keys_of(a.p), dtype, kKeys); made != kOk) return made;
+  int64_t const blocks = std::min<int64_t>(a.rows.tiles * a.spans, kMultiprocessors);
+  return launch(index_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, map);
+}
+
+template <class T, Dtype kDtype, int kDim, int kHeads>
+struct Indexer {
+  using Select = Traits<T, kDim, kHeads, true>;
+  using Scores = Traits<T, kDim, kHeads, false>;
+
+  static int64_t workspace(IndexerParams const& p) {
+    if (!streams(p, Select::kQueries)) return portable::score_workspace(p, Scores::kQueries);
+    int64_t floats;
+    int shared_bytes;
+    plan<Select>(p, nullptr, &floats, &shared_bytes);
+    return floats;
+  }
+
+  static Status run(IndexerParams const& p, float* workspace, void* stream) {
+    if (streams(p, Select::kQueries)) {
+      int64_t floats;
+      int shared_bytes;
+      IndexLaunch const a = plan<Select>(p, workspace, &floats, &shared_bytes);
+      return launch_items<Select>(a, shared_bytes, kDtype, stream);
+    }
+    return portable::score_and_select(p, Scores::kQueries, workspace, stream, [&](ScoreRows const& rows) {
+      // A few items per block, for an even load.
+      int64_t const spans = portable::ceil_div(4 * kMultiprocessors, rows.tiles);
+      int64_t const span =
+          std::max(portable::ceil_div(portable::ceil_div(p.keys, spans), kKeys) * kKeys, int64_t{8 * kKeys});
+      IndexLaunch const a{p, rows, portable::ceil_div(p.keys, span), span, 0, 0, nullptr};
+      return launch_items<Scores>(a, sizeof(typename Scores::Shared), kDtype, stream);
+    });
+  }
+};
+
+// f with the Indexer of p.
+template <Dtype kDtype, class F>
+auto with_indexer(IndexerParams const& p, F const& f) {
+  using T = Element<kDtype>;
+  auto const with_heads = [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    if (p.heads <= 2) return f(Indexer<T, kDtype, kDim, 2>{});
+    if (p.heads <= 4) return f(Indexer<T, kDtype, kDim, 4>{});
+    if (p.heads <= 8) return f(Indexer<T, kDtype, kDim, 8>{});
+    return f(Indexer<T, kDtype, kDim, 16>{});
+  };
+  return p.dim == 64 ? with_heads(std::integral_constant<int, 64>{})
+                     : with_heads(std::integral_constant<int, 128>{});
+}
+
+template <Dtype kDtype>
+int64_t workspace(IndexerParams const& p) {
+  return with_indexer<kDtype>(p, [&](auto indexer) { return indexer.workspace(p); });
+}
+template <Dtype kDtype>
+Status launch_indexer(IndexerParams const& p, float* workspace, void* stream) {
+  return with_indexer<kDtype>(p, [&](auto indexer) { return indexer.run(p, workspace, stream); });
+}
+
+}  // namespace lt2::dsa::sm90
