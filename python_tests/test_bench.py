@@ -40,6 +40,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         causal_conv1d.step_case(2, 16, 4, BF16, CPU),
         dsa.indexer_case(70, 2, 16, 8, F32, CPU),
         dsa.indexer_case(70, 2, 16, 8, BF16, CPU),
+        dsa.step_case(2, 90, 2, 16, 8, F32, CPU),
         dsa.attention_case(70, 4, 2, 16, 8, F32, True, False, CPU),
         dsa.attention_case(70, 4, 2, 16, 8, BF16, False, True, CPU),
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
@@ -214,6 +215,8 @@ def test_suites_on_cuda(graph: bool):
         gdn.layer_case(2, 2, 4, 32, BF16, cuda),
         causal_conv1d.step_case(2, 16, 4, BF16, cuda),
         causal_conv1d.conv_case(2, 9, 16, 4, BF16, True, cuda),
+        dsa.indexer_case(70, 2, 16, 8, BF16, cuda),
+        dsa.step_case(2, 90, 2, 64, 8, BF16, cuda),
     ]
     for case in cases:
         results = bench.run_case(case, "suite", cuda, CEILINGS, (), rounds=2, budget=0, graph=graph)

@@ -13,9 +13,26 @@ from . import NAMES, Case, Tensors, cast, generator, oracle, timed
 F32, BF16 = torch.float32, torch.bfloat16
 
 
+# T, HI, DI, topk, whether quick
+CUDA = [
+    (32768, 8, 64, 512, True),
+    (4096, 8, 64, 512, True),
+    (8192, 8, 64, 512, False),
+    (131072, 8, 64, 512, False),
+    (32768, 4, 64, 512, False),
+    (32768, 16, 64, 512, False),
+    (32768, 8, 128, 512, False),
+    (32768, 8, 64, 64, False),
+    (32768, 8, 64, 2048, False),
+]
+# B, S, topk, whether quick: one query that sees S keys
+CUDA_STEPS = [(8, 32768, 512, True), (1, 32768, 2048, False), (8, 131072, 2048, False), (64, 32768, 2048, False)]
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
-        return []
+        decode = [step_case(B, S, 8, 64, topk, BF16, device) for B, S, topk, fast in CUDA_STEPS if fast or not quick]
+        return [indexer_case(*shape, BF16, device) for *shape, fast in CUDA if fast or not quick] + decode
     lengths = [4096] if quick else [2048, 4096, 8192]
     selection = [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
     # A gather in torch takes seconds, its backward more.
@@ -33,16 +50,6 @@ def indexer_case(T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device
         randn = generator(device)
         return {"q": randn(1, T, HI, DI).to(dtype), "k": randn(1, T, DI).to(dtype), "w": randn(1, T, HI)}
 
-    def ours(x: Tensors) -> Tensors:
-        return {"indices": ops.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}
-
-    def plain(x: Tensors) -> Tensors:
-        return {"indices": indexer_torch(x["q"], x["k"], x["w"], topk)}
-
-    def exact(x: Tensors) -> Tensors:
-        x = cast(x, torch.float64)
-        return {"indices": reference.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}
-
     return Case(
         op="lightning_indexer",
         shape=f"T={T} HI={HI} DI={DI} topk={topk} {NAMES[dtype]}",
@@ -50,33 +57,68 @@ def indexer_case(T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device
         flops=T * (T + 1) * HI * DI,
         moved=T * (HI + 1) * DI * dtype.itemsize + T * (HI + topk) * 4,
         inputs=inputs,
-        ours=timed(ours),
-        torch=timed(plain),
-        oracle=exact,
+        ours=timed(lambda x: {"indices": ops.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}),
+        torch=timed(lambda x: {"indices": indexer_torch(x["q"], x["k"], x["w"], topk)}),
+        oracle=lambda x: exact_indices(x, topk),
         compared=selected_scores,
         checked=None if T <= 1024 else lambda: inputs(1024),
     )
 
 
+def step_case(B: int, S: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """A step of decoding: the last query of each of B sequences."""
+
+    def inputs(S: int = S) -> Tensors:
+        randn = generator(device)
+        return {"q": randn(B, 1, HI, DI).to(dtype), "k": randn(B, S, DI).to(dtype), "w": randn(B, 1, HI)}
+
+    return Case(
+        op="lightning_indexer step",
+        shape=f"B={B} S={S} HI={HI} DI={DI} topk={topk} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=2 * B * S * HI * DI,
+        moved=B * S * DI * dtype.itemsize + B * topk * 4,
+        inputs=inputs,
+        ours=timed(lambda x: {"indices": ops.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}),
+        torch=timed(lambda x: {"indices": indexer_torch(x["q"], x["k"], x["w"], topk)}),
+        oracle=lambda x: exact_indices(x, topk),
+        compared=selected_scores,
+        checked=None if S <= 1024 else lambda: inputs(1024),
+        graph=True,
+    )
+
+
+def exact_indices(x: Tensors, topk: int) -> Tensors:
+    x = {n: t.cpu() for n, t in cast(x, torch.float64).items()}
+    return {"indices": reference.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}
+
+
 def selected_scores(x: Tensors, outputs: Tensors) -> Tensors:
     """The sum of the scores that each query selects, in float64: what a rounded score may lose a little of. Not finite
     where a selection is not causal."""
-    indices, T = outputs["indices"][0].long(), outputs["indices"].shape[1]
-    scores = reference.index_scores(x["q"][0].double(), x["k"][0].double(), x["w"][0].double())
-    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    picked = scores.gather(1, indices.clamp_min(0))
-    return {"o": torch.where(indices < 0, 0.0, picked).sum(1)}
+    x, indices = {n: t.cpu() for n, t in cast(x, torch.float64).items()}, outputs["indices"].cpu().long()
+    T, S = indices.shape[1], x["k"].shape[1]
+    sums = []
+    for q, k, w, chosen in zip(x["q"], x["k"], x["w"], indices, strict=True):
+        scores = reference.index_scores(q, k, w)
+        scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
+        picked = scores.gather(1, chosen.clamp_min(0))
+        sums.append(torch.where(chosen < 0, 0.0, picked).sum(1))
+    return {"o": torch.stack(sums)}
 
 
 def indexer_torch(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, topk: int, chunk: int = 512) -> torch.Tensor:
     """A chunk of queries at a time, so that the scores of all never are in memory."""
     selected = []
-    for begin in range(0, q.shape[1], chunk):
-        end = min(begin + chunk, q.shape[1])
-        dots = torch.einsum("bqhd,bkd->bqhk", q[:, begin:end], k[:, :end]).relu_()
+    T, before = q.shape[1], k.shape[1] - q.shape[1]
+    for begin in range(0, T, chunk):
+        end = min(begin + chunk, T)
+        seen = before + end
+        dots = torch.einsum("bqhd,bkd->bqhk", q[:, begin:end], k[:, :seen]).relu_()
         scores = torch.einsum("bqhk,bqh->bqk", dots.float(), w[:, begin:end])
-        future = torch.arange(end) > torch.arange(begin, end)[:, None]
-        values, indices = scores.masked_fill_(future, -torch.inf).topk(min(topk, end), -1)
+        positions = torch.arange(before + begin, seen, device=q.device)
+        future = torch.arange(seen, device=q.device) > positions[:, None]
+        values, indices = scores.masked_fill_(future, -torch.inf).topk(min(topk, seen), -1)
         indices = indices.masked_fill(values == -torch.inf, -1)
         selected.append(F.pad(indices, (0, topk - indices.shape[-1]), value=-1).int())
     return torch.cat(selected, 1)

@@ -10,48 +10,42 @@ namespace lt2::dsa::sm90 {
 inline constexpr unsigned kAll = 0xffffffffu;
 inline constexpr int kBins = 256;
 
-// Scores and indices of candidates, ascending by index, none NaN; in shared or global memory.
-struct List {
-  float* scores;  // [capacity]
-  int* indices;   // [capacity]
+struct alignas(8) Candidate {
+  float score;
+  int index;
 };
 
-// The k best of all scores met are among the candidates.
+// Ascending by index, none NaN; the k best of all scores met are among them.
 struct Candidates {
+  Candidate* list;  // in shared or global memory
   int count;
   float threshold;  // k candidates are as good, so only better ones are wanted; NaN: no threshold yet
 
   // Two scores per lane, of keys index and index + 1, in the order of lanes.
-  __device__ void append(List const& list, float2 x, int index) {
+  __device__ void append(float2 x, int index) {
     bool const first = x.x == x.x && !(x.x <= threshold), second = x.y == x.y && !(x.y <= threshold);
     unsigned const firsts = __ballot_sync(kAll, first), seconds = __ballot_sync(kAll, second);
     if ((firsts | seconds) == 0) return;
     unsigned below;
     asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-    int at = count + __popc(firsts & below) + __popc(seconds & below);
-    if (first) {
-      list.scores[at] = x.x;
-      list.indices[at++] = index;
-    }
-    if (second) {
-      list.scores[at] = x.y;
-      list.indices[at] = index + 1;
-    }
+    Candidate* const to = list + (count + __popc(firsts & below) + __popc(seconds & below));
+    if (first) to[0] = {x.x, index};
+    if (second) to[first] = {x.y, index + 1};
     count += __popc(firsts) + __popc(seconds);
   }
 };
 
 // Keeps the best `most` candidates at most, but all of the k best; of equals the first ones. k <= most <
 // count. bins: kBins of the warp's own.
-__device__ inline Candidates cut(List const& list, int count, int k, int most, uint32_t* bins) {
+__device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
   using portable::order;
-  float* const scores = list.scores;
-  int* const indices = list.indices;
+  Candidate* const list = c.list;
+  int const count = c.count;
   int const lane = threadIdx.x % 32;
   __syncwarp();
   uint32_t low = UINT32_MAX, high = 0;  // the k-th best is in [low, high]
   for (int i = lane; i < count; i += 32) {
-    uint32_t const key = order(scores[i]);
+    uint32_t const key = order(list[i].score);
     low = min(low, key);
     high = max(high, key);
   }
@@ -66,7 +60,7 @@ __device__ inline Candidates cut(List const& list, int count, int k, int most, u
     __syncwarp();
 #pragma unroll 4
     for (int i = lane; i < count; i += 32) {
-      uint32_t const key = order(scores[i]);
+      uint32_t const key = order(list[i].score);
       if (key >= low && key <= high) atomicAdd(&bins[(key - low) >> shift], 1u);
     }
     __syncwarp();
@@ -107,22 +101,18 @@ __device__ inline Candidates cut(List const& list, int count, int k, int most, u
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
   for (int base = 0; base < count; base += 32) {
     int const i = base + lane;
-    float const score = i < count ? scores[i] : NAN;
-    int const index = i < count ? indices[i] : 0;
-    uint32_t const key = order(score);
+    Candidate const x = i < count ? list[i] : Candidate{NAN, 0};
+    uint32_t const key = order(x.score);
     unsigned const equal = __ballot_sync(kAll, key == low);
     bool const chosen = key > low || (key == low && (all || __popc(equal & below) < equals));
     unsigned const chosens = __ballot_sync(kAll, chosen);
     equals -= min(equals, __popc(equal));
-    int const at = written + __popc(chosens & below);
-    if (chosen) {
-      scores[at] = score;
-      indices[at] = index;
-    }
+    if (chosen) list[written + __popc(chosens & below)] = x;
     written += __popc(chosens);
     __syncwarp();
   }
-  return {written, portable::score_of(low)};
+  c.count = written;
+  c.threshold = portable::score_of(low);
 }
 
 }  // namespace lt2::dsa::sm90

@@ -51,10 +51,10 @@ struct Traits {
 
 struct IndexLaunch {
   IndexerParams p;
-  ScoreRows rows;       // of the tiles; `scores` only where they are written
-  int64_t spans, span;  // each tile's keys are cut into `spans` of `span` keys (1 where kSelect)
-  int capacity, kept;   // of a query's candidates; min(topk, S)
-  float* candidates;    // [blocks, kQueries, 2 * capacity], null: in shared memory after Shared
+  ScoreRows rows;         // of the tiles; `scores` only where they are written
+  int64_t spans, span;    // each tile's keys are cut into `spans` of `span` keys (1 where kSelect)
+  int capacity, kept;     // of a query's candidates; min(topk, S)
+  Candidate* candidates;  // [blocks, kQueries, capacity], null: in shared memory after Shared
 };
 
 // One item of work: queries [query, ..) of a batch row, tiles of keys from `begin` on.
@@ -255,14 +255,10 @@ template <class Traits>
 __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
   constexpr int kOwn = Traits::kQueries / kSelectWarps;
   int const lane = threadIdx.x % 32, warp = threadIdx.x / 32 - kScoreWarps;
-  float* const lists =
-      (a.candidates == nullptr ? reinterpret_cast<float*>(&shared + 1)
-                               : a.candidates + int64_t{blockIdx.x} * Traits::kQueries * 2 * a.capacity) +
-      warp * kOwn * 2 * a.capacity;
-  auto const list = [&](int j) {
-    float* const scores = lists + j * 2 * a.capacity;
-    return List{scores, reinterpret_cast<int*>(scores) + a.capacity};
-  };
+  Candidate* const lists =
+      (a.candidates == nullptr ? reinterpret_cast<Candidate*>(&shared + 1)
+                               : a.candidates + int64_t{blockIdx.x} * Traits::kQueries * a.capacity) +
+      warp * kOwn * a.capacity;
   int64_t met = 0;
   int64_t const items = a.rows.tiles * a.spans;
   for (int64_t round = 0; round * gridDim.x < items; ++round) {
@@ -275,7 +271,8 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       first[j] = __shfl_sync(kAll, sight.first, warp * kOwn + j);
-      own[j] = {0, __shfl_sync(kAll, sight.count, warp * kOwn + j) == 0 ? INFINITY : NAN};
+      bool const sees = __shfl_sync(kAll, sight.count, warp * kOwn + j) > 0;
+      own[j] = {lists + j * a.capacity, 0, sees ? NAN : INFINITY};
     }
     for (int i = 0; i <= item.tiles; ++i) {
       bool const last = i == item.tiles;
@@ -292,23 +289,23 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
         if (lane == 0) shared.score_empty[slot].arrive();
         int const key = item.begin + i * kKeys + 2 * lane;
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) own[j].append(list(j), scores[j], key - first[j]);
+        for (int j = 0; j < kOwn; ++j) own[j].append(scores[j], key - first[j]);
       }
       int const limit = last ? a.kept : a.capacity - kKeys;
       for (;;) {
-        int full = -1, count;
+        int full = -1;
+        Candidates c;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
           if (own[j].count <= limit) continue;
           full = j;
-          count = own[j].count;
+          c = own[j];
         }
         if (full < 0) break;
-        int const most = last ? a.kept : a.kept + (a.capacity - a.kept) / 4;
-        Candidates const left = cut(list(full), count, a.kept, most, shared.bins[warp]);
+        cut(c, a.kept, last ? a.kept : a.kept + (a.capacity - a.kept) / 4, shared.bins[warp]);
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          if (j == full) own[j] = left;
+          if (j == full) own[j] = c;
         }
       }
     }
@@ -319,7 +316,9 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       int const q = warp * kOwn + j;
       if (q >= a.rows.tile_rows || item.query + q >= a.p.tokens) continue;
       int32_t* const out = a.p.indices + (item.batch * a.p.tokens + item.query + q) * a.p.topk;
-      for (int64_t c = lane; c < a.p.topk; c += 32) out[c] = c < own[j].count ? list(j).indices[c] : -1;
+      for (int64_t c = lane; c < a.p.topk; c += 32) {
+        out[c] = c < own[j].count ? own[j].list[c].index : -1;
+      }
     }
     __syncwarp();
   }

@@ -28,7 +28,7 @@ IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int*
   auto const round_up = [](int64_t x) { return (x + kKeys - 1) / kKeys * kKeys; };
   int64_t const least = round_up(a.kept + std::max(a.kept / 2, 128)) + kKeys;
   int64_t const wanted = round_up(a.kept + std::max(a.kept, 256)) + kKeys;
-  int64_t const row = Traits::kQueries * 2 * sizeof(float);
+  int64_t const row = Traits::kQueries * sizeof(Candidate);
   int64_t const fitting =
       (kSharedBytes - static_cast<int64_t>(sizeof(typename Traits::Shared))) / row / kKeys * kKeys;
   bool const shared = fitting >= least;
@@ -37,9 +37,9 @@ IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int*
   a.rows.row_tiles = portable::ceil_div(p.tokens, Traits::kQueries);
   a.rows.tiles = a.rows.row_tiles * p.batch;
   int64_t const blocks = std::min<int64_t>(a.rows.tiles, kMultiprocessors);
-  *floats = shared ? 0 : blocks * Traits::kQueries * 2 * a.capacity;
+  *floats = shared ? 0 : blocks * Traits::kQueries * a.capacity * 2;
   *shared_bytes = static_cast<int>(sizeof(typename Traits::Shared) + (shared ? a.capacity * row : 0));
-  a.candidates = shared ? nullptr : workspace;
+  a.candidates = shared ? nullptr : reinterpret_cast<Candidate*>(workspace);
   return a;
 }
 
