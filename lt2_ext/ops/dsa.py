@@ -31,29 +31,34 @@ def lightning_indexer(
 
     Query t stands at position ``q_offset + t`` and sees the keys up to and including it. Scores accumulate in float32
     and are selected from exactly: of equal ones (-0 equals 0) the smaller index wins, -inf comes last, NaN is never
-    selected. They are never all in memory: it takes O(T topk), beside a float32 copy of the keys. Inference only: a
-    selection has no gradient. Under autocast q_idx and k_idx are cast to the autocast dtype.
+    selected. They are never all in memory: it takes O(T topk), beside a float32 copy of the keys on the CPU and a
+    workspace of 64 MB or one score per key, if that is more, on CUDA. Inference only: a selection has no gradient. Under
+    autocast q_idx and k_idx are cast to the autocast dtype.
 
     Args:
-        q_idx: ``[B, T, HI, DI]`` float32 or bfloat16, DI a multiple of 8; any strides.
+        q_idx: ``[B, T, HI, DI]`` float32 or bfloat16 (on CUDA also float16), DI a multiple of 8; any strides.
         k_idx: ``[B, S, DI]`` in the dtype of q_idx.
         w_idx: ``[B, T, HI]`` of any float dtype and sign, used in float32; None: ones.
         topk: width of the result, at least 1.
         scale: None: ``DI ** -0.5``.
         activation: ``"relu"``, or None for a score that is linear in the keys.
-        cu_seqlens: ``[N + 1]`` int32 or int64, ascending offsets of the documents in the only row (``B == 1``).
-            Queries of no document select nothing.
+        cu_seqlens: ``[N + 1]`` int32 or int64 on the device of q_idx, ascending offsets of the documents in the only
+            row (``B == 1``). Queries of no document select nothing. On CUDA the values are not checked; wrong ones are
+            memory-safe.
         cu_seqlens_k: the same for the keys; None: those of the queries.
         q_offset: position of the first query among the keys of its document: an int, or an int tensor ``[B]`` (``[N]``
             with ``cu_seqlens``). None: the last query stands at the last key.
 
     Returns:
         int32 ``[B, T, topk]``: ascending, unique, counted from the first key of the document, ``-1`` where fewer keys
-        can be selected. Does not depend on the number of threads, nor on how a sequence is split into calls.
+        can be selected. The same with and without gradients, on each run and with any number of threads, and however a
+        sequence is split into calls. The CPU, the Hopper kernels (2-byte dtypes, DI 64 or 128, HI up to 16, a positive
+        scale, rows of multiples of 16 bytes) and the other CUDA kernels sum a score in different orders: between them,
+        keys within rounding of the threshold may be swapped.
 
     Raises:
         ValueError: a wrong shape, dtype or activation.
-        RuntimeError: offsets that do not ascend within the tokens; a CUDA tensor (not supported on CUDA).
+        RuntimeError: on the CPU, offsets that do not ascend within the tokens.
     """
     op = "lightning_indexer"
     q_idx, k_idx = autocast(q_idx, q_idx, k_idx)

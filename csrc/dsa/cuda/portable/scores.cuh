@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/cuda/element.cuh"
-#include "dsa/cuda/portable/rows.h"
+#include "dsa/cuda/portable/score_rows.h"
 #include "dsa/cuda/portable/sequences.cuh"
 
 namespace lt2::dsa::portable {

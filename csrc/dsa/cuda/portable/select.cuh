@@ -3,7 +3,7 @@
 #pragma once
 
 #include "dsa/cuda/portable/order.cuh"
-#include "dsa/cuda/portable/rows.h"
+#include "dsa/cuda/portable/score_rows.h"
 #include "dsa/cuda/portable/sequences.cuh"
 
 namespace lt2::dsa::portable {

@@ -5,7 +5,7 @@
 
 #include "dsa/cuda/portable/order.cuh"
 
-namespace lt2::dsa::sm90 {
+namespace lt2::dsa::sm90::indexer {
 
 inline constexpr unsigned kAll = 0xffffffffu;
 inline constexpr int kBins = 256;
@@ -115,4 +115,4 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
   c.threshold = portable::score_of(low);
 }
 
-}  // namespace lt2::dsa::sm90
+}  // namespace lt2::dsa::sm90::indexer

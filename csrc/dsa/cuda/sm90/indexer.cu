@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#include "dsa/cuda/sm90/launch.h"
+#include "dsa/cuda/sm90/indexer_launch.h"
 
 namespace lt2::dsa::sm90 {
 namespace {
@@ -41,12 +41,13 @@ Status indexer_supports(IndexerParams const& p) {
 }
 
 int64_t indexer_workspace(IndexerParams const& p) {
-  return p.dtype == Dtype::kFloat16 ? workspace<Dtype::kFloat16>(p) : workspace<Dtype::kBFloat16>(p);
+  return p.dtype == Dtype::kFloat16 ? indexer::workspace<Dtype::kFloat16>(p)
+                                    : indexer::workspace<Dtype::kBFloat16>(p);
 }
 
 Status lightning_indexer(IndexerParams const& p, float* workspace, void* stream) {
-  return p.dtype == Dtype::kFloat16 ? launch_indexer<Dtype::kFloat16>(p, workspace, stream)
-                                    : launch_indexer<Dtype::kBFloat16>(p, workspace, stream);
+  return p.dtype == Dtype::kFloat16 ? indexer::run<Dtype::kFloat16>(p, workspace, stream)
+                                    : indexer::run<Dtype::kBFloat16>(p, workspace, stream);
 }
 
 }  // namespace lt2::dsa::sm90

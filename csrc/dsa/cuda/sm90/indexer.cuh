@@ -6,11 +6,11 @@
 #include "common/cuda/sm90/barrier.cuh"
 #include "common/cuda/sm90/tma.cuh"
 #include "common/cuda/sm90/wgmma.cuh"
-#include "dsa/cuda/portable/rows.h"
+#include "dsa/cuda/portable/score_rows.h"
 #include "dsa/cuda/portable/sequences.cuh"
 #include "dsa/cuda/sm90/candidates.cuh"
 
-namespace lt2::dsa::sm90 {
+namespace lt2::dsa::sm90::indexer {
 
 using namespace cuda;
 using namespace cuda::sm90;
@@ -359,4 +359,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-}  // namespace lt2::dsa::sm90
+}  // namespace lt2::dsa::sm90::indexer

@@ -1,8 +1,8 @@
-#include "dsa/cuda/sm90/launch.cuh"
+#include "dsa/cuda/sm90/indexer_launch.cuh"
 
-namespace lt2::dsa::sm90 {
+namespace lt2::dsa::sm90::indexer {
 
 template int64_t workspace<Dtype::kFloat16>(IndexerParams const&);
-template Status launch_indexer<Dtype::kFloat16>(IndexerParams const&, float*, void*);
+template Status run<Dtype::kFloat16>(IndexerParams const&, float*, void*);
 
-}  // namespace lt2::dsa::sm90
+}  // namespace lt2::dsa::sm90::indexer

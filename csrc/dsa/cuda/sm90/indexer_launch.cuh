@@ -4,9 +4,9 @@
 
 #include "common/cuda/launch.cuh"
 #include "dsa/cuda/sm90/indexer.cuh"
-#include "dsa/cuda/sm90/launch.h"
+#include "dsa/cuda/sm90/indexer_launch.h"
 
-namespace lt2::dsa::sm90 {
+namespace lt2::dsa::sm90::indexer {
 
 inline constexpr int kMultiprocessors = 132, kSharedBytes = 227 << 10;
 
@@ -102,8 +102,8 @@ int64_t workspace(IndexerParams const& p) {
   return with_indexer<kDtype>(p, [&](auto indexer) { return indexer.workspace(p); });
 }
 template <Dtype kDtype>
-Status launch_indexer(IndexerParams const& p, float* workspace, void* stream) {
+Status run(IndexerParams const& p, float* workspace, void* stream) {
   return with_indexer<kDtype>(p, [&](auto indexer) { return indexer.run(p, workspace, stream); });
 }
 
-}  // namespace lt2::dsa::sm90
+}  // namespace lt2::dsa::sm90::indexer

@@ -3,11 +3,11 @@
 
 #include "dsa/dsa.h"
 
-namespace lt2::dsa::sm90 {
+namespace lt2::dsa::sm90::indexer {
 
 template <Dtype>
 int64_t workspace(IndexerParams const& p);
 template <Dtype>
-Status launch_indexer(IndexerParams const& p, float* workspace, void* stream);
+Status run(IndexerParams const& p, float* workspace, void* stream);
 
-}  // namespace lt2::dsa::sm90
+}  // namespace lt2::dsa::sm90::indexer
