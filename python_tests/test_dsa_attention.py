@@ -303,5 +303,3 @@ def test_wrong_arguments_are_named(wrong, message):
     x = inputs(1, 4, 4, 4, 2, 8, 8) | {"indices": torch.zeros(1, 4, 3, dtype=torch.int32)}
     with pytest.raises(ValueError, match=f"dsa_attention: {message}"):
         dsa_attention(**x | wrong)
-
-

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import peers
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lt2_ext import ops
 from lt2_ext.reference import dsa as reference
@@ -27,12 +32,34 @@ CUDA = [
 ]
 # B, S, topk, whether quick: one query that sees S keys
 CUDA_STEPS = [(8, 32768, 512, True), (1, 32768, 2048, False), (8, 131072, 2048, False), (64, 32768, 2048, False)]
+# T, HQ, H, D, topk, what neighbouring queries have in common (SELECTIONS), whether quick
+CUDA_ATTENTION = [
+    (4096, 16, 4, 128, 512, "random", True),
+    (8192, 16, 4, 128, 512, "random", True),
+    (8192, 16, 16, 128, 512, "random", False),
+    (4096, 16, 4, 64, 512, "random", True),
+    (4096, 16, 4, 128, 2048, "random", False),
+    (32768, 16, 4, 128, 512, "random", False),
+    (32768, 16, 4, 128, 512, "clustered", True),
+    (32768, 16, 4, 128, 512, "local", False),
+    (32768, 16, 16, 128, 512, "clustered", False),
+]
+# B, S, HQ, H, topk, whether quick: one query
+CUDA_READS = [(8, 32768, 16, 4, 2048, True), (8, 32768, 16, 16, 2048, False), (8, 131072, 16, 4, 2048, True)]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
         decode = [step_case(B, S, 8, 64, topk, BF16, device) for B, S, topk, fast in CUDA_STEPS if fast or not quick]
-        return [indexer_case(*shape, BF16, device) for *shape, fast in CUDA if fast or not quick] + decode
+        steps = [attention_step_case(*shape, BF16, device) for *shape, fast in CUDA_READS if fast or not quick]
+        attention = [
+            attention_case(T, HQ, H, D, topk, BF16, backward, True, device, kind)
+            for T, HQ, H, D, topk, kind, fast in CUDA_ATTENTION
+            if fast or not quick
+            for backward in (False, True)
+        ]
+        indexer = [indexer_case(*shape, BF16, device) for *shape, fast in CUDA if fast or not quick]
+        return indexer + decode + attention + steps
     lengths = [4096] if quick else [2048, 4096, 8192]
     selection = [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
     # A gather in torch takes seconds, its backward more.
@@ -124,9 +151,32 @@ def indexer_torch(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, topk: int, 
     return torch.cat(selected, 1)
 
 
+def random_selection(randn: Callable[..., Tensor], T: int, topk: int) -> Tensor:
+    """int32 ``[1, T, topk]``: every query another one."""
+    return ops.lightning_indexer(randn(1, T, 1, 8), randn(1, T, 8), topk=topk)
+
+
+def clustered_selection(randn: Callable[..., Tensor], T: int, topk: int, cluster: int = 64) -> Tensor:
+    """Queries next to each other select nearly the same keys, which lie anywhere."""
+    common = randn(1, -(-T // cluster), 1, 8).repeat_interleave(cluster, 1)[:, :T]
+    return ops.lightning_indexer(common + 0.1 * randn(1, T, 1, 8), randn(1, T, 8), topk=topk)
+
+
+def local_selection(randn: Callable[..., Tensor], T: int, topk: int) -> Tensor:
+    """The 16 first and the last keys."""
+    device = randn(1).device
+    last = torch.arange(T, device=device)[:, None] - torch.arange(topk - 16, device=device)
+    last = last.masked_fill(last < 16, -1)
+    return torch.cat([torch.arange(16, device=device).expand(T, 16), last], 1)[None].int()
+
+
+SELECTIONS = {"random": random_selection, "clustered": clustered_selection, "local": local_selection}
+
+
 def attention_case(
-    T: int, HQ: int, H: int, D: int, topk: int, dtype: torch.dtype, backward: bool, dense: bool, device: torch.device
-) -> Case:
+    T: int, HQ: int, H: int, D: int, topk: int, dtype: torch.dtype, backward: bool, dense: bool, device: torch.device,
+    selection: str = "random",
+) -> Case:  # fmt: skip
     """Beside torch that gathers the selected keys, or that attends to all keys: then the check is on so few tokens that
     all are selected."""
     trained = ("q", "k", "v") if backward else ()
@@ -134,24 +184,55 @@ def attention_case(
     def inputs(T: int = T) -> Tensors:
         randn = generator(device)
         x = {n: randn(1, T, heads, D).to(dtype) for n, heads in {"q": HQ, "k": H, "v": H, "grad_o": HQ}.items()}
-        return x | {"indices": ops.lightning_indexer(randn(1, T, 1, 8), randn(1, T, 8), topk=topk)}
-
-    def exact(x: Tensors) -> Tensors:
-        return {"o": reference.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}
+        return x | {"indices": SELECTIONS[selection](randn, T, topk)}
 
     pairs = HQ * (T * topk - topk * (topk - 1) // 2) if topk < T else HQ * T * (T + 1) // 2
     return Case(
         op=f"dsa_attention {'fwd+bwd' if backward else 'fwd'} ({'torch: dense' if dense else 'torch: gathers'})",
-        shape=f"T={T} HQ={HQ} H={H} D={D} topk={topk} {NAMES[dtype]}",
+        shape=f"T={T} HQ={HQ} H={H} D={D} topk={topk}{'' if selection == 'random' else ' ' + selection} {NAMES[dtype]}",
         dtype=dtype,
         flops=pairs * D * (14 if backward else 4),
         moved=T * (HQ + H) * D * dtype.itemsize * (5 if backward else 2) + T * topk * 4 * (1 + backward),
         inputs=inputs,
-        ours=timed(lambda x: {"o": ops.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}, trained),
+        ours=timed(attention_ours, trained),
         torch=timed(dense_torch if dense else gather_torch, trained),
-        oracle=oracle(exact, trained),
+        oracle=lambda x: oracle(attention_exact, trained)({n: t.cpu() for n, t in x.items()}),
+        peers={"flex_attention": lambda x: timed(peers.flex_attention(x), trained)(x)},
         checked=lambda: inputs(min(T, topk if dense else 512)),
     )
+
+
+def attention_step_case(
+    B: int, S: int, HQ: int, H: int, topk: int, dtype: torch.dtype, device: torch.device, D: int = 128
+) -> Case:
+    """A step of decoding, beside attention to all keys."""
+
+    def inputs(S: int = S) -> Tensors:
+        randn = generator(device)
+        x = {n: randn(B, T, heads, D).to(dtype) for n, T, heads in (("q", 1, HQ), ("k", S, H), ("v", S, H))}
+        return x | {"indices": ops.lightning_indexer(randn(B, 1, 1, 8), randn(B, S, 8), topk=topk)}
+
+    return Case(
+        op="dsa_attention step (torch: dense)",
+        shape=f"B={B} S={S} HQ={HQ} H={H} D={D} topk={topk} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=4 * B * HQ * topk * D,
+        moved=B * topk * (2 * H * D * dtype.itemsize + 4),
+        inputs=inputs,
+        ours=timed(attention_ours),
+        torch=timed(step_torch),
+        oracle=lambda x: oracle(attention_exact)({n: t.cpu() for n, t in x.items()}),
+        checked=lambda: inputs(min(S, topk)),
+        graph=True,
+    )
+
+
+def attention_ours(x: Tensors) -> Tensors:
+    return {"o": ops.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}
+
+
+def attention_exact(x: Tensors) -> Tensors:
+    return {"o": reference.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}
 
 
 def gather_torch(x: Tensors, chunk: int = 64) -> Tensors:
@@ -171,7 +252,19 @@ def gather_torch(x: Tensors, chunk: int = 64) -> Tensors:
     return {"o": torch.cat(parts)[None]}
 
 
+DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the first that takes the case
+
+
 def dense_torch(x: Tensors) -> Tensors:
     """What it replaces: all keys, selected or not."""
     q, k, v = (x[n].transpose(1, 2) for n in "qkv")
-    return {"o": F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)}
+    with sdpa_kernel(DENSE, set_priority=True):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return {"o": o.transpose(1, 2)}
+
+
+def step_torch(x: Tensors) -> Tensors:
+    q, k, v = (x[n].transpose(1, 2) for n in "qkv")
+    with sdpa_kernel(DENSE, set_priority=True):
+        o = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return {"o": o.transpose(1, 2)}
