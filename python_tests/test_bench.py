@@ -44,6 +44,8 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         dsa.attention_case(70, 4, 2, 16, 8, F32, True, False, CPU),
         dsa.attention_case(70, 4, 2, 16, 8, BF16, False, True, CPU),
         dsa.attention_step_case(2, 90, 4, 2, 8, F32, CPU, D=16),
+        dsa.loss_case(70, 4, 2, 16, 3, 16, 8, F32, CPU),
+        dsa.loss_case(70, 4, 2, 16, 3, 16, 8, BF16, CPU),
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
         loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
         loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),

@@ -142,6 +142,24 @@ def attention_bwd() -> list[dict[str, Any]]:
     return samples
 
 
+def loss_samples() -> list[dict[str, Any]]:
+    plain = {"q_idx": torch.randn(2, 5, 3, 8), "k_idx": torch.randn(2, 7, 8), "w_idx": None,
+             "q": torch.randn(2, 5, 4, 16), "k": torch.randn(2, 7, 2, 16), "lse": torch.randn(2, 5, 4),
+             "indices": None, "cu_seqlens": None, "index_scale": 0.3, "attn_scale": 0.2, "gradients": True}  # fmt: skip
+    full = {n: plain[n][:1].to(BF16) for n in ("q_idx", "k_idx", "q", "k")}
+    full |= {"w_idx": torch.randn(1, 5, 3), "lse": torch.randn(1, 5, 4), "cu_seqlens": torch.tensor([0, 3, 3, 4]),
+             "indices": torch.randint(-2, 4, (1, 5, 3), dtype=torch.int32)}  # fmt: skip
+    return [plain, plain | full]
+
+
+def loss_bwd() -> list[dict[str, Any]]:
+    samples = []
+    for s in loss_samples():
+        loss, dq, dk, dw = torch.ops.lt2.indexer_loss_fwd(**s)
+        samples.append({"dloss": torch.randn_like(loss), "dq_idx": dq, "dk_idx": dk, "dw_idx": dw})
+    return samples
+
+
 def residual_samples() -> list[dict[str, Any]]:
     plain = {"h": torch.randn(2, 3, 6), "h_in": torch.randn(2, 3, 6), "rho": torch.randn(6)}
     strided = torch.randn(5, 2, 8).to(BF16).transpose(0, 1)
@@ -205,6 +223,14 @@ CONTRACTS = {
         differentiable=True,
     ),
     "dsa_attention_bwd": Contract(attention_bwd, {"dout": torch.zeros(2, 5, 4, 8)}),
+    "indexer_loss_fwd": Contract(
+        loss_samples,
+        {"k_idx": torch.zeros(2, 7, 16), "q": torch.zeros(2, 6, 4, 16), "k": torch.zeros(2, 6, 2, 16),
+         "lse": torch.zeros(2, 5, 3), "w_idx": torch.zeros(2, 5, 2), "indices": torch.zeros(2, 5, 3)},
+        differentiable=True,
+        devices=("cpu",),
+    ),
+    "indexer_loss_bwd": Contract(loss_bwd, {"dloss": torch.zeros(1)}, devices=("cpu",)),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),
@@ -304,7 +330,8 @@ def gradients(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...
     args = require_gradients(args)
     outputs, _ = f(*args)
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    return torch.autograd.grad([o for o in outputs if o.numel()], leaves, [o.detach() for o in outputs if o.numel()])
+    outputs = [o for o in outputs if o.numel() and o.requires_grad]
+    return torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs], allow_unused=True)
 
 
 def assert_same(a: Any, b: Any) -> None:

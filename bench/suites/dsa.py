@@ -1,4 +1,4 @@
-"""Sparse attention by selection: the lightning indexer, and attention over what it selects."""
+"""Sparse attention by selection: the lightning indexer, attention over what it selects, and its loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lt2_ext import ops
 from lt2_ext.reference import dsa as reference
 
-from . import NAMES, Case, Tensors, cast, generator, oracle, timed
+from . import NAMES, Case, Forward, Tensors, cast, generator, oracle, timed
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -64,7 +64,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     selection = [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
     # A gather in torch takes seconds, its backward more.
     shapes = [(T, True) for T in lengths] + [(1024 if quick else 4096, False)]
-    return selection + [
+    losses = [loss_case(1024 if quick else 4096, 16, 4, 128, 4, 64, 256, dtype, device) for dtype in (F32, BF16)]
+    return selection + losses + [
         attention_case(T, 16, 4, 128, 256, dtype, backward, dense, device)
         for T, dense in shapes
         for dtype in (F32, BF16)
@@ -233,6 +234,58 @@ def attention_ours(x: Tensors) -> Tensors:
 
 def attention_exact(x: Tensors) -> Tensors:
     return {"o": reference.dsa_attention(x["q"], x["k"], x["v"], x["indices"])}
+
+
+def loss_case(
+    T: int, HQ: int, H: int, D: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """The loss and its gradients; torch gathers the selected keys of a chunk of queries at a time."""
+    trained = ("q_idx", "k_idx", "w_idx")
+
+    def inputs(T: int = T) -> Tensors:
+        randn = generator(device)
+        x = {"q": randn(1, T, HQ, D), "k": randn(1, T, H, D), "q_idx": randn(1, T, HI, DI), "k_idx": randn(1, T, DI)}
+        x = cast(x, dtype) | {"w_idx": randn(1, T, HI)}
+        indices = ops.lightning_indexer(*(x[n] for n in trained), topk=topk)
+        _, lse = ops.dsa_attention(x["q"], x["k"], x["k"], indices, return_lse=True)
+        return x | {"lse": lse, "indices": indices, "grad_o": torch.ones(())}
+
+    def loss(op: Callable[..., torch.Tensor]) -> Forward:
+        return lambda x: {"o": op(**{n: t for n, t in x.items() if n != "grad_o"})}
+
+    pairs = T * topk - topk * (topk - 1) // 2
+    return Case(
+        op="indexer_loss fwd+bwd (torch: gathers)",
+        shape=f"T={T} HQ={HQ} H={H} D={D} HI={HI} DI={DI} topk={topk} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=pairs * (HQ * D + 3 * HI * DI) * 2,
+        moved=T * ((HQ + H) * D + 2 * (HI + 1) * DI) * dtype.itemsize + T * (HQ + 2 * HI + topk) * 4,
+        inputs=inputs,
+        ours=timed(loss(ops.indexer_loss), trained),
+        torch=timed(loss(loss_torch), trained),
+        oracle=oracle(loss(reference.indexer_loss), trained),
+        checked=lambda: inputs(512),
+    )
+
+
+def loss_torch(
+    q_idx: torch.Tensor, k_idx: torch.Tensor, w_idx: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+    lse: torch.Tensor, indices: torch.Tensor, chunk: int = 64,
+) -> torch.Tensor:  # fmt: skip
+    total, G = q_idx.new_zeros((), dtype=F32), q.shape[2] // k.shape[2]
+    for begin in range(0, q.shape[1], chunk):
+        part = slice(begin, begin + chunk)
+        picked = indices[0, part].long()
+        unseen, rows = picked < 0, picked.clamp_min(0).flatten()
+        keys, index_keys = (t[0].index_select(0, rows).unflatten(0, picked.shape) for t in (k, k_idx))
+        logits = q[0, part].unflatten(1, (-1, G)) @ keys.permute(0, 2, 3, 1)  # [chunk, H, G, topk]
+        p = (logits.flatten(1, 2).float() * q.shape[3] ** -0.5 - lse[0, part, :, None]).exp().mean(1)
+        dots = (q_idx[0, part] @ index_keys.mT).float() * q_idx.shape[3] ** -0.5
+        scores = (dots.relu() * w_idx[0, part, :, None]).sum(1).masked_fill(unseen, -torch.inf)
+        log_model = scores.log_softmax(-1).masked_fill(unseen, 0)
+        p = p.masked_fill(unseen, 0).detach()
+        total = total + (torch.xlogy(p, p) - p * log_model).sum()
+    return total / q.shape[1]
 
 
 def gather_torch(x: Tensors, chunk: int = 64) -> Tensors:

@@ -1,5 +1,7 @@
 #include "dsa/dsa.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include "bindings/tensor.h"
 
 namespace lt2 {
@@ -266,6 +268,134 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor const& dout_any, Op
 }
 
 #undef OP
+#define OP "lt2::indexer_loss"
+
+// Gradients are of the loss itself: indexer_loss_bwd() scales them. Those that are not wanted are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Tensor const& k_idx_any,
+                                                    OptionalTensor const& weights, Tensor const& q_any,
+                                                    Tensor const& k_any, Tensor const& lse,
+                                                    OptionalTensor const& selection,
+                                                    OptionalTensor const& cu_seqlens, double index_scale,
+                                                    double attn_scale, bool gradients) {
+  Tensor const q_idx = with_unit_last_stride(q_idx_any), k_idx = with_unit_last_stride(k_idx_any);
+  Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any);
+  LT2_CHECK_DIM(OP, q_idx, 4);
+  LT2_CHECK_DIM(OP, k_idx, 3);
+  LT2_CHECK_DIM(OP, q, 4);
+  LT2_CHECK_DIM(OP, k, 4);
+  int64_t const B = q_idx.size(0), T = q_idx.size(1), HI = q_idx.size(2), DI = q_idx.size(3);
+  int64_t const S = k_idx.size(1), HQ = q.size(2), D = q.size(3), H = k.size(2);
+  ScalarType const dtype = q_idx.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  OP ": q_idx must be float32 or bfloat16, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(HI >= 1 && DI >= 8 && DI % 8 == 0,
+                  OP ": q_idx must have HI >= 1 and DI a multiple of 8, got shape ", shape_string(q_idx));
+  LT2_CHECK_SHAPE(OP, k_idx, "[B, S, DI]", B, S, DI);
+  LT2_CHECK_SHAPE(OP, q, "[B, T, HQ, D]", B, T, HQ, D);
+  LT2_CHECK_SHAPE(OP, k, "[B, S, H, D]", B, S, H, D);
+  LT2_CHECK_SHAPE(OP, lse, "[B, T, HQ]", B, T, HQ);
+  STD_TORCH_CHECK(D >= 8 && D % 8 == 0, OP ": q must have D a multiple of 8, got shape ", shape_string(q));
+  STD_TORCH_CHECK(H >= 1 && HQ >= 1 && HQ % H == 0, OP ": q must have a multiple of k's heads (", H,
+                  "), got shape ", shape_string(q));
+  LT2_CHECK_DTYPE(OP, k_idx, dtype);
+  LT2_CHECK_DTYPE(OP, q, dtype);
+  LT2_CHECK_DTYPE(OP, k, dtype);
+  LT2_CHECK_DTYPE(OP, lse, ScalarType::Float);
+  LT2_CHECK_CONTIGUOUS(OP, lse);
+  LT2_CHECK_SAME_DEVICE(OP, k_idx, q_idx);
+  LT2_CHECK_SAME_DEVICE(OP, q, q_idx);
+  LT2_CHECK_SAME_DEVICE(OP, k, q_idx);
+  LT2_CHECK_SAME_DEVICE(OP, lse, q_idx);
+  LossParams p{};
+  static_cast<Sequences&>(p) = sequences_of(OP, B, T, S, cu_seqlens, std::nullopt, std::nullopt);
+  p.dtype = kernel_dtype(q_idx);
+  p.query_heads = HQ;
+  p.key_heads = H;
+  p.dim = D;
+  p.topk = S;
+  p.dense = !selection;
+  p.scale = static_cast<float>(attn_scale);
+  p.q = heads_of(q);
+  p.k = heads_of(k);
+  p.index_heads = HI;
+  p.index_dim = DI;
+  p.index_scale = static_cast<float>(index_scale);
+  p.index_q = heads_of(q_idx);
+  p.index_k = {k_idx.data_ptr(), k_idx.stride(0), k_idx.stride(1), 0};
+  p.lse = static_cast<float const*>(lse.const_data_ptr());
+  if (selection) {
+    Tensor const& indices = *selection;
+    LT2_CHECK_DIM(OP, indices, 3);
+    LT2_CHECK_SHAPE(OP, indices, "[B, T, topk]", B, T, indices.size(2));
+    LT2_CHECK_DTYPE(OP, indices, ScalarType::Int);
+    LT2_CHECK_CONTIGUOUS(OP, indices);
+    LT2_CHECK_SAME_DEVICE(OP, indices, q_idx);
+    p.topk = indices.size(2);
+    p.indices = static_cast<int32_t const*>(indices.const_data_ptr());
+  }
+  if (weights) {
+    Tensor const& w_idx = *weights;
+    LT2_CHECK_SHAPE(OP, w_idx, "[B, T, HI]", B, T, HI);
+    LT2_CHECK_DTYPE(OP, w_idx, ScalarType::Float);
+    LT2_CHECK_SAME_DEVICE(OP, w_idx, q_idx);
+    p.weights = heads_of(w_idx);
+  }
+  Tensor loss = empty(q_idx, {}, ScalarType::Float), losses = empty(q_idx, {B, T}, ScalarType::Float);
+  Tensor dq = gradients ? empty(q_idx, {B, T, HI, DI}, dtype) : empty(q_idx, {0}, dtype);
+  Tensor dk = gradients ? empty(q_idx, {B, S, DI}, dtype) : empty(q_idx, {0}, dtype);
+  bool const weighted = gradients && weights;
+  Tensor dw = weighted ? empty(q_idx, {B, T, HI}, ScalarType::Float) : empty(q_idx, {0}, ScalarType::Float);
+  p.losses = floats(losses);
+  p.gradients = gradients;
+  if (gradients) {
+    p.dq = heads_of(dq);
+    p.dk = {dk.data_ptr(), dk.stride(0), dk.stride(1), 0};
+  }
+  if (weighted) p.dweights = heads_of(dw);
+  Tensor workspace = empty(q_idx, {cpu::loss_workspace(p, torch_pool())}, ScalarType::Float);
+  *floats(loss) = cpu::indexer_loss(p, floats(workspace), torch_pool());
+  return {loss, dq, dk, dw};
+}
+
+template <class T>
+void scale(Tensor const& in, float factor, Tensor const& out) {
+  auto const* const x = static_cast<T const*>(in.const_data_ptr());
+  auto* const y = static_cast<T*>(out.mutable_data_ptr());
+  torch_pool().ranges(0, in.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) y[i] = static_cast<T>(static_cast<float>(x[i]) * factor);
+  });
+}
+
+Tensor scaled(Tensor const& x, float factor) {
+  Tensor out = torch::stable::empty_like(x);
+  (x.scalar_type() == ScalarType::BFloat16 ? scale<c10::BFloat16> : scale<float>)(x, factor, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_backward_cpu(Tensor const& dloss, Tensor const& dq_idx,
+                                                     Tensor const& dk_idx, Tensor const& dw_idx) {
+  LT2_CHECK_SHAPE(OP, dloss, "[]", );
+  LT2_CHECK_DTYPE(OP, dloss, ScalarType::Float);
+  STD_TORCH_CHECK(dq_idx.scalar_type() == ScalarType::Float || dq_idx.scalar_type() == ScalarType::BFloat16,
+                  OP ": dq_idx must be float32 or bfloat16, got ", dtype_name(dq_idx.scalar_type()));
+  LT2_CHECK_DTYPE(OP, dk_idx, dq_idx.scalar_type());
+  LT2_CHECK_DTYPE(OP, dw_idx, ScalarType::Float);
+  LT2_CHECK_CONTIGUOUS(OP, dq_idx);
+  LT2_CHECK_CONTIGUOUS(OP, dk_idx);
+  LT2_CHECK_CONTIGUOUS(OP, dw_idx);
+  float const factor = *static_cast<float const*>(dloss.const_data_ptr());
+  return {scaled(dq_idx, factor), scaled(dk_idx, factor), scaled(dw_idx, factor)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cuda(Tensor const&, Tensor const&, OptionalTensor const&,
+                                                     Tensor const&, Tensor const&, Tensor const&,
+                                                     OptionalTensor const&, OptionalTensor const&, double,
+                                                     double, bool) {
+  STD_TORCH_CHECK(false, OP ": q_idx must be on the CPU (not supported on CUDA), got a CUDA tensor");
+  return {};
+}
+
+#undef OP
 
 }  // namespace
 
@@ -273,12 +403,15 @@ STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("lightning_indexer", TORCH_BOX(&indexer));
   m.impl("dsa_attention_fwd", TORCH_BOX(&attention));
   m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward));
+  m.impl("indexer_loss_fwd", TORCH_BOX(&loss_cpu));
+  m.impl("indexer_loss_bwd", TORCH_BOX(&loss_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
   m.impl("lightning_indexer", TORCH_BOX(&indexer));
   m.impl("dsa_attention_fwd", TORCH_BOX(&attention));
   m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward));
+  m.impl("indexer_loss_fwd", TORCH_BOX(&loss_cuda));
 }
 
 }  // namespace lt2

@@ -49,6 +49,14 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "Tensor lse, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, float scale) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
 
+  m.def(
+      "indexer_loss_fwd(Tensor q_idx, Tensor k_idx, Tensor? w_idx, Tensor q, Tensor k, Tensor lse, "
+      "Tensor? indices, Tensor? cu_seqlens, float index_scale, float attn_scale, bool gradients) -> "
+      "(Tensor loss, Tensor dq_idx, Tensor dk_idx, Tensor dw_idx)");
+  m.def(
+      "indexer_loss_bwd(Tensor dloss, Tensor dq_idx, Tensor dk_idx, Tensor dw_idx) -> "
+      "(Tensor dq_idx, Tensor dk_idx, Tensor dw_idx)");
+
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");
   m.def(

@@ -58,6 +58,7 @@ struct AttentionParams : Sequences {
   float scale;
   Heads q, k, v;           // [B, T, HQ, D], [B, S, H, D], [B, S, H, DV]
   int32_t const* indices;  // [B, T, topk]
+  bool dense;              // instead of indices every key that a query sees; topk = S
 };
 
 struct AttentionForwardParams : AttentionParams {
@@ -72,6 +73,19 @@ struct AttentionBackwardParams : AttentionParams {
   int64_t splits;  // set by attention_backward()
 };
 
+// KL(p || softmax of the indexer's scores, with relu) of each query over the keys that it selects; p is the
+// mean over heads of e^(scale q.k - lse). A key named twice counts twice.
+struct LossParams : AttentionParams {  // value_dim = 0 and no v; dtype is also of the index operands
+  int64_t index_heads, index_dim;
+  float index_scale;
+  Heads index_q, index_k, weights;  // as q, k, weights of IndexerParams
+  float const* lse;                 // [B, T, HQ]
+  float* losses;                    // [B, T]
+  bool gradients;
+  Heads dq, dk, dweights;  // of the mean over the rows that select a key; dweights may be null
+  int64_t rows;  // set by indexer_loss()
+};
+
 namespace cpu {
 // Floats of workspace for lightning_indexer() with the same parameters.
 int64_t indexer_workspace(IndexerParams const& p, ThreadPool const& pool);
@@ -81,6 +95,10 @@ int64_t attention_workspace(AttentionForwardParams const& p, ThreadPool const& p
 void attention(AttentionForwardParams const& p, float* workspace, ThreadPool const& pool);
 int64_t attention_backward_workspace(AttentionBackwardParams const& p, ThreadPool const& pool);
 void attention_backward(AttentionBackwardParams const& p, float* workspace, ThreadPool const& pool);
+
+int64_t loss_workspace(LossParams const& p, ThreadPool const& pool);
+// The mean, 0 without any row.
+float indexer_loss(LossParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
 // Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are

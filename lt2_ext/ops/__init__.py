@@ -1,7 +1,7 @@
 """The operators, one module per family. May import: ``lt2_ext._C`` (through ``torch.ops.lt2``) and torch."""
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
-from .dsa import dsa_attention, lightning_indexer
+from .dsa import dsa_attention, indexer_loss, lightning_indexer
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
 from .loop_state import (
     loop_decode_attention,
@@ -19,6 +19,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "gated_delta_step_",
     "gdn_decode_fused_",
+    "indexer_loss",
     "lightning_indexer",
     "loop_decode_attention",
     "loop_residual",

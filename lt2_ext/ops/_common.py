@@ -31,6 +31,14 @@ def check(condition: bool, op: str, argument: str, rule: str, got: object) -> No
         raise ValueError(f"{op}: {argument} must {rule}, got {got}")
 
 
+def check_shape(op: str, argument: str, t: Tensor, axes: str, **sizes: int) -> None:
+    """Check that ``t`` has the axes named like ``"[B, T, D]"``, those in ``sizes`` of that size."""
+    names, got = axes[1:-1].split(", "), list(t.shape)
+    if len(got) != len(names) or any(sizes.get(n, size) != size for n, size in zip(names, got, strict=True)):
+        known = f" = [{', '.join(str(sizes.get(n, n)) for n in names)}]" if sizes else ""
+        check(False, op, argument, f"have shape {axes}{known}", got)
+
+
 def autocast(like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast on the device of ``like``, as they are when it is not active."""
     device = like.device.type

@@ -1,4 +1,5 @@
-"""Sparse attention by selection: the lightning indexer, and attention over selected keys."""
+"""Sparse attention by selection: the lightning indexer, attention over selected keys, and the loss that trains one
+to foresee the other."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check, checks_enabled, no_double_backward
+from ._common import autocast, check, check_shape, checks_enabled, no_double_backward
 
 _indexer = torch.ops.lt2.lightning_indexer.default
 _fwd = torch.ops.lt2.dsa_attention_fwd.default
 _bwd = torch.ops.lt2.dsa_attention_bwd.default
+_loss = torch.ops.lt2.indexer_loss_fwd.default
+_loss_bwd = torch.ops.lt2.indexer_loss_bwd.default
 
 
 def lightning_indexer(
@@ -137,11 +140,7 @@ def dsa_attention(
           f"have shape [B, T, topk] = [{B}, {T}, topk]", list(indices.shape))  # fmt: skip
     check(indices.dtype == torch.int32, op, "indices", "be int32", indices.dtype)
     offset = _positions(op, "q", q, cu_seqlens, cu_seqlens_k, q_offset)
-    if checks_enabled() and not torch.compiler.is_compiling():
-        seen = indices.masked_fill((indices < 0) | (indices >= _visible(q, k, cu_seqlens, cu_seqlens_k, offset)), -1)
-        seen = seen.sort(-1).values
-        twice = seen[..., 1:][(seen[..., 1:] == seen[..., :-1]) & (seen[..., 1:] >= 0)]
-        check(not twice.numel(), op, "indices", "name no visible key twice", twice[:10].tolist())
+    _check_unique(op, indices, k, cu_seqlens, cu_seqlens_k, offset)
     scale = D**-0.5 if scale is None else scale
     o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale)
     return (o, lse) if return_lse else o
@@ -151,6 +150,87 @@ def _check_dtype(op: str, argument: str, x: Tensor) -> None:
     on_cpu = x.device.type == "cpu"
     known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
     check(x.dtype in known, op, argument, f"be float32 or bfloat16{'' if on_cpu else ' or float16'}", x.dtype)
+
+
+def indexer_loss(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    w_idx: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    indices: Tensor | None = None,
+    *,
+    index_scale: float | None = None,
+    attn_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """How far the indexer's scores are from the attention weights: the mean of ``KL(p[t] || softmax(I[t]))`` over the
+    queries that see a key.
+
+    ``I`` is the score of :func:`lightning_indexer` (with ReLU), ``p[t, s]`` the mean over heads of ``exp(attn_scale
+    q[t] . k[s] - lse[t])``; both over the keys of ``indices``, in float32. Differentiable in q_idx, k_idx and w_idx
+    only: the attention is the teacher. The gradient comes with the forward pass and is kept for backward; nothing of
+    size T x S is. Under autocast q_idx, k_idx, q and k are cast to the autocast dtype.
+
+    Args:
+        q_idx, k_idx, w_idx: as in :func:`lightning_indexer`; any strides.
+        q, k: ``[B, T, HQ, D]`` and ``[B, S, H, D]`` as in :func:`dsa_attention`, in the dtype of q_idx.
+        lse: ``[B, T, HQ]`` float32, what :func:`dsa_attention` returns for the same keys.
+        indices: ``[B, T, topk]`` int32 as for :func:`dsa_attention`. None: all keys that the query sees (the dense
+            warm-up of an indexer).
+        index_scale, attn_scale: None: ``DI ** -0.5`` and ``D ** -0.5``.
+        cu_seqlens: documents in the only row, as in :func:`lightning_indexer`; the keys are cut as the queries.
+
+    Returns:
+        float32 scalar, 0 if no query sees a key. It and its gradients do not depend on the number of threads.
+
+    Raises:
+        ValueError: a wrong shape or dtype; with checks on, a visible key named twice by one query.
+        RuntimeError: offsets that do not ascend within the tokens; a CUDA tensor (not supported on CUDA).
+    """
+    op = "indexer_loss"
+    q_idx, k_idx, q, k = autocast(q_idx, q_idx, k_idx, q, k)
+    check(q_idx.dtype in (torch.float32, torch.bfloat16), op, "q_idx", "be float32 or bfloat16", q_idx.dtype)
+    check_shape(op, "q_idx", q_idx, "[B, T, HI, DI]")
+    B, T, HI, DI = q_idx.shape
+    check(HI >= 1 and DI >= 8 and DI % 8 == 0, op, "q_idx", "have HI >= 1 and DI a multiple of 8", list(q_idx.shape))
+    check_shape(op, "k_idx", k_idx, "[B, S, DI]", B=B, DI=DI)
+    check_shape(op, "q", q, "[B, T, HQ, D]", B=B, T=T)
+    HQ, D = q.shape[2:]
+    check(D >= 8 and D % 8 == 0, op, "q", "have D a multiple of 8", list(q.shape))
+    check_shape(op, "k", k, "[B, S, H, D]", B=B, S=k_idx.shape[1], D=D)
+    H = k.shape[2]
+    check(H >= 1 and HQ >= 1 and HQ % H == 0, op, "q", f"have a multiple of k's {H} heads", list(q.shape))
+    check_shape(op, "lse", lse, "[B, T, HQ]", B=B, T=T, HQ=HQ)
+    for name, t, dtype in (("k_idx", k_idx, q_idx.dtype), ("q", q, q_idx.dtype), ("k", k, q_idx.dtype),
+                           ("lse", lse, torch.float32)):  # fmt: skip
+        check(t.dtype == dtype, op, name, f"have dtype {dtype}", t.dtype)
+    if w_idx is not None:
+        check_shape(op, "w_idx", w_idx, "[B, T, HI]", B=B, T=T, HI=HI)
+        check(w_idx.is_floating_point(), op, "w_idx", "have a float dtype", w_idx.dtype)
+        w_idx = w_idx.float()
+    _positions(op, "q_idx", q_idx, cu_seqlens, None, None)
+    if indices is not None:
+        check_shape(op, "indices", indices, "[B, T, topk]", B=B, T=T)
+        check(indices.dtype == torch.int32, op, "indices", "be int32", indices.dtype)
+        _check_unique(op, indices, k, cu_seqlens, None, None)
+        indices = indices.contiguous()
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_idx, k_idx, w_idx))
+    index_scale = DI**-0.5 if index_scale is None else index_scale
+    attn_scale = D**-0.5 if attn_scale is None else attn_scale
+    return _loss(q_idx, k_idx, w_idx, q.detach(), k.detach(), lse.detach().contiguous(), indices, cu_seqlens,
+                 index_scale, attn_scale, trained)[0]  # fmt: skip
+
+
+def _check_unique(
+    op: str, indices: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, offset: Tensor | None
+) -> None:
+    if checks_enabled() and not torch.compiler.is_compiling():
+        limits = _visible(indices, k, cu_seqlens, cu_seqlens_k, offset)
+        seen = indices.masked_fill((indices < 0) | (indices >= limits), -1).sort(-1).values
+        twice = seen[..., 1:][(seen[..., 1:] == seen[..., :-1]) & (seen[..., 1:] >= 0)]
+        check(not twice.numel(), op, "indices", "name no visible key twice", twice[:10].tolist())
 
 
 def _visible(
@@ -224,6 +304,23 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@torch.library.register_fake("lt2::indexer_loss_fwd")
+def _(
+    q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, q: Tensor, k: Tensor, lse: Tensor, indices: Tensor | None,
+    cu_seqlens: Tensor | None, index_scale: float, attn_scale: float, gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def gradient(t: Tensor | None) -> tuple[int, ...]:
+        return (0,) if t is None or not gradients else t.shape
+
+    loss, dw = (lse.new_empty(shape) for shape in ((), gradient(w_idx)))
+    return loss, q_idx.new_empty(gradient(q_idx)), k_idx.new_empty(gradient(k_idx)), dw
+
+
+@torch.library.register_fake("lt2::indexer_loss_bwd")
+def _(dloss: Tensor, dq_idx: Tensor, dk_idx: Tensor, dw_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(dq_idx), torch.empty_like(dk_idx), torch.empty_like(dw_idx)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, indices, *positions, scale = inputs
     ctx.save_for_backward(q, k, v, indices, *output, *positions)
@@ -241,3 +338,20 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 torch.library.register_autograd("lt2::dsa_attention_fwd", _backward, setup_context=_setup_context)
 no_double_backward("dsa_attention_bwd")
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.weighted, ctx.gradients = inputs[2] is not None, inputs[-1]
+
+
+def _loss_backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.gradients:
+        raise RuntimeError("lt2::indexer_loss_fwd: gradients must be true to have a derivative, got false")
+    dq, dk, dw = _loss_bwd(dloss, *ctx.saved_tensors)
+    return dq, dk, dw if ctx.weighted else None, *[None] * 8
+
+
+torch.library.register_autograd("lt2::indexer_loss_fwd", _loss_backward, setup_context=_loss_setup)
+no_double_backward("indexer_loss_bwd")

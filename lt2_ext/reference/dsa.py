@@ -167,7 +167,8 @@ def indexer_loss(
     attn_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the rows that see something of ``KL(p || softmax(I))`` over the selection (None: all visible keys).
+    """Mean over the rows that see something of ``KL(p || softmax(I))`` over the selection (None: all visible keys), in
+    which a key that is named twice counts twice.
 
     ``p[t, :]`` is the mean over heads of ``exp(attn_scale q.k - lse)``, a constant: gradients reach q_idx, k_idx and
     w_idx only.
@@ -179,13 +180,14 @@ def indexer_loss(
     for d in documents(B, T, S, cu_seqlens):
         at, keys = (d.row, d.queries), k[d.row, d.keys]
         seen = d.visible(len(keys))
-        used = seen if indices is None else multiplicities(indices[at], seen) > 0
-        alive = used.any(1)
+        counts = (seen if indices is None else multiplicities(indices[at], seen)).to(q.dtype)
+        alive = counts.any(1)
         logits = attn_scale * torch.einsum("thd,shd->hts", q[at], keys.repeat_interleave(HQ // k.shape[2], 1))
         p = (logits - lse[at].T[..., None]).exp().mean(0)
-        p, used = p[alive].masked_fill(~used[alive], 0), used[alive]
+        p, counts = p[alive].masked_fill(counts[alive] == 0, 0), counts[alive]
         scores = index_scores(q_idx[at], k_idx[d.row, d.keys], None if w_idx is None else w_idx[at], index_scale)
-        log_model = scores[alive].masked_fill(~used, -torch.inf).log_softmax(-1).masked_fill(~used, 0)
-        total = total + (torch.xlogy(p, p) - p * log_model).sum()
+        scores = scores[alive].masked_fill(counts == 0, -torch.inf)
+        log_model = (scores - (scores + counts.log()).logsumexp(-1, keepdim=True)).masked_fill(counts == 0, 0)
+        total = total + (counts * (torch.xlogy(p, p) - p * log_model)).sum()
         rows += int(alive.sum())
     return total / max(rows, 1)

@@ -70,11 +70,9 @@ inline void add_columns(float const* factors, int64_t stride, float const* rows,
 
 inline void add_rows(float const* factors, int64_t stride, float const* rows, int n, int64_t dim,
                      float* out) {
-  constexpr int kVecs = 8;
   int64_t d = 0;
-  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes) {
-    add_columns<kVecs>(factors, stride, rows + d, n, dim, out + d);
-  }
+  for (; d + 8 * kLanes <= dim; d += 8 * kLanes) add_columns<8>(factors, stride, rows + d, n, dim, out + d);
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_columns<4>(factors, stride, rows + d, n, dim, out + d);
   for (; d < dim; d += kLanes) add_columns<1>(factors, stride, rows + d, n, dim, out + d);
 }
 
@@ -85,7 +83,30 @@ inline Vec first_lanes(Vec x, int64_t n, float rest) {
   return lane < static_cast<int32_t>(n < kLanes ? n : kLanes) - VecI{} ? x : splat(rest);
 }
 
-// What one query selects: its valid indices in the order in which they come.
+// Turns a row x, of which the lanes after the last hold -inf, into e^(x - base), which sums to total.
+struct Exponentials {
+  float base, total;
+
+  Exponentials(float* row, int64_t count) {
+    Vec tops = splat(-__builtin_inff());
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec const x = load(row + i);
+      tops = x > tops ? x : tops;
+    }
+    float top = tops[0];
+    for (int i = 1; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
+    base = top == -__builtin_inff() ? 0.f : top;
+    Vec parts{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec const e = exp(load(row + i) - base);
+      store(row + i, e);
+      parts += e;
+    }
+    total = sum(parts);
+  }
+};
+
+// What one query selects: its valid indices in the order in which they come, or every key that it sees.
 struct Selection {
   int32_t* keys;
   int64_t count;
@@ -93,8 +114,12 @@ struct Selection {
   Selection() = default;
   Selection(AttentionParams const& p, Document const& document, int64_t t, int32_t* keys)
       : keys(keys), count(0) {
-    int32_t const* const row = p.indices + (document.row * p.tokens + document.query + t) * p.topk;
     int64_t const limit = visible(document, t);
+    if (p.dense) {
+      for (; count < limit; ++count) keys[count] = static_cast<int32_t>(count);
+      return;
+    }
+    int32_t const* const row = p.indices + (document.row * p.tokens + document.query + t) * p.topk;
     for (int64_t i = 0; i < p.topk; ++i) {
       keys[count] = row[i];
       count += row[i] >= 0 && row[i] < limit;
@@ -193,21 +218,7 @@ void attend_block(AttentionForwardParams const& p, Document const& document, int
   for (int64_t r = 0; r < block.count * G; ++r) {
     int64_t const count = block.selected[r / G].count;
     float* const row = scores + r * width;
-    Vec tops = splat(-__builtin_inff());
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Vec const x = load(row + i);
-      tops = x > tops ? x : tops;
-    }
-    float top = tops[0];
-    for (int i = 1; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
-    float const base = top == -__builtin_inff() ? 0.f : top;
-    Vec parts{};
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Vec const e = exp(load(row + i) - base);
-      store(row + i, e);
-      parts += e;
-    }
-    float const total = sum(parts);
+    auto const [base, total] = Exponentials(row, count);
     lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
     float const factor = total == 0.f ? 0.f : 1.f / total;
     for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);

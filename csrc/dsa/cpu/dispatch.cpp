@@ -1,6 +1,7 @@
 // Cuts sequences into blocks of queries, spreads them over threads, picks the instruction set.
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -56,8 +57,7 @@ void fill_outside(Sequences const& p, T* data, int64_t row, T value) {
   std::fill(data + p.cu_seqlens[p.sequences] * row, data + p.tokens * row, value);
 }
 
-void zero_outside(AttentionParams const& p, Heads const& x, int64_t dim) {
-  int64_t const row = p.query_heads * dim;
+void zero_outside(AttentionParams const& p, Heads const& x, int64_t row) {
   if (p.dtype == Dtype::kFloat32) {
     fill_outside(p, static_cast<float*>(x.data), row, 0.f);
   } else {
@@ -74,6 +74,52 @@ int64_t splits(AttentionParams const& p) {
 }
 
 int64_t partial_size(AttentionParams const& p) { return p.keys * (padded(p.dim) + padded(p.value_dim)); }
+int64_t partials(AttentionParams const& p) { return p.batch * p.key_heads * splits(p) * partial_size(p); }
+
+// f(document, first query, key head, partial, lane) for all blocks of queries, then dk and dv out of the
+// partials.
+template <class F>
+void accumulate(AttentionBackwardParams& p, float* workspace, ThreadPool const& pool, F const& f) {
+  p.splits = splits(p);
+  auto const list = documents(p);
+  auto const queries = blocks(list, &Document::queries, kBlockQueries);
+  int64_t const heads = p.batch * p.key_heads, size = partial_size(p);
+  // Part i of a head takes every splits-th block of queries, so that all see many keys and few.
+  pool.items(heads * p.splits, [&](int64_t item, int lane) {
+    int64_t const row = item / p.splits / p.key_heads, head = item / p.splits % p.key_heads;
+    float* const partial = workspace + item * size;
+    std::fill(partial, partial + size, 0.f);
+    int64_t count = 0;
+    for (auto const [n, i] : queries) {
+      if (list[n].row != row || count++ % p.splits != item % p.splits) continue;
+      f(list[n], i * kBlockQueries, head, partial, lane);
+    }
+  });
+  int64_t const spans = (p.keys + kReducedKeys - 1) / kReducedKeys;
+  pool.items(heads * spans, [&](int64_t item, int) {
+    int64_t const head = item / spans;
+    kernels().reduce(p, head / p.key_heads, head % p.key_heads, item % spans * kReducedKeys,
+                     workspace + head * p.splits * size);
+  });
+}
+
+// As one key head without values, so that dk is summed in the same way.
+AttentionBackwardParams index_keys(LossParams const& p) {
+  AttentionBackwardParams keys{};
+  static_cast<Sequences&>(keys) = p;
+  keys.dtype = p.dtype;
+  keys.query_heads = keys.key_heads = 1;
+  keys.dim = p.index_dim;
+  keys.dk = p.dk;
+  return keys;
+}
+
+bool selects(LossParams const& p, Document const& d, int64_t t) {
+  int64_t const seen = visible(d, t);
+  if (p.dense) return seen > 0;
+  int32_t const* const row = p.indices + (d.row * p.tokens + d.query + t) * p.topk;
+  return std::any_of(row, row + p.topk, [&](int64_t i) { return i >= 0 && i < seen; });
+}
 
 }  // namespace
 
@@ -108,7 +154,7 @@ int64_t attention_workspace(AttentionForwardParams const& p, ThreadPool const& p
 }
 
 void attention(AttentionForwardParams const& p, float* workspace, ThreadPool const& pool) {
-  zero_outside(p, p.o, p.value_dim);
+  zero_outside(p, p.o, p.query_heads * p.value_dim);
   fill_outside(p, p.lse, p.query_heads, -std::numeric_limits<float>::infinity());
   auto const list = documents(p);
   auto const queries = blocks(list, &Document::queries, kBlockQueries);
@@ -120,35 +166,51 @@ void attention(AttentionForwardParams const& p, float* workspace, ThreadPool con
 }
 
 int64_t attention_backward_workspace(AttentionBackwardParams const& p, ThreadPool const& pool) {
-  return p.batch * p.key_heads * splits(p) * partial_size(p) + pool.num_threads * attend_workspace(p);
+  return partials(p) + pool.num_threads * attend_workspace(p);
 }
 
 void attention_backward(AttentionBackwardParams const& params, float* workspace, ThreadPool const& pool) {
   AttentionBackwardParams p = params;
-  p.splits = splits(p);
-  zero_outside(p, p.dq, p.dim);
+  zero_outside(p, p.dq, p.query_heads * p.dim);
+  float* const lanes = workspace + partials(p);
+  accumulate(p, workspace, pool,
+             [&](Document const& document, int64_t first, int64_t head, float* partial, int lane) {
+               kernels().attend_backward(p, document, first, head, partial,
+                                         lanes + lane * attend_workspace(p));
+             });
+}
+
+int64_t loss_workspace(LossParams const& p, ThreadPool const& pool) {
+  return (p.gradients ? partials(index_keys(p)) : 0) + pool.num_threads * loss_lane(p);
+}
+
+float indexer_loss(LossParams const& params, float* workspace, ThreadPool const& pool) {
+  LossParams p = params;
   auto const list = documents(p);
-  auto const queries = blocks(list, &Document::queries, kBlockQueries);
-  int64_t const heads = p.batch * p.key_heads, size = partial_size(p);
-  float* const lanes = workspace + heads * p.splits * size;
-  // Part i of a head takes every splits-th block of queries, so that all see many keys and few.
-  pool.items(heads * p.splits, [&](int64_t item, int lane) {
-    int64_t const row = item / p.splits / p.key_heads, head = item / p.splits % p.key_heads;
-    float* const partial = workspace + item * size;
-    std::fill(partial, partial + size, 0.f);
-    int64_t count = 0;
-    for (auto const [n, i] : queries) {
-      if (list[n].row != row || count++ % p.splits != item % p.splits) continue;
-      kernels().attend_backward(p, list[n], i * kBlockQueries, head, partial,
-                                lanes + lane * attend_workspace(p));
+  for (auto const& d : list) {
+    for (int64_t t = 0; t < d.queries; ++t) p.rows += selects(p, d, t);
+  }
+  fill_outside(p, p.losses, 1, 0.f);
+  if (!p.gradients) {
+    auto const queries = blocks(list, &Document::queries, kBlockQueries);
+    pool.items(static_cast<int64_t>(queries.size()), [&](int64_t item, int lane) {
+      auto const [n, i] = queries[item];
+      kernels().loss(p, list[n], i * kBlockQueries, nullptr, workspace + lane * loss_lane(p));
+    });
+  } else {
+    auto keys = index_keys(p);
+    zero_outside(p, p.dq, p.index_heads * p.index_dim);
+    if (p.dweights.data != nullptr) {
+      fill_outside(p, static_cast<float*>(p.dweights.data), p.index_heads, 0.f);
     }
-  });
-  int64_t const spans = (p.keys + kReducedKeys - 1) / kReducedKeys;
-  pool.items(heads * spans, [&](int64_t item, int) {
-    int64_t const head = item / spans;
-    kernels().reduce(p, head / p.key_heads, head % p.key_heads, item % spans * kReducedKeys,
-                     workspace + head * p.splits * size);
-  });
+    float* const lanes = workspace + partials(keys);
+    accumulate(keys, workspace, pool,
+               [&](Document const& document, int64_t first, int64_t, float* partial, int lane) {
+                 kernels().loss(p, document, first, partial, lanes + lane * loss_lane(p));
+               });
+  }
+  double const total = std::accumulate(p.losses, p.losses + p.batch * p.tokens, 0.0);
+  return static_cast<float>(total / static_cast<double>(std::max<int64_t>(p.rows, 1)));
 }
 
 }  // namespace cpu

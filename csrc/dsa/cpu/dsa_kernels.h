@@ -3,10 +3,11 @@
 
 #include "dsa/cpu/attention.h"
 #include "dsa/cpu/indexer.h"
+#include "dsa/cpu/loss.h"
 
 namespace lt2::dsa::LT2_ISA {
 
 extern Kernels const kKernels;
-Kernels const kKernels = {&pack, &select, &attend, &attend_backward, &reduce};
+Kernels const kKernels = {&pack, &select, &attend, &attend_backward, &reduce, &loss};
 
 }  // namespace lt2::dsa::LT2_ISA

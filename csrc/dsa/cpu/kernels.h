@@ -44,6 +44,14 @@ static inline int64_t attend_workspace(AttentionParams const& p) {
   return kBlockQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk)) + kRowMultiple * (D + DV);
 }
 
+// Floats of one thread: for each query q, index q dq dw, target and score of each key, indices; a tile,
+// factors.
+static inline int64_t loss_lane(LossParams const& p) {
+  int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DI = padded(p.index_dim);
+  return kBlockQueries * (G * D + p.index_heads * (2 * DI + 2) + 3 * padded(p.topk)) +
+         kRowMultiple * (D + DI + p.index_heads);
+}
+
 struct Kernels {
   // Keys [panel * kBlockKeys, ..) of the document, transposed, zeros after the last.
   void (*pack)(IndexerParams const& p, Document const& document, int64_t panel, float* packed);
@@ -58,6 +66,10 @@ struct Kernels {
                           int64_t head, float* partial, float* workspace);
   // dk and dv out of the partials [splits, S, ..] of one key head, added in order.
   void (*reduce)(AttentionBackwardParams const& p, int64_t row, int64_t head, int64_t first, float* partials);
+
+  // Losses of queries [first, first + kBlockQueries); with partial [S, padded(DI)] also their gradients.
+  void (*loss)(LossParams const& p, Document const& document, int64_t first, float* partial,
+               float* workspace);
 };
 
 }  // namespace lt2::dsa
