@@ -175,6 +175,12 @@ def dsa_attention(device: str) -> Pairs:
     return compare(ops.dsa_attention, dsa_reference.dsa_attention, device, tensors)
 
 
+def indexer_loss(device: str) -> Pairs:
+    tensors = {"q": torch.randn(2, 50, 4, 64), "k": torch.randn(2, 50, 2, 64), "lse": torch.full((2, 50, 4), 4.0)}
+    tensors |= {"q_idx": torch.randn(2, 50, 4, 64), "k_idx": torch.randn(2, 50, 64), "w_idx": torch.randn(2, 50, 4)}
+    return compare(ops.indexer_loss, dsa_reference.indexer_loss, device, tensors)
+
+
 def lightning_indexer(device: str) -> Pairs:
     tensors = {"q_idx": torch.randn(2, 50, 4, 64), "k_idx": torch.randn(2, 50, 64), "w_idx": torch.randn(2, 50, 4)}
     return compare(ops.lightning_indexer, dsa_reference.lightning_indexer, device, tensors, topk=8)
@@ -210,21 +216,4 @@ def loop_state_copy_(device: str) -> Pairs:
     return compare(ops.loop_state_copy_, loop_reference.loop_state_copy, device, tensors, ("state",))
 
 
-SELF_TESTS: dict[str, Callable[[str], Pairs]] = {
-    test.__name__: test
-    for test in (
-        chunk_gated_delta_rule,
-        fused_recurrent_gated_delta_rule,
-        gated_delta_step_,
-        gdn_decode_fused_,
-        causal_conv1d,
-        causal_conv1d_step_,
-        dsa_attention,
-        lightning_indexer,
-        loop_residual,
-        loop_residual_rmsnorm,
-        loop_decode_attention,
-        loop_state_zero_,
-        loop_state_copy_,
-    )
-}
+SELF_TESTS: dict[str, Callable[[str], Pairs]] = {name: globals()[name] for name in ops.__all__}

@@ -1,8 +1,11 @@
 """dsa_attention against the oracle, dense attention, and itself."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lt2_ext.ops import dsa_attention, lightning_indexer
 from lt2_ext.reference import dsa
@@ -268,6 +271,16 @@ def test_gradients_through_lse_alone(device):
     for n in "qk":
         check_close(n, ours[n].grad, exact[n].grad, kind="grad")
     assert bool((ours["v"].grad == 0).all())
+
+
+def test_a_checkpoint_gives_the_same_gradients(device):
+    x, indices = on(device, inputs(1, 20, 20, 4, 2, 8, 8)), any_indices(1, 20, 20, 6).to(device)
+    grads = []
+    for run in (lambda f, **x: f(**x), partial(checkpoint, use_reentrant=False)):
+        leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
+        run(dsa_attention, **leaves, indices=indices).square().sum().backward()
+        grads.append([t.grad for t in leaves.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_autocast_casts_queries_keys_and_values(device):

@@ -26,6 +26,11 @@ KINDS = {
     "window": {"layer_pattern": "window", "window_size": 5, "num_key_value_heads": 2},
     "window_hybrid": {"layer_pattern": "bookend:1:window:6:gdn"},
     "long_window": {"layer_pattern": "window", "window_size": 40},
+    "dsa": {"layer_pattern": "dsa", "index_topk": 4, "index_head_dim": 16},
+    "dsa_hybrid": {"layer_pattern": "interleaved:1:1:gdn:dsa", "index_topk": 5, "num_key_value_heads": 1},
+    "dsa_reuse": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 3, "index_n_heads": 1, "state_reuse": "indices"},
+    "dsa_warmup": {"layer_pattern": "dsa", "num_key_value_heads": 2},
+    "dsa_wide": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 40, "attn_output_gate": True},
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
     "hybrid_schedule": {"layer_pattern": "gdn,window:5,full->gdn,full,window:7->gdn,window:11,full->gdn,full,full"},
 }
@@ -46,6 +51,7 @@ def make(kind: str, loops: int, seed: int = 0) -> LT2:
     shape = sizes | KINDS[kind]
     pattern = "->".join(shape["layer_pattern"].split("->")[:loops])  # the first loops of a schedule
     model = LT2(LT2Config(**(shape | {"layer_pattern": pattern}), intermediate_size=48, loop_count=loops))
+    model.dense_warmup = kind == "dsa_warmup"
     with torch.no_grad():
         model.rho.normal_(std=0.3)
         sandwich = model.config.norm_placement == "sandwich"

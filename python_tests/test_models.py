@@ -24,6 +24,9 @@ KINDS = {
     "grouped": {"layer_pattern": "bookend:1:full:gdn", "tie_word_embeddings": False, **GROUPED},
     "sandwich": {"layer_pattern": "gdn,full,full", "norm_placement": "sandwich", "inter_loop_norm": True},
     "window": {"layer_pattern": "interleaved:2:1:window:gdn", "window_size": 6, "num_key_value_heads": 2},
+    "dsa": {"layer_pattern": "dsa", "index_topk": 5, "index_head_dim": 16, "num_key_value_heads": 2},
+    "dsa_hybrid": {"layer_pattern": "interleaved:2:1:gdn:dsa", "index_topk": 6, "attn_output_gate": True},
+    "dsa_reuse": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 6, "state_reuse": "indices"},
     "schedule": {"layer_pattern": "full,gdn,window:7->window:5,gdn,full->window:3,gdn,window:9->full,gdn,full"},
 }
 
@@ -66,25 +69,40 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def plain_attention(config: LT2Config, w: dict[str, Tensor], x: Tensor, window: int | None = None) -> Tensor:
-    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    angle = torch.arange(len(x), dtype=x.dtype)[:, None] * config.rope_theta ** (
-        -torch.arange(0, d, 2, dtype=x.dtype) / d
+def rotated(config: LT2Config, y: Tensor, d: int) -> Tensor:
+    """[T, heads d] -> [T, heads, d]"""
+    angle = torch.arange(len(y), dtype=y.dtype)[:, None] * config.rope_theta ** (
+        -torch.arange(0, d, 2, dtype=y.dtype) / d
     )
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # [T, 1, D/2]
+    y = y.view(len(y), -1, d)
+    z = torch.complex(y[..., : d // 2], y[..., d // 2 :]) * turn
+    return torch.cat([z.real, z.imag], dim=-1)
 
-    def rotated(y: Tensor, n: int) -> Tensor:
-        y = y.view(len(x), n, d)
-        z = torch.complex(y[..., : d // 2], y[..., d // 2 :]) * turn
-        return torch.cat([z.real, z.imag], dim=-1)
 
-    q = rotated(x @ w["q_proj.weight"].T, heads)
-    k = rotated(x @ w["k_proj.weight"].T, kv_heads)
+def plain_selection(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> list[list[int]]:
+    """The keys of each token."""
+    q = rotated(config, x @ w["index_q_proj.weight"].T, config.index_head_dim)
+    k = rotated(config, x @ w["index_k_proj.weight"].T, config.index_head_dim)[:, 0]
+    weights, selected = x @ w["index_weights_proj.weight"].T, []
+    for t in range(len(x)):
+        scores = [float(weights[t] @ F.relu(q[t] @ k[s])) for s in range(t + 1)]
+        selected.append(sorted(range(t + 1), key=lambda s: (-scores[s], s))[: config.index_topk])
+    return selected
+
+
+def plain_attention(
+    config: LT2Config, w: dict[str, Tensor], x: Tensor, window: int | None = None, selected: list | None = None
+) -> Tensor:
+    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q = rotated(config, x @ w["q_proj.weight"].T, d)
+    k = rotated(config, x @ w["k_proj.weight"].T, d)
     v = (x @ w["v_proj.weight"].T).view(len(x), kv_heads, d)
     o = torch.zeros_like(q)
     for t in range(len(x)):
         for h in range(heads):
             kv, seen = h // (heads // kv_heads), slice(0 if window is None else max(0, t - window + 1), t + 1)
+            seen = seen if selected is None else selected[t]
             p = torch.softmax(k[seen, kv] @ q[t, h] / d**0.5, dim=0)
             o[t, h] = p @ v[seen, kv]
     o = o.flatten(1)
@@ -93,7 +111,7 @@ def plain_attention(config: LT2Config, w: dict[str, Tensor], x: Tensor, window: 
     return o @ w["o_proj.weight"].T
 
 
-def plain_gdn(config: LT2Config, w: dict[str, Tensor], x: Tensor, window: None = None) -> Tensor:
+def plain_gdn(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
     heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
     kd, vd, taps = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
     past = F.pad(x @ w["qkv_proj.weight"].T, (0, 0, taps - 1, 0))
@@ -121,15 +139,18 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
     """Logits [T, vocab] of the tokens ids [T], with every loop written out."""
     config = model.config
     w = {name: t.double() for name, t in model.state_dict().items()}
-    h = w["embed_tokens.weight"][ids]
+    h, selections = w["embed_tokens.weight"][ids], {}
     for loop in range(config.loop_count):
         h_in = h
         for i, (kind, window) in enumerate(config.schedule()[loop]):
             post = plain_norm if config.norm_placement == "sandwich" else lambda x, _: x
             layer = {name.split(".", 2)[2]: t for name, t in w.items() if name.startswith(f"layers.{i}.")}
             mixer = {name.removeprefix("mixer."): t for name, t in layer.items() if name.startswith("mixer.")}
-            mix = plain_gdn if kind == "gdn" else plain_attention
-            y = mix(config, mixer, plain_norm(h, layer["mixer_norm.weight"]), window)
+            x = plain_norm(h, layer["mixer_norm.weight"])
+            if kind == "dsa" and (i not in selections or config.state_reuse == "none"):
+                selections[i] = plain_selection(config, mixer, x)
+            y = plain_gdn(config, mixer, x) if kind == "gdn" else plain_attention(
+                config, mixer, x, window, selections.get(i))  # fmt: skip
             h = h + post(y, layer.get("mixer_post_norm.weight"))
             x = plain_norm(h, layer["mlp_norm.weight"])
             gate, up = x @ layer["mlp.gate_proj.weight"].T, x @ layer["mlp.up_proj.weight"].T
@@ -174,7 +195,7 @@ def test_window_equals_attention_by_hand(tokens, window, monkeypatch):
     monkeypatch.setattr("lt2_ext.models.mixers.attention.MIN_BLOCK", 64)
     model = make("window", layer_pattern="window", window_size=window, num_hidden_layers=1, attn_output_gate=True)
     mixer, x = model.layers[0].mixer.double(), torch.randn(2, tokens, 32, dtype=torch.float64)
-    got = mixer(x, Tokens(model.config, x.shape[:2], x.device), window, None)
+    got, _ = mixer(x, Tokens(model.config, x.shape[:2], x.device), window, None)
     for row in range(2):  # fp32 rotary angles
         assert error(got[row], plain_attention(model.config, mixer.state_dict(), x[row], window)) < 1e-5
 
@@ -222,7 +243,8 @@ def test_a_token_changes_nothing_before_it(kind):
         changed[:, t] = (x[:, t] + 1) % VOCAB
         after = model(changed)
         assert torch.equal(after[:, :t], before[:, :t])
-        assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
+        if kind != "dsa":  # there later tokens need not select it
+            assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
 
 
 PACKED = [7, 1, 0, 20, 4]
@@ -233,12 +255,14 @@ PACKED = [7, 1, 0, 20, 4]
 def test_packed_documents_equal_separate_ones_and_do_not_leak(kind, dtype):
     model, x = make(kind), ids(1, sum(PACKED))
     bounds = torch.tensor([0, *PACKED]).cumsum(0).to(dtype)
-    loss, logits = model(x, labels=x, cu_seqlens=bounds, logits_to_keep=0)
+    loss, logits, _ = model(x, labels=x, cu_seqlens=bounds, logits_to_keep=0)
     documents = [d for d in x.split(PACKED, dim=1) if d.shape[1]]
     # The norm of a gdn head whose q.k is nearly zero magnifies what a matmul of one row rounds differently.
     assert error(logits, torch.cat([model(d) for d in documents], dim=1)) < 1e-4
-    losses = [(model(d, labels=d).loss * (d.shape[1] - 1), d.shape[1] - 1) for d in documents if d.shape[1] > 1]
-    assert loss.item() == pytest.approx(sum(s for s, _ in losses).item() / sum(n for _, n in losses), rel=1e-5)
+    parts = [(model(d, labels=d), d.shape[1]) for d in documents if d.shape[1] > 1]
+    index = sum((out.index_loss or 0) * n for out, n in parts) / sum(PACKED)
+    want = sum((out.loss - (out.index_loss or 0)) * (n - 1) for out, n in parts) / sum(n - 1 for _, n in parts) + index
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
 
     changed = x.clone()
     changed[:, 8:28] = (x[:, 8:28] + 1) % VOCAB
@@ -280,7 +304,7 @@ def test_loss_shifts_and_ignores():
     model, x = make("hybrid"), ids(2, 10)
     labels = x.clone()
     labels[0, 4:] = -100
-    loss, logits = model(x, labels=labels, logits_to_keep=0)
+    loss, logits, _ = model(x, labels=labels, logits_to_keep=0)
     p = logits.log_softmax(dim=-1)
     terms = [p[b, t, x[b, t + 1]] for b, last in ((0, 3), (1, 9)) for t in range(last)]
     assert loss.item() == pytest.approx(-torch.stack(terms).mean().item(), rel=1e-5)
@@ -416,7 +440,7 @@ def test_dtype_reaches_everything_else_and_bf16_runs(kind):
     model, x = make(kind).bfloat16(), ids(2, 20)
     want = copy.deepcopy(model).float()(x)
     assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if n not in decay_parameters(model))
-    loss, logits = model(x, labels=x, logits_to_keep=0)
+    loss, logits, _ = model(x, labels=x, logits_to_keep=0)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     # The median: the norm of a gdn head whose q.k is nearly zero magnifies any rounding, in few tokens.
@@ -429,11 +453,11 @@ def test_dtype_reaches_everything_else_and_bf16_runs(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("error")
 def test_autocast_trains(kind):
-    model, x = make(kind), ids(2, 20)
+    model, x = make(kind, index_topk=20), ids(2, 20)  # of fewer keys rounding would select others
     want = model(x)
     model.gradient_checkpointing = True
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logits = model(x, labels=x, logits_to_keep=0)
+        loss, logits, _ = model(x, labels=x, logits_to_keep=0)
     loss.backward()
     assert loss.dtype == torch.float32
     assert error(logits.float(), want) < 0.1
@@ -445,7 +469,7 @@ def compiled_equals_eager(model: LT2, call: dict[str, Tensor], backend: str = "a
     results = []
     for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
         model.zero_grad()
-        loss, logits = run(**call, labels=call["input_ids"], logits_to_keep=0)
+        loss, logits, _ = run(**call, labels=call["input_ids"], logits_to_keep=0)
         loss.backward()
         results.append([loss, logits, *(p.grad for p in model.parameters())])
     for want, got in zip(*results, strict=True):

@@ -17,6 +17,10 @@ KINDS = {
     "front": {"layer_pattern": "front:1:full:gdn", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "bookend": {"layer_pattern": "bookend:1:window:gdn", "window_size": 6, "num_key_value_heads": 2},
     "sandwich": {"layer_pattern": "back:1:full:gdn", "norm_placement": "sandwich", "inter_loop_norm": True},
+    "dsa": {"layer_pattern": "dsa", "index_topk": 4},
+    "dsa_warmup": {"layer_pattern": "dsa,gdn,dsa", "num_key_value_heads": 2},
+    "dsa_hybrid": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 5, "num_key_value_heads": 2},
+    "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "indices"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
 }
 LENGTHS = [30, 19, 1, 24]
@@ -38,6 +42,7 @@ def make(kind: str, loops: int) -> LT2:
     shape = SIZES | KINDS[kind] | {"loop_count": loops}
     shape["layer_pattern"] = "->".join(shape["layer_pattern"].split("->")[:loops])
     model = LT2(LT2Config(**shape))
+    model.dense_warmup = kind == "dsa_warmup"
     torch.nn.init.normal_(model.rho, std=0.3)
     if model.config.norm_placement == "sandwich":  # random blocks as large as h magnify any rounding from loop to loop
         for block in model.layers:
@@ -70,17 +75,19 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_padded_rows_equal_rows_alone(kind, loops, side):
     model, (rows, x, mask) = make(kind, loops), padded(0, side)
     labels = x.clone()  # labels of the pads are the tokens there: the mask alone must hide them
-    loss, logits = model(x, labels=labels, attention_mask=mask, logits_to_keep=0)
+    loss, logits, _ = model(x, labels=labels, attention_mask=mask, logits_to_keep=0)
     loss.backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     losses = []
     for i, row in enumerate(rows):
         if len(row) > 1:
-            alone, want = model(row[None], labels=row[None], logits_to_keep=0)
-            losses.append(alone * (len(row) - 1))
+            alone, want, index = model(row[None], labels=row[None], logits_to_keep=0)
+            index = 0 if index is None else index  # a mean over all tokens, not only over those that are predicted
+            share = (len(row) - 1) / sum(n - 1 for n in LENGTHS)
+            losses.append((alone - index) * share + index * len(row) / sum(LENGTHS))
             assert error(logits[i][mask[i] == 1], want[0]) < 1e-4
-    want = sum(losses) / sum(n - 1 for n in LENGTHS)
+    want = sum(losses)
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for (name, p), grad in zip(model.named_parameters(), got, strict=True):
@@ -100,7 +107,7 @@ def test_nothing_of_a_pad_gets_out(kind):
         real = mask == 1
         x = torch.where(real, x.clamp(max=VOCAB - 2), pad)
         labels = torch.where(real, x, -100)
-        loss, logits = model(x, labels=labels, attention_mask=mask.bool(), logits_to_keep=0)
+        loss, logits, _ = model(x, labels=labels, attention_mask=mask.bool(), logits_to_keep=0)
         loss.backward()
         results.append([logits[real], loss, *(p.grad for n, p in model.named_parameters() if "embed" not in n)])
     for other in results[1:]:

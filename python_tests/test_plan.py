@@ -73,14 +73,25 @@ def test_flops_are_those_that_torch_counts(pattern, tied):
     assert plan.forward_flops(model, length) == counter.get_total_flops() // length + hidden
 
 
+def test_flops_of_a_selection():
+    shape, sizes = {"layer_pattern": "dsa", "index_topk": 8, "loop_count": 2}, (2 * 3, 4 * 3 * SIZES["hidden_size"])
+    full, sparse = (LT2(LT2Config(**SIZES | shape | {"layer_pattern": p})) for p in ("full", "dsa"))
+    shared = LT2(LT2Config(**SIZES | shape | {"state_reuse": "indices"}))
+    own = sum(m.weight.numel() for n, m in sparse.layers[0].named_modules() if ".index_" in n)
+    heads, dim = sparse.config.index_n_heads, sparse.config.index_head_dim
+    index = sizes[0] * (2 * own + 2 * heads * dim * 100)
+    assert plan.forward_flops(sparse, 100) - plan.forward_flops(full, 100) == index - 2 * sizes[1] * (100 - 8)
+    assert plan.forward_flops(sparse, 100) - plan.forward_flops(shared, 100) == index // 2
+
+
 def test_training_flops_average_over_the_sequence():
-    for pattern in ("full", "window:5", "gdn"):
-        model = LT2(LT2Config(**SIZES, layer_pattern=pattern))
+    for pattern in ("full", "window:5", "gdn", "dsa"):
+        model = LT2(LT2Config(**SIZES, layer_pattern=pattern, index_topk=4))
         mean = sum(plan.forward_flops(model, t) for t in range(1, 13)) / 12
         assert plan.train_flops(model, 12) == pytest.approx(3 * mean, rel=1e-9), pattern
 
 
-@pytest.mark.parametrize("pattern", ["gdn", "gdn,full,window:5", "full->window:7"])
+@pytest.mark.parametrize("pattern", ["gdn", "gdn,full,window:5", "full->window:7", "gdn,dsa,dsa"])
 def test_state_is_what_a_model_allocates(pattern):
     config = LT2Config(**SIZES, layer_pattern=pattern)
     with torch.device("meta"):

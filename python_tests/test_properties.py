@@ -249,7 +249,7 @@ def test_decode_attention_is_the_equation(seed, batch, tokens, heads, dims, keys
     check_close("o", ops.loop_decode_attention(q, *caches, lengths, **options), want)
 
 
-MODEL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+MODEL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "index_topk": 9}
 
 
 @given(

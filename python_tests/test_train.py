@@ -112,6 +112,19 @@ class TestRun:
         model = LT2.load(checkpoint.find(Path("run/checkpoints"))[-1])
         assert model.config.vocab_size == 258
 
+    def test_an_indexer_is_trained_and_has_a_loss_of_its_own(self, folder):
+        sparse = ["model.layer_pattern=gdn,dsa", "model.index_topk=4", "train.dense_warmup_steps=20", "train.steps=60"]
+        assert train.main([*TINY, *sparse, "out=run"]) == 0
+        records = runlog.read(Path("run/log.jsonl"))
+        assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+        losses = [r["index_loss"] for r in records]
+        assert losses[19] < losses[0]
+        trainer = new_trainer(*sparse, "train.dense_warmup_steps=1")
+        for dense in (True, False):
+            trainer.train_step(watch=False)
+            assert trainer.model.dense_warmup == dense
+        assert math.log(258) * 0.9 < records[0]["loss"] < math.log(258) * 1.3  # without it
+
     def test_transformers_reads_a_checkpoint(self, folder):
         transformers = pytest.importorskip("transformers")
         import lt2_ext.models.hf  # noqa: F401
@@ -267,7 +280,7 @@ class TestInstruments:
         for loop in range(3):
             h_in = h
             for block in model.layers:
-                h = block(h, where, None, None)
+                h, _ = block(h, where, None, None)
             if model.rho is not None:
                 h = h + model.rho[loop] * h_in
             expected.append(h.square().mean().sqrt())

@@ -84,9 +84,9 @@ def test_logits_come_with_labels_on_request(autocast):
     model, x = make("hybrid"), torch.randint(97, (2, 20))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(x)
-        loss, none = model(x, labels=x)
-        same, every = model(x, labels=x, logits_to_keep=0)
-        _, last = model(x, labels=x, logits_to_keep=3)
+        loss, none, _ = model(x, labels=x)
+        same, every, _ = model(x, labels=x, logits_to_keep=0)
+        _, last, _ = model(x, labels=x, logits_to_keep=3)
     assert none is None
     assert torch.equal(same, loss)
     assert torch.equal(every, logits)

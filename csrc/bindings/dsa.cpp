@@ -307,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Ten
   LT2_CHECK_SAME_DEVICE(OP, k, q_idx);
   LT2_CHECK_SAME_DEVICE(OP, lse, q_idx);
   LossParams p{};
-  static_cast<Sequences&>(p) = sequences_of(OP, B, T, S, cu_seqlens, std::nullopt, std::nullopt);
+  static_cast<Sequences&>(p) = sequences_of(OP, q_idx, S, cu_seqlens, std::nullopt, std::nullopt);
   p.dtype = kernel_dtype(q_idx);
   p.query_heads = HQ;
   p.key_heads = H;

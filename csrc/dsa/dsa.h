@@ -83,7 +83,7 @@ struct LossParams : AttentionParams {  // value_dim = 0 and no v; dtype is also 
   float* losses;                    // [B, T]
   bool gradients;
   Heads dq, dk, dweights;  // of the mean over the rows that select a key; dweights may be null
-  int64_t rows;  // set by indexer_loss()
+  int64_t rows;            // set by indexer_loss()
 };
 
 namespace cpu {

@@ -28,6 +28,9 @@ _SIZES = {
     "linear_key_head_dim": 256,
     "linear_value_head_dim": 512,
     "linear_conv_kernel_dim": 8,
+    "index_n_heads": 256,
+    "index_head_dim": 512,
+    "index_topk": 2**20,
 }
 
 
@@ -74,6 +77,11 @@ class LT2Config:
         linear_key_head_dim, linear_value_head_dim: Default: 0.75 hidden_size / linear_num_key_heads rounded up to a
             multiple of 8, and twice the key dim.
         linear_conv_kernel_dim: Taps of the short convolution in front of ``gdn``.
+        index_n_heads, index_head_dim, index_topk: Heads of the indexer of ``dsa`` layers, their dim (a multiple of 8),
+            and how many keys a token attends to.
+        index_loss_weight: Of the indexer's loss beside the language model's; 0: the indexer is not trained.
+        state_reuse: ``"none"``: every loop of a ``dsa`` layer selects; ``"indices"``: all loops attend to the keys that
+            its first loop selects, and its indexer learns from all of them.
 
     Raises:
         ValueError: Naming the field, the rule and the value.
@@ -100,6 +108,11 @@ class LT2Config:
     linear_key_head_dim: int = _COMPUTED
     linear_value_head_dim: int = _COMPUTED
     linear_conv_kernel_dim: int = 4
+    index_n_heads: int = 4
+    index_head_dim: int = 64
+    index_topk: int = 512
+    index_loss_weight: float = 1.0
+    state_reuse: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "linear_num_key_heads", "linear_key_head_dim"):
@@ -121,10 +134,12 @@ class LT2Config:
             self._check_size(name)
         for name in ("use_loop_residual", "inter_loop_norm", "attn_output_gate", "tie_word_embeddings"):
             self._check(name, isinstance(getattr(self, name), bool), "be true or false")
-        for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            self._check(name, type(value) in (int, float) and 0 < value < float("inf"), "be a positive number")
-        self._check("norm_placement", self.norm_placement in ("pre", "sandwich"), "be 'pre' or 'sandwich'")
+        for name in ("rope_theta", "rms_norm_eps", "index_loss_weight"):
+            value, zero = getattr(self, name), name == "index_loss_weight"
+            number = type(value) in (int, float) and 0 <= value < float("inf")
+            self._check(name, number and (value > 0 or zero), "be a positive number" + " or 0" * zero)
+        for name, known in (("norm_placement", ("pre", "sandwich")), ("state_reuse", ("none", "indices"))):
+            self._check(name, getattr(self, name) in known, "be " + " or ".join(map(repr, known)))
         heads = self.num_attention_heads
         self._check("num_attention_heads", self.hidden_size % heads == 0, f"divide hidden_size = {self.hidden_size}")
         self._check("hidden_size", self.head_dim % 2 == 0, f"be an even multiple of num_attention_heads = {heads}")
@@ -134,7 +149,12 @@ class LT2Config:
         grouped = self.linear_num_value_heads % key_heads == 0
         self._check("linear_num_value_heads", grouped, f"be a multiple of linear_num_key_heads = {key_heads}")
         self._check("layer_pattern", isinstance(self.layer_pattern, str), "be a string")
-        self.schedule()
+        sparse = "dsa" in self.layer_types
+        self._check("state_reuse", sparse or self.state_reuse == "none", "be 'none' without dsa layers")
+        if sparse:
+            rule = f"be a multiple of 8 num_attention_heads = {8 * heads} with dsa layers"
+            self._check("hidden_size", self.head_dim % 8 == 0, rule)
+            self._check("index_head_dim", self.index_head_dim % 8 == 0, "be a multiple of 8")
 
     @property
     def head_dim(self) -> int:

@@ -183,7 +183,7 @@ class LT2ForCausalLM(PreTrainedModel, GenerationMixin):
             state=None if cache is None else self._state(cache, input_ids.shape[0]),
             logits_to_keep=logits_to_keep,
         )
-        loss, logits = (None, result) if labels is None else result
+        loss, logits = (None, result) if labels is None else result[:2]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
 

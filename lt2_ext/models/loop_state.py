@@ -22,8 +22,9 @@ class LoopState:
 
     Nothing but the hidden state passes from one loop to the next, so each (loop, layer) has a memory of its own:
     ``gdn`` a matrix fp32 ``[batch, value_heads, K, V]`` and the window of its convolution, ``full`` keys and values
-    ``[batch, max_length, kv_heads, head_dim]``, ``window`` the newest of these only. ``model(input_ids, state=state)``
-    reads it and advances it in place; any split of a sequence into such calls gives the logits of one call.
+    ``[batch, max_length, kv_heads, head_dim]``, ``window`` the newest of these only, ``dsa`` also those of its index.
+    ``model(input_ids, state=state)`` reads it and advances it in place; any split of a sequence into such calls gives
+    the logits of one call.
 
     Attributes:
         layers: ``layers[loop][layer]``, the tensors of one mixer by name; axis 0 is the sequence.
@@ -40,6 +41,9 @@ class LoopState:
             [mixer.new_state(batch_size, max_length, layer.window) for mixer, layer in zip(mixers, loop, strict=True)]
             for loop in config.schedule()
         ]
+        if config.state_reuse == "indices":  # only the first loop selects
+            for layer in (layer for loop in self.layers[1:] for layer in loop):
+                layer.pop("index_k", None)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=next(mixers[0].parameters()).device)
         self.host_lengths = [0] * batch_size
 
@@ -100,6 +104,9 @@ class Tokens:
         positions: index - first, for the rotary embedding.
         cu_seqlens: Document boundaries ``[N + 1]`` of a packed row, or None.
         pads: Which tokens are padding, bool ``[B, T]``, or None; ``padding``: how many on the left of each row.
+        bounds: Those of the documents after :meth:`pack`: cu_seqlens, or with padding and without a state those of the
+            tokens of each row and of its padding; ``offset``: with a state the place of the first token of each row.
+        dense, trained: Whether selecting mixers see all keys, and whether their indexers are trained.
         plain: Every row is one sequence without padding.
         rows, lengths, max_length: With a state only: its slots ``[B, 1]``, lengths after this call ``[B]``, and room.
         visible: The largest number of tokens that any of these can see.
@@ -136,6 +143,13 @@ class Tokens:
             self.from_start = self.visible == count
             self.rows = torch.arange(self.batch_size, device=device)[:, None]
         self.positions = self.index - self.first
+        self.offset = None if state is None else self.index[:, 0]
+        self.bounds = cu_seqlens
+        if state is None and self.pads is not None:
+            rows = count * torch.arange(self.batch_size + 1, device=device)
+            self.bounds = torch.stack((rows[:-1], rows[:-1] + self.padding), 1).flatten()
+            self.bounds = torch.cat((self.bounds, rows[-1:]))
+        self.dense = self.trained = False
 
     def once(self, key: Hashable, compute: Callable[[], X]) -> X:
         """The result of ``compute``, which layers and loops that ask with the same key share."""
@@ -149,12 +163,16 @@ class Tokens:
         """x [B, T, D] with zeros in place of padding, which neither enter a state nor let gradients through."""
         return x if self.pads is None else x.masked_fill(self.pads[..., None], 0)
 
-    def rope(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the rotary angles, fp32 [B or 1, T, 1, head_dim / 2]."""
-        return self.once("rope", self._rope)
+    def rope(self, dim: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary angles of heads of ``dim``, fp32 [B or 1, T, 1, dim / 2]."""
 
-    def _rope(self) -> tuple[Tensor, Tensor]:
-        half = torch.arange(0, self.config.head_dim, 2, device=self.positions.device, dtype=torch.float32)
-        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
-        angles = self.positions[..., None, None] * frequencies
-        return angles.cos(), angles.sin()
+        def angles() -> tuple[Tensor, Tensor]:
+            half = torch.arange(0, dim, 2, device=self.positions.device, dtype=torch.float32)
+            x = self.positions[..., None, None] * self.config.rope_theta ** (-half / dim)
+            return x.cos(), x.sin()
+
+        return self.once(("rope", dim), angles)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """x [B, T, ..] in the form that ``bounds`` cut: one row, if there are any."""
+        return x if self.bounds is None else x.flatten(0, 1)[None]

@@ -33,15 +33,17 @@ from .config import LT2Config
 from .inputs import check_inputs
 from .loop_state import LoopState, Tokens
 from .loss import cross_entropy
-from .mixers import MIXERS, Mixer
+from .mixers import MIXERS, Mixer, Selection
 from .sampling import check_options, pick
 
 
 class LT2Output(NamedTuple):
-    """loss: mean next-token cross entropy, fp32 scalar; logits: those asked for with ``logits_to_keep``, or None."""
+    """loss: mean next-token cross entropy plus ``index_loss_weight`` times index_loss, fp32 scalar; logits: those that
+    ``logits_to_keep`` asks for, or None; index_loss: mean over the ``dsa`` layers in grad mode, else None."""
 
     loss: Tensor
     logits: Tensor | None
+    index_loss: Tensor | None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -78,10 +80,17 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), norm(sandwich)
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
 
-    def forward(self, h: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
-        x = tokens.clear_pads(self.mixer_norm(h))
-        h = h + self.mixer_post_norm(self.mixer(x, tokens, window, state))
-        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h)))
+    def forward(
+        self,
+        h: Tensor,
+        tokens: Tokens,
+        window: int | None,
+        state: dict[str, Tensor] | None,
+        shared: Selection | None = None,
+    ) -> tuple[Tensor, Selection | None]:
+        y, selection = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
+        h = h + self.mixer_post_norm(y)
+        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), selection
 
 
 class LT2(nn.Module):
@@ -90,9 +99,12 @@ class LT2(nn.Module):
     Attributes:
         gradient_checkpointing: Keep only the input of each (loop, block) for the backward pass, which runs the block a
             second time: the same gradients, bit for bit, from less memory. Off at first, and not saved.
+        dense_warmup: ``dsa`` layers attend to all keys, and their indexers learn from that: the first stage of training
+            them. Off at first, and not saved.
     """
 
     gradient_checkpointing = False
+    dense_warmup = False
 
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
@@ -161,7 +173,9 @@ class LT2(nn.Module):
         check_inputs(self.config, input_ids, labels, cu_seqlens, attention_mask, state, logits_to_keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state)
-            h = self._run_loops(tokens.clear_pads(self.embed_tokens(input_ids)), tokens, state)
+            tokens.dense = self.dense_warmup
+            tokens.trained = labels is not None and torch.is_grad_enabled() and self.config.index_loss_weight > 0
+            h, index_loss = self._run_loops(tokens.clear_pads(self.embed_tokens(input_ids)), tokens, state)
             weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
             if labels is None:
                 logits = F.linear(h[:, -(logits_to_keep or 0) :], weight)
@@ -171,23 +185,31 @@ class LT2(nn.Module):
         hidden = tokens.positions <= 0 if tokens.pads is None else (tokens.positions <= 0) | tokens.pads
         labels = labels.masked_fill(hidden, -100)[:, 1:]
         loss = cross_entropy(h[:, :-1].flatten(0, 1), weight, labels.flatten())
-        return LT2Output(loss, None if logits_to_keep is None else F.linear(h[:, -logits_to_keep:], weight))
+        if index_loss is not None:
+            loss = loss + self.config.index_loss_weight * index_loss
+        return LT2Output(loss, None if logits_to_keep is None else F.linear(h[:, -logits_to_keep:], weight), index_loss)
 
-    def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> Tensor:
-        """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop."""
+    def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> tuple[Tensor, Tensor | None]:
+        """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop, and mean loss of the indexers."""
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+        shared: list[Selection | None] = [None] * len(self.layers)
+        losses: list[Tensor] = []
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
-                arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i]
+                arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i], shared[i]
                 if checkpointed:
-                    h = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                    h, selection = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    h = block(*arguments)
+                    h, selection = block(*arguments)
+                if selection is not None and selection.loss is not None:
+                    losses.append(selection.loss)
+                if self.config.state_reuse == "indices":
+                    shared[i] = selection
             h, normed = self._end_loop(loop, h, h_in)
             if self.config.inter_loop_norm:
                 h = normed
-        return normed
+        return normed, torch.stack(losses).mean() if losses else None
 
     def _end_loop(self, loop: int, h: Tensor, h_in: Tensor) -> tuple[Tensor, Tensor]:
         """The loop's output, and its RMSNorm where that is used: after the last loop, or after each."""

@@ -8,6 +8,7 @@ from typing import Any
 from .config import LT2Config
 
 _PAPER = {"vocab_size": 128256, "loop_count": 4}
+_INDEX = {"index_n_heads": 16, "index_head_dim": 64, "index_topk": 2048}
 _OURO = {
     "vocab_size": 49152,
     "hidden_size": 2048,
@@ -22,9 +23,10 @@ _OURO = {
 }
 
 
-def _paper(hidden_size: int, layers: int, heads: int, pattern: str) -> dict[str, Any]:
+def _paper(hidden_size: int, layers: int, heads: int, pattern: str, **more: Any) -> dict[str, Any]:
     return {
         **_PAPER,
+        **more,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -54,6 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lt2-1.3b-full": _paper(2048, 25, 16, "full"),
     "lt2-1.3b-gdn": _paper(2048, 22, 8, "gdn"),
     "lt2-1.3b-full-gdn": _paper(2048, 21, 16, "interleaved:4:1:gdn:full"),
+    # The paper does not say how deep its models with dsa are; heads, dim and topk of the index are those of its code.
+    "lt2-1.3b-dsa": _paper(2048, 25, 16, "dsa", **_INDEX),
+    "lt2-1.3b-gdn-dsa": _paper(2048, 21, 16, "interleaved:4:1:gdn:dsa", **_INDEX),
     "ouro-1.4b": {**_OURO, "num_hidden_layers": 24},
     "ouro-2.6b": {**_OURO, "num_hidden_layers": 48},
 }

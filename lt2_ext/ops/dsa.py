@@ -329,9 +329,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, _, v = ctx.saved_tensors[:3]
+    saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+    q, _, v = saved[:3]
     dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
-    grads = _bwd(dout, dlse, *ctx.saved_tensors, ctx.scale)
+    grads = _bwd(dout, dlse, *saved, ctx.scale)
     needed = ctx.needs_input_grad
     return *(grad if needs else None for grad, needs in zip(grads, needed, strict=False)), *[None] * 5
 

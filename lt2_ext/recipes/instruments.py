@@ -21,8 +21,8 @@ def watch_loops(model: LT2) -> Iterator[list[Tensor]]:
     def before(block: nn.Module, arguments: tuple[Any, ...]) -> None:
         loop_input.append(arguments[0].detach())
 
-    def after(block: nn.Module, arguments: tuple[Any, ...], h: Tensor) -> None:
-        h = h.detach().float()
+    def after(block: nn.Module, arguments: tuple[Any, ...], results: tuple[Tensor, Any]) -> None:
+        h = results[0].detach().float()
         if model.rho is not None:
             h = h + model.rho[len(sizes)].detach() * loop_input[-1]
         sizes.append(h.square().mean().sqrt())

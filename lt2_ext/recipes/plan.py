@@ -14,7 +14,7 @@ from torch import nn
 
 from lt2_ext.models import LT2, LT2Config
 from lt2_ext.models.config import Layer
-from lt2_ext.models.mixers import MIXERS, Attention, GatedDeltaNet
+from lt2_ext.models.mixers import MIXERS, Attention, GatedDeltaNet, SparseAttention
 from lt2_ext.models.presets import PRESETS
 
 from . import checkpoint, settings, shards
@@ -126,11 +126,17 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
         return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
     total = 2.0 * model.config.vocab_size * model.config.hidden_size
-    for loop in model.config.schedule():
+    for number, loop in enumerate(model.config.schedule()):
         for block, layer in zip(model.layers, loop, strict=True):
             total += 2 * matrices(block)
             mixer = block.mixer
-            if isinstance(mixer, Attention):
+            if isinstance(mixer, SparseAttention):
+                total += 4 * mixer.heads * mixer.head_dim * seen(mixer.topk)
+                index = mixer.index_heads * mixer.index_dim * seen(None)
+                projections = (mixer.index_q_proj, mixer.index_k_proj, mixer.index_weights_proj)
+                reused = number > 0 and model.config.state_reuse == "indices"
+                total += 2 * (-sum(map(matrices, projections)) if reused else index)
+            elif isinstance(mixer, Attention):
                 total += 4 * mixer.heads * mixer.head_dim * seen(layer.window)
             elif isinstance(mixer, GatedDeltaNet):
                 total += 2 * mixer.conv_weight.numel()

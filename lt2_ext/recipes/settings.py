@@ -53,6 +53,7 @@ class Train:
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU if there is one
     dtype: str = "auto"  # of matrix products: bf16, fp32; auto: bf16 on a GPU. Weights are fp32 always
     gradient_checkpointing: bool = False
+    dense_warmup_steps: int = 0  # so many first steps dsa layers attend to all keys, and their indexers learn from that
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     log_every: int = 1  # steps between lines of the log, each with the instruments of loops and mixers
@@ -86,6 +87,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.eps": (1e-30, 1), "optimizer.weight_decay": (0, 10), "optimizer.warmup_steps": (0, 10**9),
     "optimizer.final_lr": (0, 1), "optimizer.clip": (0, 1e9),
     "train.steps": (1, 10**9), "train.batch_size": (1, 2**16), "train.grad_accumulation": (1, 2**16),
+    "train.dense_warmup_steps": (0, 10**9),
     "train.seed": (0, 2**63 - 1), "train.checkpoint_every": (1, 10**9), "train.keep_checkpoints": (1, 10**6),
     "train.log_every": (1, 10**9), "train.eval_every": (1, 10**9), "train.eval_rows": (0, 10**6),
 }  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models import LT2, LT2Config, LT2Output
 
 from . import checkpoint, text
 from .files import UserError
@@ -71,23 +71,28 @@ class Trainer:
             for i in range(t.grad_accumulation)
         ]
         targets = sum(b.targets for b in batches)
-        total = torch.zeros((), device=self.device)
+        total, index_total = torch.zeros(2, device=self.device)
+        self.model.dense_warmup = self.step < t.dense_warmup_steps
         instruments: dict[str, Any] = {}
         for i, batch in enumerate(batches):
             if watch and i == 0:
                 with watch_loops(self.model) as sizes:
-                    loss = self.loss(batch)
+                    out = self.run_model(batch)
                 instruments["residual_rms"] = [float(s) for s in sizes]
             else:
-                loss = self.loss(batch)
-            loss = loss * (batch.targets / targets)
-            loss.backward()
-            total += loss.detach()
+                out = self.run_model(batch)
+            share = batch.targets / targets
+            (out.loss * share).backward()
+            total += out.loss.detach() * share
+            if out.index_loss is not None:
+                index_total += out.index_loss.detach() * share
         if watch:
             instruments["grad_norms"] = grad_norms(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optimizer.clip or math.inf)
         step = self.step + 1
-        values = {"loss": float(total), "grad_norm": float(norm)}
+        values = {"loss": float(total - self.model.config.index_loss_weight * index_total), "grad_norm": float(norm)}
+        if "dsa" in self.model.config.layer_types:
+            values["index_loss"] = float(index_total)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
@@ -101,11 +106,11 @@ class Trainer:
         self.step = step
         return {"step": step, "tokens": step * self.tokens_per_step, **values, "lr": lr, **instruments}
 
-    def loss(self, batch: Batch) -> Tensor:
+    def run_model(self, batch: Batch) -> LT2Output:
         tokens = batch.tokens.to(self.device)
         bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.train.dtype == "bf16"):
-            return self.model(tokens, labels=tokens, cu_seqlens=bounds).loss
+            return self.model(tokens, labels=tokens, cu_seqlens=bounds)
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -116,7 +121,7 @@ class Trainer:
         total, targets = 0.0, 0
         for start in range(0, count, size):
             batch = self.held_out.batch(start, min(size, count - start), self.run.data.isolate_documents)
-            total += float(self.loss(batch)) * batch.targets
+            total += float(self.run_model(batch).loss) * batch.targets
             targets += batch.targets
         return total / targets
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..config import LT2Config
     from ..loop_state import Tokens
+
+
+class Selection(NamedTuple):
+    """What an indexer selects by, and what it selects, for the loops that read the same.
+
+    q ``[B, T, HI, DI]``, k ``[B, T, DI]``, weights ``[B, T, HI]``; indices int32 ``[B, T, topk]`` or None: all keys.
+    loss: of the indexer in this (loop, layer), or None where it is not trained.
+    """
+
+    q: Tensor
+    k: Tensor
+    weights: Tensor
+    indices: Tensor | None
+    loss: Tensor | None
 
 
 class Mixer(nn.Module):
@@ -29,7 +43,15 @@ class Mixer(nn.Module):
         """Zeroed tensors ``[batch_size, ...]``, in the dtype and on the device of the weights."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        window: int | None,
+        state: dict[str, Tensor] | None,
+        shared: Selection | None = None,
+    ) -> tuple[Tensor, Selection | None]:
         """x and the result ``[B, T, hidden_size]``; tokens: where they stand; state: what :meth:`new_state` made, to be
-        read and advanced in place by T tokens, or None for whole sequences."""
+        read and advanced in place by T tokens, or None for whole sequences. Mixers that select keys return their
+        Selection; shared is that of an earlier loop, to be used instead of a new one."""
         raise NotImplementedError

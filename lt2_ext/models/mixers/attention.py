@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer
+from ._mixer import Mixer, Selection
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -45,16 +45,41 @@ class Attention(Mixer):
         shape = (batch_size, slots, self.kv_heads, self.head_dim)
         return {"k": self.k_proj.weight.new_zeros(shape), "v": self.v_proj.weight.new_zeros(shape)}
 
-    def forward(self, x: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
-        cos, sin = tokens.rope()
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        o = (attend(q, k, v, tokens, window, tokens.index) if state is None
-             else stream(q, k, v, tokens, window, state)).flatten(-2)  # fmt: skip
-        if self.gate_proj is not None:
-            o = o * torch.sigmoid(self.gate_proj(x))
-        return self.o_proj(o)
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        window: int | None,
+        state: dict[str, Tensor] | None,
+        shared: Selection | None = None,
+    ) -> tuple[Tensor, Selection | None]:
+        q, k, v = self.project(x, tokens)
+        return self.output(mix(q, k, v, tokens, window, state), x), None
+
+    def project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[B, T, heads, head_dim]`` and k, v ``[B, T, kv_heads, head_dim]``."""
+        angles = tokens.rope(self.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), *angles)
+        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), *angles)
+        return q, k, self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+
+    def output(self, o: Tensor, x: Tensor) -> Tensor:
+        """Of o ``[B, T, heads, head_dim]``, with x for the gate."""
+        o = o.flatten(-2)
+        return self.o_proj(o if self.gate_proj is None else o * torch.sigmoid(self.gate_proj(x)))
+
+
+def mix(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None
+) -> Tensor:
+    """Attention of the tokens to each other and to what is in the state."""
+    return attend(q, k, v, tokens, window, tokens.index) if state is None else stream(q, k, v, tokens, window, state)
+
+
+def store(cache: Tensor, new: Tensor, tokens: Tokens) -> None:
+    """Put new [B, T, ..] at the places of its tokens in cache [B, slots, ..]."""
+    slots = cache.shape[1]
+    cache[tokens.rows, tokens.index[:, -slots:] % slots] = new[:, -slots:]
 
 
 def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor]) -> Tensor:
@@ -67,7 +92,7 @@ def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, 
         all_k, all_v = torch.cat((state["k"], k), dim=1), torch.cat((state["v"], v), dim=1)
         o = attend(q, all_k, all_v, tokens, window, torch.cat((held, tokens.index), dim=1))
     for name, new in (("k", k), ("v", v)):
-        state[name][tokens.rows, tokens.index[:, -slots:] % slots] = new[:, -slots:]
+        store(state[name], new, tokens)
     if tokens.from_start:
         o = attend(q, k, v, tokens, window, tokens.index)
     elif count == 1 or (count <= MAX_STEP and not ring):  # the op sees at most the whole ring

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer
+from ._mixer import Mixer, Selection
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -63,7 +63,14 @@ class GatedDeltaNet(Mixer):
             "conv": self.conv_weight.new_zeros((batch_size, *self.conv_weight.shape)),
         }
 
-    def forward(self, x: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        window: int | None,
+        state: dict[str, Tensor] | None,
+        shared: Selection | None = None,
+    ) -> tuple[Tensor, Selection | None]:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
         if state is not None and x.shape[1] <= MAX_STEP:
             qkv = ops.causal_conv1d_step_(state["conv"], qkv, self.conv_weight)
@@ -95,7 +102,7 @@ class GatedDeltaNet(Mixer):
                 state["matrix"].copy_(matrix)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
         o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
-        return self.o_proj(o.to(x.dtype).flatten(-2))
+        return self.o_proj(o.to(x.dtype).flatten(-2)), None
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, channels] -> q, k [B, T, key_heads, key_dim], v [B, T, value_heads, value_dim]."""

@@ -1,0 +1,124 @@
+"""Attention to the few keys that a trained indexer selects for each token (DeepSeek sparse attention)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lt2_ext import ops
+
+from ._mixer import Selection
+from .attention import Attention, mix, rotate, store
+
+if TYPE_CHECKING:
+    from ..config import LT2Config
+    from ..loop_state import Tokens
+
+BLOCK = 128  # queries whose products with all keys exist at one time in the dense warm-up
+
+
+class SparseAttention(Attention):
+    """The projections of attention, and an indexer with projections of its own: each token attends to the
+    ``index_topk`` keys with the highest ``sum_j w_j relu(q_j . k)``.
+
+    The indexer is trained by :func:`lt2_ext.ops.indexer_loss` alone, and trains nothing but itself: what it reads is
+    detached, and a selection has no gradient.
+    """
+
+    def __init__(self, config: LT2Config) -> None:
+        super().__init__(config)
+        d, self.topk = config.hidden_size, config.index_topk
+        self.index_heads, self.index_dim = config.index_n_heads, config.index_head_dim
+        self.index_q_proj = nn.Linear(d, self.index_heads * self.index_dim, bias=False)
+        self.index_k_proj = nn.Linear(d, self.index_dim, bias=False)
+        self.index_weights_proj = nn.Linear(d, self.index_heads, bias=False)
+
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
+        state = super().new_state(batch_size, max_length, window)
+        return {**state, "index_k": state["k"].new_zeros(batch_size, max_length, self.index_dim)}
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        window: int | None,
+        state: dict[str, Tensor] | None,
+        shared: Selection | None = None,
+    ) -> tuple[Tensor, Selection]:
+        q, k, v = self.project(x, tokens)
+        index = self.index(x.detach(), tokens) if shared is None else shared
+        if state is not None and shared is None:
+            store(state["index_k"], index.k, tokens)
+        if tokens.dense:
+            o, lse = mix(q, k, v, tokens, None, state), None
+        else:
+            past = {"k": k, "v": v, "index_k": index.k}
+            if state is not None:
+                store(state["k"], k, tokens)
+                store(state["v"], v, tokens)
+                past = {name: t[:, : tokens.visible] for name, t in state.items()}
+            indices = self.select(index, past["index_k"], tokens) if index.indices is None else index.indices
+            index = index._replace(indices=indices)
+            o, lse = attend_to(indices, q, past["k"], past["v"], tokens)
+        loss = self.loss(index, q, k, lse, tokens) if tokens.trained else None
+        return self.output(o, x), index._replace(loss=loss)
+
+    def index(self, x: Tensor, tokens: Tokens) -> Selection:
+        angles = tokens.rope(self.index_dim)
+        q = rotate(self.index_q_proj(x).unflatten(-1, (self.index_heads, self.index_dim)), *angles)
+        k = rotate(self.index_k_proj(x)[:, :, None], *angles)[:, :, 0]
+        return Selection(q, k, self.index_weights_proj(x) * self.index_heads**-0.5, None, None)
+
+    def select(self, index: Selection, k: Tensor, tokens: Tokens) -> Tensor:
+        """int32 ``[B, T, topk]``, out of the index keys k ``[B, S, DI]``; nothing for padding."""
+        indices = ops.lightning_indexer(
+            *(tokens.pack(t) for t in (index.q, k, index.weights)),
+            topk=min(self.topk, tokens.visible),
+            cu_seqlens=tokens.bounds,
+            q_offset=tokens.offset,
+        ).view(*index.q.shape[:2], -1)
+        return indices if tokens.pads is None else indices.masked_fill(tokens.pads[..., None], -1)
+
+    def loss(self, index: Selection, q: Tensor, k: Tensor, lse: Tensor | None, tokens: Tokens) -> Tensor:
+        pack, indices = tokens.pack, index.indices
+        loss = ops.indexer_loss(
+            pack(index.q),
+            pack(index.k),
+            pack(index.weights),
+            pack(q),
+            pack(k),
+            pack(denominators(q, k, tokens) if lse is None else lse),
+            None if indices is None else pack(indices),
+            cu_seqlens=tokens.bounds,
+        )
+        if indices is not None or tokens.pads is None:
+            return loss
+        return loss * (tokens.pads.numel() / (~tokens.pads).sum())  # of padding it is 0, but it was counted
+
+
+def attend_to(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """o ``[B, T, heads, head_dim]`` and lse ``[B, T, heads]`` of attention to the selected keys."""
+    o, lse = ops.dsa_attention(
+        *(tokens.pack(t) for t in (q, k, v, indices)),
+        cu_seqlens=tokens.bounds,
+        q_offset=tokens.offset,
+        return_lse=True,
+    )
+    return o.view(q.shape), lse.view(q.shape[:3])
+
+
+@torch.no_grad()
+def denominators(q: Tensor, k: Tensor, tokens: Tokens) -> Tensor:
+    """lse ``[B, T, heads]`` of attention to all that each token sees; infinite for padding, which has no weights."""
+    parts = []
+    for begin in range(0, q.shape[1], BLOCK):
+        index = tokens.index[:, begin : begin + BLOCK, None]
+        first = torch.minimum(tokens.first[:, begin : begin + BLOCK, None], index)
+        seen = (tokens.index[:, None] <= index) & (tokens.index[:, None] >= first)
+        queries = q[:, begin : begin + BLOCK].unflatten(2, (k.shape[2], -1))
+        logits = torch.einsum("bthgd,bshd->bthgs", queries, k).float() * q.shape[-1] ** -0.5
+        parts.append(logits.masked_fill(~seen[:, :, None, None], -torch.inf).logsumexp(-1).flatten(2))
+    lse = torch.cat(parts, 1)
+    return lse if tokens.pads is None else lse.masked_fill(tokens.pads[..., None], torch.inf)
