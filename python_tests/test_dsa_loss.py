@@ -290,15 +290,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 WRONG = [
     ({"q_idx": torch.zeros(1, 4, 2, 12)}, "q_idx must have HI >= 1 and DI a multiple of 8"),
     ({"q_idx": torch.zeros(1, 4, 2, 8).half()}, "q_idx must be float32 or bfloat16"),
-    ({"k_idx": torch.zeros(1, 4, 16)}, r"k_idx must have shape \[B, S, DI\] = \[1, S, 8\], got \[1, 4, 16\]"),
-    ({"k_idx": torch.zeros(1, 4, 8).to(BF16)}, "k_idx must have dtype torch.float32, got torch.bfloat16"),
+    ({"k_idx": torch.zeros(1, 4, 16)}, r"k_idx must have shape \[B, S, DI\] = \[1, 4, 8\], got \[1, 4, 16\]"),
+    ({"k_idx": torch.zeros(1, 4, 8).to(BF16)}, r"k_idx must have the dtype of q_idx \(torch.float32\)"),
     ({"w_idx": torch.zeros(1, 4, 3)}, r"w_idx must have shape \[B, T, HI\] = \[1, 4, 2\]"),
     ({"w_idx": torch.zeros(1, 4, 2, dtype=torch.int32)}, "w_idx must have a float dtype"),
     ({"q": torch.zeros(1, 4, 4, 12)}, "q must have D a multiple of 8"),
-    ({"q": torch.zeros(1, 4, 3, 8)}, "q must have a multiple of k's 2 heads"),
-    ({"k": torch.zeros(1, 5, 2, 8)}, r"k must have shape \[B, S, H, D\] = \[1, 4, H, 8\]"),
+    ({"q": torch.zeros(1, 4, 3, 8)}, r"q must have a multiple of k's heads \(2\)"),
+    ({"k": torch.zeros(1, 5, 2, 8)}, r"k must have shape \[B, S, H, D\] = \[1, 4, 2, 8\]"),
     ({"lse": torch.zeros(1, 4, 2)}, r"lse must have shape \[B, T, HQ\] = \[1, 4, 4\]"),
-    ({"lse": torch.zeros(1, 4, 4).double()}, "lse must have dtype torch.float32"),
+    ({"lse": torch.zeros(1, 4, 4).double()}, "lse must be float32, got float64"),
     ({"indices": torch.zeros(1, 4, 3)}, "indices must be int32"),
     ({"indices": torch.zeros(1, 5, 3, dtype=torch.int32)}, r"indices must have shape \[B, T, topk\]"),
     ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens must be int32 or int64"),
@@ -308,7 +308,7 @@ WRONG = [
 @pytest.mark.parametrize("wrong, message", WRONG, ids=[f"{next(iter(w))}-{i}" for i, (w, _) in enumerate(WRONG)])
 def test_wrong_arguments_are_named(wrong, message):
     x = inputs(1, 4, 4, 4, 2, 8, 2, 8) | {"lse": torch.zeros(1, 4, 4)}
-    with pytest.raises(ValueError, match=f"indexer_loss: {message}"):
+    with pytest.raises((ValueError, RuntimeError), match=f"indexer_loss: {message}"):
         indexer_loss(**x | wrong)
 
 

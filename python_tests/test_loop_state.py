@@ -449,12 +449,12 @@ def test_compile_decode_and_slots(dynamic):
 
 
 RESIDUAL_REJECTED = {
-    "h must be float32 or bfloat16, got torch.float16": {"h": torch.ones(2, 6).half()},
+    "h must be float32 or bfloat16, got float16": {"h": torch.ones(2, 6).half()},
     r"h_in must have the shape of h \[2, 6\], got \[1, 6\]": {"h_in": torch.ones(1, 6)},
-    r"h_in must have the dtype of h \(torch.float32\), got torch.bfloat16": {"h_in": torch.ones(2, 6).bfloat16()},
-    r"rho must have shape \[D\] = \[6\], got \[1, 6\]": {"rho": torch.ones(1, 6)},
+    r"h_in must have the dtype of h \(float32\), got bfloat16": {"h_in": torch.ones(2, 6).bfloat16()},
+    r"rho must be contiguous of shape \[6\], got \[1, 6\]": {"rho": torch.ones(1, 6)},
     "rho must have a float dtype, got torch.int64": {"rho": torch.ones(6, dtype=torch.int64)},
-    r"weight must have shape \[D\] = \[6\], got \[5\]": {"weight": torch.ones(5)},
+    r"weight must be contiguous of shape \[6\], got \[5\]": {"weight": torch.ones(5)},
 }
 
 
@@ -462,36 +462,36 @@ RESIDUAL_REJECTED = {
 def test_residual_rejects(message):
     x = {"h": torch.ones(2, 6), "h_in": torch.ones(2, 6), "rho": torch.ones(6), "weight": torch.ones(6)}
     x |= RESIDUAL_REJECTED[message]
-    with pytest.raises(ValueError, match="loop_residual_rmsnorm: " + message):
+    with pytest.raises((ValueError, RuntimeError), match="loop_residual(_rmsnorm)?: " + message):
         loop_residual_rmsnorm(**x)
     if "weight" not in message:
         del x["weight"]
-        with pytest.raises(ValueError, match="loop_residual: " + message):
+        with pytest.raises((ValueError, RuntimeError), match="loop_residual: " + message):
             loop_residual(**x)
 
 
 IDS = torch.zeros(3, dtype=torch.int64)
 DECODE_REJECTED = {
     "indices must be None": {"indices": torch.zeros(3, 1, 4, dtype=torch.int32)},
-    "q must be float32 or bfloat16, got torch.float16": {"q": torch.ones(3, 1, 4, 24).half()},
+    "q must be float32 or bfloat16, got float16": {"q": torch.ones(3, 1, 4, 24).half()},
     r"q must have shape \[B, t, HQ, D\], got \[3, 4, 24\]": {"q": torch.ones(3, 4, 24)},
-    r"q must have a multiple of 2 heads, got \[3, 1, 5, 24\]": {"q": torch.ones(3, 1, 5, 24)},
-    "k_cache must have D = 8": {"q": torch.ones(3, 1, 4, 8)},
-    r"k_cache must have the dtype of q \(torch.float32\)": {"k_cache": torch.ones(5, 50, 2, 24).bfloat16()},
-    r"k_cache must have shape \[loop_count, slots, S, H, D\] with loop_map": {"loop_map": IDS},
-    r"k_cache must have shape \[slots, S, H, D\] without loop_map": {"k_cache": torch.ones(2, 5, 50, 2, 24)},
-    r"v_cache must have shape \[5, 50, 2, 'DV'\], got \[5, 49, 2, 40\]": {"v_cache": torch.ones(5, 49, 2, 40)},
+    r"q must have a multiple of 2 heads, got shape \[3, 1, 5, 24\]": {"q": torch.ones(3, 1, 5, 24)},
+    "k_cache must have head dimension 8": {"q": torch.ones(3, 1, 4, 8)},
+    r"k_cache must have the dtype of q \(float32\)": {"k_cache": torch.ones(5, 50, 2, 24).bfloat16()},
+    "k_cache must have 5 dimensions with loop_map": {"loop_map": IDS},
+    "k_cache must have 4 dimensions without loop_map": {"k_cache": torch.ones(2, 5, 50, 2, 24)},
+    r"v_cache must have the shape of k_cache .* but for the last axis, got \[5": {"v_cache": torch.ones(5, 49, 2, 40)},
     "v_cache must have a contiguous last axis": {"v_cache": torch.ones(5, 50, 40, 2).transpose(2, 3)},
-    "lengths must be int32 or int64, got torch.float32": {"lengths": torch.ones(3)},
-    r"lengths must have shape \[B\] = \[3\], got \[2\]": {"lengths": IDS[:2]},
-    "slots must be int64, got torch.int32": {"slots": IDS.int()},
-    r"slots must have shape \[B\] = \[3\], got \[1\]": {"slots": IDS[:1]},
+    "lengths must be int32 or int64, got float32": {"lengths": torch.ones(3)},
+    r"lengths must be contiguous of shape \[B\] = \[3\], got \[2\]": {"lengths": IDS[:2]},
+    "slots must be int64, got int32": {"slots": IDS.int()},
+    r"slots must be contiguous of shape \[B\] = \[3\], got \[1\]": {"slots": IDS[:1]},
 }
 
 
 @pytest.mark.parametrize("message", DECODE_REJECTED)
 def test_decode_rejects(message):
-    with pytest.raises(ValueError, match="loop_decode_attention: " + message):
+    with pytest.raises((ValueError, RuntimeError), match="loop_decode_attention: " + message):
         loop_decode_attention(**{**decode_inputs(), "lengths": IDS} | DECODE_REJECTED[message])
 
 
@@ -502,19 +502,19 @@ def test_inference_only():
         loop_decode_attention(**x, lengths=IDS)
     with torch.no_grad():
         loop_decode_attention(**x, lengths=IDS)
-    with pytest.raises(ValueError, match="loop_state_zero_: state must not require a gradient"):
+    with pytest.raises(RuntimeError, match="loop_state_zero_: inference only"):
         loop_state_zero_(torch.ones(3, requires_grad=True), IDS)
 
 
 def test_slots_reject():
     pool = torch.ones(3, 4, 5)
-    with pytest.raises(ValueError, match=r"loop_state_zero_: slots must be int64, got torch.int32"):
+    with pytest.raises(RuntimeError, match=r"loop_state: slots must be int64, got int32"):
         loop_state_zero_(pool, IDS.int())
-    with pytest.raises(ValueError, match=r"loop_state_zero_: slots must have shape \[n\], got \[1, 3\]"):
+    with pytest.raises(RuntimeError, match=r"loop_state: slots must be contiguous of shape \[3\], got \[1, 3\]"):
         loop_state_zero_(pool, IDS[None])
-    with pytest.raises(ValueError, match=r"loop_state_copy_: dst must have the shape of src \[3\], got \[2\]"):
+    with pytest.raises(RuntimeError, match=r"loop_state: dst must be contiguous of shape \[3\], got \[2\]"):
         loop_state_copy_(pool, IDS, IDS[:2])
-    with pytest.raises(ValueError, match=r"loop_state_zero_: state must have shape \[slots, ..\], got \[\]"):
+    with pytest.raises(RuntimeError, match=r"loop_state: state must have shape \[slots, ..\], got \[\]"):
         loop_state_zero_(torch.ones(()), IDS)
     with pytest.raises(RuntimeError, match="one strided axis inside a slot"):
         loop_state_zero_(torch.ones(3, 4, 4, 4, 4)[:, :2, :3, :2], IDS)

@@ -292,11 +292,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Ten
                   OP ": q_idx must have HI >= 1 and DI a multiple of 8, got shape ", shape_string(q_idx));
   LT2_CHECK_SHAPE(OP, k_idx, "[B, S, DI]", B, S, DI);
   LT2_CHECK_SHAPE(OP, q, "[B, T, HQ, D]", B, T, HQ, D);
-  LT2_CHECK_SHAPE(OP, k, "[B, S, H, D]", B, S, H, D);
-  LT2_CHECK_SHAPE(OP, lse, "[B, T, HQ]", B, T, HQ);
   STD_TORCH_CHECK(D >= 8 && D % 8 == 0, OP ": q must have D a multiple of 8, got shape ", shape_string(q));
   STD_TORCH_CHECK(H >= 1 && HQ >= 1 && HQ % H == 0, OP ": q must have a multiple of k's heads (", H,
                   "), got shape ", shape_string(q));
+  LT2_CHECK_SHAPE(OP, k, "[B, S, H, D]", B, S, H, D);
+  LT2_CHECK_SHAPE(OP, lse, "[B, T, HQ]", B, T, HQ);
   LT2_CHECK_DTYPE(OP, k_idx, dtype);
   LT2_CHECK_DTYPE(OP, q, dtype);
   LT2_CHECK_DTYPE(OP, k, dtype);

@@ -49,8 +49,8 @@ Tensor checked_like(Tensor const& t, Tensor const& h, char const* name) {
 }
 
 float const* checked_vector(Tensor const& t, Tensor const& h, int64_t size, char const* name) {
-  STD_TORCH_CHECK(t.numel() == size && t.dim() >= 1 && t.is_contiguous(), OP ": ", name,
-                  " must be contiguous with ", size, " elements, got shape ", shape_string(t));
+  STD_TORCH_CHECK(has_shape(t, {size}) && t.is_contiguous(), OP ": ", name, " must be contiguous of shape [",
+                  size, "], got ", shape_string(t));
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, OP ": ", name, " must be float32, got ",
                   dtype_name(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == h.device(), OP ": ", name, " and h must be on one device");
@@ -154,7 +154,7 @@ template <class Run>
 Tensor decode_with(Run const& run, Tensor const& q_any, Tensor const& k_cache, Tensor const& v_cache,
                    Tensor const& lengths, OptionalTensor const& slots, OptionalTensor const& loop_map,
                    double scale) {
-  LT2_CHECK_DIM(OP, q_any, 4);
+  STD_TORCH_CHECK(q_any.dim() == 4, OP ": q must have shape [B, t, HQ, D], got ", shape_string(q_any));
   Tensor const q = torch::stable::contiguous(q_any);
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
                   OP ": q must be float32 or bfloat16, got ", dtype_name(q.scalar_type()));

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,14 +32,6 @@ def check(condition: bool, op: str, argument: str, rule: str, got: object) -> No
         raise ValueError(f"{op}: {argument} must {rule}, got {got}")
 
 
-def check_shape(op: str, argument: str, t: Tensor, axes: str, **sizes: int) -> None:
-    """Check that ``t`` has the axes named like ``"[B, T, D]"``, those in ``sizes`` of that size."""
-    names, got = axes[1:-1].split(", "), list(t.shape)
-    if len(got) != len(names) or any(sizes.get(n, size) != size for n, size in zip(names, got, strict=True)):
-        known = f" = [{', '.join(str(sizes.get(n, n)) for n in names)}]" if sizes else ""
-        check(False, op, argument, f"have shape {axes}{known}", got)
-
-
 def autocast(like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast on the device of ``like``, as they are when it is not active."""
     device = like.device.type
@@ -46,6 +39,45 @@ def autocast(like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+
+
+def as_float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
+
+
+def inference_only(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
+
+
+def check_slots(op: str, slots: Tensor | None, state: Tensor) -> None:
+    if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
+        used = slots[(slots >= 0) & (slots < state.shape[0])]
+        check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
+
+
+def check_dtypes(op: str, **tensors: Tensor) -> None:
+    """Check that the first of the tensors has a dtype that kernels take, and the others the same."""
+    (name, first), *others = tensors.items()
+    on_cpu = first.device.type == "cpu"
+    known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
+    if first.dtype in known and all(t.dtype == first.dtype for _, t in others):
+        return  # before any message is put together: a decode step takes microseconds
+    names = "float32 or bfloat16" if on_cpu else "float32, bfloat16 or float16"
+    check(first.dtype in known, op, name, f"be {names} on {first.device.type}", first.dtype)
+    for other, t in others:
+        check(t.dtype == first.dtype, op, other, f"have the dtype of {name} ({first.dtype})", t.dtype)
+
+
+def fake(op: str, outputs: Callable[..., Any]) -> None:
+    """Register the function of the arguments of ``lt2::<op>`` that gives empty outputs."""
+    torch.library.register_fake(f"lt2::{op}")(outputs)
+
+
+def wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For all inputs: the gradients of the first ones, where they are needed; None for the others."""
+    needed = ctx.needs_input_grad
+    return tuple(g if n else None for g, n in zip((*grads, *[None] * (len(needed) - len(grads))), needed, strict=True))
 
 
 def no_double_backward(op: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check, check_shape, checks_enabled, no_double_backward
+from ._common import autocast, check, check_dtypes, checks_enabled, fake, no_double_backward, wanted
 
 _indexer = torch.ops.lt2.lightning_indexer.default
 _fwd = torch.ops.lt2.dsa_attention_fwd.default
@@ -186,39 +186,21 @@ def indexer_loss(
         float32 scalar, 0 if no query sees a key. It and its gradients do not depend on the number of threads.
 
     Raises:
-        ValueError: a wrong shape or dtype; with checks on, a visible key named twice by one query.
-        RuntimeError: offsets that do not ascend within the tokens; a CUDA tensor (not supported on CUDA).
+        ValueError: dtypes that do not go together; with checks on, a visible key named twice by one query.
+        RuntimeError: a shape, dtype or offsets that the operator rejects; a CUDA tensor (not supported on CUDA).
     """
     op = "indexer_loss"
     q_idx, k_idx, q, k = autocast(q_idx, q_idx, k_idx, q, k)
-    check(q_idx.dtype in (torch.float32, torch.bfloat16), op, "q_idx", "be float32 or bfloat16", q_idx.dtype)
-    check_shape(op, "q_idx", q_idx, "[B, T, HI, DI]")
-    B, T, HI, DI = q_idx.shape
-    check(HI >= 1 and DI >= 8 and DI % 8 == 0, op, "q_idx", "have HI >= 1 and DI a multiple of 8", list(q_idx.shape))
-    check_shape(op, "k_idx", k_idx, "[B, S, DI]", B=B, DI=DI)
-    check_shape(op, "q", q, "[B, T, HQ, D]", B=B, T=T)
-    HQ, D = q.shape[2:]
-    check(D >= 8 and D % 8 == 0, op, "q", "have D a multiple of 8", list(q.shape))
-    check_shape(op, "k", k, "[B, S, H, D]", B=B, S=k_idx.shape[1], D=D)
-    H = k.shape[2]
-    check(H >= 1 and HQ >= 1 and HQ % H == 0, op, "q", f"have a multiple of k's {H} heads", list(q.shape))
-    check_shape(op, "lse", lse, "[B, T, HQ]", B=B, T=T, HQ=HQ)
-    for name, t, dtype in (("k_idx", k_idx, q_idx.dtype), ("q", q, q_idx.dtype), ("k", k, q_idx.dtype),
-                           ("lse", lse, torch.float32)):  # fmt: skip
-        check(t.dtype == dtype, op, name, f"have dtype {dtype}", t.dtype)
+    check_dtypes(op, q_idx=q_idx, k_idx=k_idx, q=q, k=k)
     if w_idx is not None:
-        check_shape(op, "w_idx", w_idx, "[B, T, HI]", B=B, T=T, HI=HI)
         check(w_idx.is_floating_point(), op, "w_idx", "have a float dtype", w_idx.dtype)
         w_idx = w_idx.float()
-    _positions(op, "q_idx", q_idx, cu_seqlens, None, None)
     if indices is not None:
-        check_shape(op, "indices", indices, "[B, T, topk]", B=B, T=T)
-        check(indices.dtype == torch.int32, op, "indices", "be int32", indices.dtype)
         _check_unique(op, indices, k, cu_seqlens, None, None)
         indices = indices.contiguous()
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_idx, k_idx, w_idx))
-    index_scale = DI**-0.5 if index_scale is None else index_scale
-    attn_scale = D**-0.5 if attn_scale is None else attn_scale
+    index_scale = (q_idx.shape[-1] or 1) ** -0.5 if index_scale is None else index_scale
+    attn_scale = (q.shape[-1] or 1) ** -0.5 if attn_scale is None else attn_scale
     return _loss(q_idx, k_idx, w_idx, q.detach(), k.detach(), lse.detach().contiguous(), indices, cu_seqlens,
                  index_scale, attn_scale, trained)[0]  # fmt: skip
 
@@ -316,9 +298,7 @@ def _(
     return loss, q_idx.new_empty(gradient(q_idx)), k_idx.new_empty(gradient(k_idx)), dw
 
 
-@torch.library.register_fake("lt2::indexer_loss_bwd")
-def _(dloss: Tensor, dq_idx: Tensor, dk_idx: Tensor, dw_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(dq_idx), torch.empty_like(dk_idx), torch.empty_like(dw_idx)
+fake("indexer_loss_bwd", lambda dloss, *grads: tuple(map(torch.empty_like, grads)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -351,7 +331,7 @@ def _loss_backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | N
     if not ctx.gradients:
         raise RuntimeError("lt2::indexer_loss_fwd: gradients must be true to have a derivative, got false")
     dq, dk, dw = _loss_bwd(dloss, *ctx.saved_tensors)
-    return dq, dk, dw if ctx.weighted else None, *[None] * 8
+    return wanted(ctx, dq, dk, dw if ctx.weighted else None)
 
 
 torch.library.register_autograd("lt2::indexer_loss_fwd", _loss_backward, setup_context=_loss_setup)

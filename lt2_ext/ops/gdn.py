@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check, checks_enabled, no_double_backward
+from ._common import (
+    as_float,
+    autocast,
+    check,
+    check_dtypes,
+    check_slots,
+    checks_enabled,
+    fake,
+    inference_only,
+    no_double_backward,
+    wanted,
+)
 
 _fwd = torch.ops.lt2.gdn_fwd.default
 _bwd = torch.ops.lt2.gdn_bwd.default
@@ -156,12 +167,12 @@ def gated_delta_step_(
         RuntimeError: a shape, dtype, stride or device that the operator rejects; inputs that require a gradient.
     """
     op = "gated_delta_step_"
-    _inference_only(op, state, q, k, v, a, b, A_log, dt_bias)
+    inference_only(op, state, q, k, v, a, b, A_log, dt_bias)
     q, k, v = autocast(q, q, k, v)
-    _check_dtypes(op, q, k, v)
+    check_dtypes(op, q=q, k=k, v=v)
     if a.dtype != b.dtype:
         check(False, op, "b", f"have the dtype of a ({a.dtype})", b.dtype)
-    _check_slots(op, slots, state)
+    check_slots(op, slots, state)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     return _step(
         state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, allow_neg_eigval,
@@ -225,50 +236,24 @@ def gdn_decode_fused_(
     """
     op = "gdn_decode_fused_"
     tensors = (state, conv_state, qkv, z, a, b, conv_weight, A_log, dt_bias, norm_weight)
-    _inference_only(op, *tensors, *(() if conv_bias is None else (conv_bias,)))
+    inference_only(op, *tensors, conv_bias)
     check(a.dtype == b.dtype, op, "b", f"have the dtype of a ({a.dtype})", b.dtype)
-    _check_slots(op, slots, state)
+    check_slots(op, slots, state)
     scale = (state.shape[-1 if state_v_first else -2] or 1) ** -0.5 if scale is None else scale
     return _fused(
-        state, conv_state, qkv, z, a, b, conv_weight.float(), _float(conv_bias), A_log.float(), dt_bias.float(),
+        state, conv_state, qkv, z, a, b, conv_weight.float(), as_float(conv_bias), A_log.float(), dt_bias.float(),
         norm_weight.float(), slots, scale, eps, use_qk_l2norm_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
 
 
-def _inference_only(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
-
-
-def _check_slots(op: str, slots: Tensor | None, state: Tensor) -> None:
-    if slots is not None and checks_enabled() and not torch.compiler.is_compiling():
-        used = slots[(slots >= 0) & (slots < state.shape[0])]
-        check(used.unique().numel() == used.numel(), op, "slots", "name no slot twice", slots.tolist())
-
-
 def _gated_delta_rule(
-    op: str,
-    recurrent: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    use_qk_l2norm: bool,
-    use_gate: bool,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    use_beta_sigmoid: bool,
-    allow_neg_eigval: bool,
-    state_v_first: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+    op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    scale: float | None, initial_state: Tensor | None, output_final_state: bool, use_qk_l2norm: bool, use_gate: bool,
+    A_log: Tensor | None, dt_bias: Tensor | None, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool,
+    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     q, k, v = autocast(q, q, k, v)
-    _check_dtypes(op, q, k, v)
+    check_dtypes(op, q=q, k=k, v=v)
     alone = allow_neg_eigval and not use_beta_sigmoid
     check(not alone, op, "allow_neg_eigval", "come with use_beta_sigmoid_in_kernel", "allow_neg_eigval alone")
     check(not use_beta_sigmoid or beta is not None, op, "use_beta_sigmoid_in_kernel", "come with beta", None)
@@ -289,25 +274,10 @@ def _gated_delta_rule(
         _check_values(op, None if use_gate else g, q.shape[1], cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     o, final_state = _fwd(
-        q, k, v, _float(g), _float(beta), _float(A_log), _float(dt_bias), _float(initial_state), cu_seqlens, scale,
+        q, k, v, *map(as_float, (g, beta, A_log, dt_bias, initial_state)), cu_seqlens, scale,
         use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, output_final_state, recurrent,
     )  # fmt: skip
     return o, final_state if output_final_state else None
-
-
-def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
-
-
-def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    on_cpu = q.device.type == "cpu"
-    known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
-    if q.dtype in known and q.dtype == k.dtype == v.dtype:
-        return  # before any message is put together: a decode step takes microseconds
-    names = "float32 or bfloat16" if on_cpu else "float32, bfloat16 or float16"
-    check(q.dtype in known, op, "q", f"be {names} on {q.device.type}", q.dtype)
-    check(k.dtype == q.dtype, op, "k", f"have the dtype of q ({q.dtype})", k.dtype)
-    check(v.dtype == q.dtype, op, "v", f"have the dtype of q ({q.dtype})", v.dtype)
 
 
 def _check_values(op: str, g: Tensor | None, tokens: int, cu_seqlens: Tensor | None) -> None:
@@ -355,21 +325,8 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.register_fake("lt2::gdn_step_")
-def _(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
-    slots: Tensor | None, scale: float, use_qk_l2norm: bool, allow_neg_eigval: bool, state_v_first: bool,
-) -> Tensor:  # fmt: skip
-    return v.new_empty(v.shape)
-
-
-@torch.library.register_fake("lt2::gdn_decode_fused_")
-def _(
-    state: Tensor, conv_state: Tensor, qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor,
-    conv_bias: Tensor | None, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, slots: Tensor | None, scale: float,
-    eps: float, use_qk_l2norm: bool, allow_neg_eigval: bool, state_v_first: bool,
-) -> Tensor:  # fmt: skip
-    return z.new_empty(z.shape)
+fake("gdn_step_", lambda state, q, k, v, *_: v.new_empty(v.shape))
+fake("gdn_decode_fused_", lambda state, conv_state, qkv, z, *_: z.new_empty(z.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -388,9 +345,7 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tup
         dfinal_state = None
     dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state = _bwd(dout, dfinal_state, *tensors, *ctx.options)
     # dA_log and ddt_bias come as one partial sum per sequence.
-    grads = (dq, dk, dv, dg, dbeta, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)
-    needed = ctx.needs_input_grad
-    return *(grad if needs else None for grad, needs in zip(grads, needed, strict=False)), *(None,) * 8
+    return wanted(ctx, dq, dk, dv, dg, dbeta, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)
 
 
 torch.library.register_autograd("lt2::gdn_fwd", _backward, setup_context=_setup_context)

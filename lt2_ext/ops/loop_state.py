@@ -3,12 +3,13 @@ cached keys of a slot and loop, reset and copy of slots."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._common import check, no_double_backward
+from ._common import check, fake, inference_only, no_double_backward, wanted
 
 _residual = torch.ops.lt2.loop_residual_fwd.default
 _residual_bwd = torch.ops.lt2.loop_residual_bwd.default
@@ -32,9 +33,10 @@ def loop_residual(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
         not depend on the number of threads.
 
     Raises:
-        ValueError: a wrong shape or dtype.
+        ValueError: a vector that is not floating-point.
+        RuntimeError: a wrong shape or dtype.
     """
-    _check_residual("loop_residual", h, h_in, rho=rho)
+    _check_float("loop_residual", rho=rho)
     return _residual(h, h_in, rho.float())
 
 
@@ -55,9 +57,10 @@ def loop_residual_rmsnorm(
         both, independently of the number of threads.
 
     Raises:
-        ValueError: a wrong shape or dtype.
+        ValueError: a vector that is not floating-point.
+        RuntimeError: a wrong shape or dtype.
     """
-    _check_residual("loop_residual_rmsnorm", h, h_in, rho=rho, weight=weight)
+    _check_float("loop_residual_rmsnorm", rho=rho, weight=weight)
     h_out, normed, _ = _residual_rmsnorm(h, h_in, rho.float(), weight.float(), eps)
     return h_out, normed
 
@@ -95,35 +98,14 @@ def loop_decode_attention(
         slot or loop is not in the caches.
 
     Raises:
-        ValueError: a wrong shape or dtype.
-        RuntimeError: inputs that require a gradient; an unsupported device.
+        RuntimeError: a wrong shape or dtype; inputs that require a gradient; an unsupported device.
     """
     op = "loop_decode_attention"
     check(indices is None, op, "indices", "be None (sparse decode is not supported yet)", "a tensor")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
-        raise RuntimeError(f"{op}: inference only, call it under torch.no_grad()")
+    inference_only(op, q, k_cache, v_cache)
     if torch.is_autocast_enabled(q.device.type):
         q = q.to(k_cache.dtype)
-    check(q.dtype in (torch.float32, torch.bfloat16), op, "q", "be float32 or bfloat16", q.dtype)
-    check(q.dim() == 4, op, "q", "have shape [B, t, HQ, D]", list(q.shape))
-    axes = "[slots, S, H, D]" if loop_map is None else "[loop_count, slots, S, H, D]"
-    given = "without" if loop_map is None else "with"
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check(cache.dim() == (4 if loop_map is None else 5), op, name, f"have shape {axes} {given} loop_map",
-              list(cache.shape))  # fmt: skip
-        check(cache.dtype == q.dtype, op, name, f"have the dtype of q ({q.dtype})", cache.dtype)
-        check(cache.shape[-1] <= 1 or cache.stride(-1) == 1, op, name, "have a contiguous last axis", cache.stride())
-    check(k_cache.shape[-1] == q.shape[3], op, "k_cache", f"have D = {q.shape[3]}", list(k_cache.shape))
-    check(v_cache.shape[:-1] == k_cache.shape[:-1], op, "v_cache",
-          f"have shape {[*k_cache.shape[:-1], 'DV']}", list(v_cache.shape))  # fmt: skip
-    heads = k_cache.shape[-2]
-    check(heads > 0 and q.shape[2] % heads == 0, op, "q", f"have a multiple of {heads} heads", list(q.shape))
-    check(lengths.dtype in (torch.int32, torch.int64), op, "lengths", "be int32 or int64", lengths.dtype)
-    for name, ids in (("lengths", lengths), ("slots", slots), ("loop_map", loop_map)):
-        if ids is not None:
-            check(ids.shape == q.shape[:1], op, name, f"have shape [B] = [{q.shape[0]}]", list(ids.shape))
-            check(name == "lengths" or ids.dtype == torch.int64, op, name, "be int64", ids.dtype)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _decode(q, k_cache, v_cache, lengths, slots, loop_map, scale)
 
 
@@ -136,10 +118,9 @@ def loop_state_zero_(state: Tensor, slots: Tensor) -> None:
         slots: ``[n]`` int64; ids that are not in the pool (-1) are skipped.
 
     Raises:
-        ValueError: a wrong shape or dtype.
-        RuntimeError: strides inside a slot that are not supported.
+        RuntimeError: a wrong shape or dtype; strides inside a slot that are not supported.
     """
-    _check_slots("loop_state_zero_", state, slots=slots)
+    inference_only("loop_state_zero_", state)
     _zero(state, slots)
 
 
@@ -154,48 +135,20 @@ def loop_state_copy_(state: Tensor, src: Tensor, dst: Tensor) -> None:
         src, dst: ``[n]`` int64; pairs of which one is not in the pool (-1) are skipped.
 
     Raises:
-        ValueError: a wrong shape or dtype.
-        RuntimeError: strides inside a slot that are not supported.
+        RuntimeError: a wrong shape or dtype; strides inside a slot that are not supported.
     """
-    _check_slots("loop_state_copy_", state, src=src, dst=dst)
-    check(src.shape == dst.shape, "loop_state_copy_", "dst", f"have the shape of src {list(src.shape)}",
-          list(dst.shape))  # fmt: skip
+    inference_only("loop_state_copy_", state)
     _copy(state, src, dst)
 
 
-def _check_residual(op: str, h: Tensor, h_in: Tensor, **vectors: Tensor) -> None:
-    check(h.dtype in (torch.float32, torch.bfloat16), op, "h", "be float32 or bfloat16", h.dtype)
-    check(h.dim() >= 1, op, "h", "have shape [.., D]", list(h.shape))
-    check(h_in.shape == h.shape, op, "h_in", f"have the shape of h {list(h.shape)}", list(h_in.shape))
-    check(h_in.dtype == h.dtype, op, "h_in", f"have the dtype of h ({h.dtype})", h_in.dtype)
+def _check_float(op: str, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
-        check(vector.shape == h.shape[-1:], op, name, f"have shape [D] = [{h.shape[-1]}]", list(vector.shape))
         check(vector.is_floating_point(), op, name, "have a float dtype", vector.dtype)
-
-
-def _check_slots(op: str, state: Tensor, **ids: Tensor) -> None:
-    check(state.dim() >= 1, op, "state", "have shape [slots, ..]", list(state.shape))
-    check(not (torch.is_grad_enabled() and state.requires_grad), op, "state", "not require a gradient", True)
-    for name, t in ids.items():
-        check(t.dim() == 1, op, name, "have shape [n]", list(t.shape))
-        check(t.dtype == torch.int64, op, name, "be int64", t.dtype)
-
-
-@torch.library.register_fake("lt2::loop_residual_fwd")
-def _(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
-    return h.new_empty(h.shape)
-
-
-@torch.library.register_fake("lt2::loop_residual_bwd")
-def _(dout: Tensor, h_in: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-    return h_in.new_empty(h_in.shape), rho.new_empty(rho.shape)
 
 
 @torch.library.register_fake("lt2::loop_residual_rmsnorm_fwd")
 def _(h: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows = 1
-    for size in h.shape[:-1]:
-        rows = rows * size
+    rows = math.prod(h.shape[:-1])
     return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty((rows,), dtype=torch.float32)
 
 
@@ -207,22 +160,11 @@ def _(
     return dh, dh_in, rho.new_empty(rho.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("lt2::loop_decode_attention")
-def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor | None, loop_map: Tensor | None,
-    scale: float,
-) -> Tensor:  # fmt: skip
-    return q.new_empty((*q.shape[:3], v_cache.shape[-1]))
-
-
-@torch.library.register_fake("lt2::loop_state_zero_")
-def _(state: Tensor, slots: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("lt2::loop_state_copy_")
-def _(state: Tensor, src: Tensor, dst: Tensor) -> None:
-    return None
+fake("loop_residual_fwd", lambda h, h_in, rho: h.new_empty(h.shape))
+fake("loop_residual_bwd", lambda dout, h_in, rho: (h_in.new_empty(h_in.shape), rho.new_empty(rho.shape)))
+fake("loop_decode_attention", lambda q, k_cache, v_cache, *_: q.new_empty((*q.shape[:3], v_cache.shape[-1])))
+fake("loop_state_zero_", lambda state, slots: None)
+fake("loop_state_copy_", lambda state, src, dst: None)
 
 
 def _residual_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -230,7 +172,7 @@ def _residual_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 
 def _residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return dout, *_needed(ctx, 1, _residual_bwd(dout, *ctx.saved_tensors))
+    return wanted(ctx, dout, *_residual_bwd(dout, *ctx.saved_tensors))
 
 
 def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -240,13 +182,7 @@ def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
-    return *_needed(ctx, 0, _residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors)), None
-
-
-def _needed(ctx: Any, first: int, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs from number ``first`` on, None for those that need none."""
-    needed = ctx.needs_input_grad[first : first + len(grads)]
-    return tuple(grad if needs else None for grad, needs in zip(grads, needed, strict=True))
+    return wanted(ctx, *_residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors))
 
 
 torch.library.register_autograd("lt2::loop_residual_fwd", _residual_backward, setup_context=_residual_setup)

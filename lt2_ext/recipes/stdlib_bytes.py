@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,13 @@ class Corpus:
 
 @dataclass
 class Step:
-    """Where training stood after a step: seconds and tokens since the start, loss in bits per byte."""
+    """Where training stood after a step: seconds and tokens since the start, loss of the language model in bits per
+    byte, loss of its indexers or 0."""
 
     seconds: float
     tokens: int
     loss: float
+    index_loss: float = 0.0
 
 
 def is_held_out(name: str) -> bool:
@@ -66,18 +69,17 @@ def as_bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def new_model() -> LT2:
+def new_model(**changes: Any) -> LT2:
     torch.manual_seed(0)
-    return LT2(
-        LT2Config(
-            vocab_size=256,
-            hidden_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            layer_pattern="interleaved:2:1:gdn:full",
-            loop_count=2,
-        )
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "layer_pattern": "interleaved:2:1:gdn:full",
+        "loop_count": 2,
+    }
+    return LT2(LT2Config(**shape | changes))
 
 
 def train(model: LT2, data: Tensor, seconds: float, tick: Callable[[Step], object]) -> list[Step]:
@@ -92,14 +94,15 @@ def train(model: LT2, data: Tensor, seconds: float, tick: Callable[[Step], objec
             group["lr"] = LEARNING_RATE * min(1, (len(history) + 1) / 20) * (1 + math.cos(math.pi * progress)) / 2
         offsets = torch.randint(len(data) - LENGTH, (BATCH, 1), generator=generator)
         tokens = data[offsets + torch.arange(LENGTH)].long()
-        loss = model(tokens, labels=tokens).loss
+        loss, _, index_loss = model(tokens, labels=tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        history.append(
-            Step(time.perf_counter() - start, (len(history) + 1) * tokens.numel(), loss.item() / math.log(2))
-        )
+        index = 0.0 if index_loss is None else index_loss.item()
+        language = loss.item() - model.config.index_loss_weight * index
+        seen = (len(history) + 1) * tokens.numel()
+        history.append(Step(time.perf_counter() - start, seen, language / math.log(2), index))
         tick(history[-1])
     return history
 
