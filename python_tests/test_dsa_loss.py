@@ -14,6 +14,7 @@ from lt2_ext.testing import check_close
 FP32, BF16 = torch.float32, torch.bfloat16
 TRAINED = ("q_idx", "k_idx", "w_idx")
 both_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+everywhere = pytest.mark.usefixtures("on_device")
 dense_too = pytest.mark.parametrize("dense", [False, True], ids=["selection", "dense"])
 # B, T, S, HQ, H, D, HI, DI, topk
 SHAPES = [
@@ -25,6 +26,14 @@ SHAPES = [
     (1, 65, 130, 8, 2, 128, 3, 128, 150),
     (3, 40, 40, 5, 1, 96, 1, 72, 1),
 ]
+
+
+@pytest.fixture
+def on_device(device):
+    """What a test makes is on ``device``."""
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device("cpu")
 
 
 def inputs(B, T, S, HQ, H, D, HI, DI, dtype=FP32):
@@ -75,6 +84,7 @@ def check_against_oracle(x, indices, cu_seqlens=None, **options):
     return ours
 
 
+@everywhere
 @dense_too
 @both_dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,11 +94,13 @@ def test_against_the_oracle(shape, dtype, dense):
     check_against_oracle(inputs(*sizes, dtype), None if dense else any_indices(B, T, S, topk))
 
 
+@everywhere
 @pytest.mark.parametrize("HI", range(1, 17))
 def test_index_heads(HI):
     check_against_oracle(inputs(1, 40, 40, 4, 2, 16, HI, 24), any_indices(1, 40, 40, 9), index_scale=0.4)
 
 
+@everywhere
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 3), (4, 2), (6, 2), (8, 8), (12, 3), (16, 1), (16, 4), (16, 16)])
 def test_attention_heads(heads):
     x = inputs(1, 40, 40, *heads, 16, 3, 16)
@@ -101,6 +113,7 @@ def test_attention_heads(heads):
         check_close(name, got, exact[name], kind="out" if name == "loss" else "grad")
 
 
+@everywhere
 @dense_too
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed_documents(dtype, dense):
@@ -112,6 +125,7 @@ def test_packed_documents(dtype, dense):
         assert bool((ours[name][:, 70:] == 0).all())
 
 
+@everywhere
 def test_rows_without_keys_do_not_count():
     x = inputs(1, 6, 6, 2, 1, 8, 2, 8)
     indices = torch.full((1, 6, 3), -1, dtype=torch.int32)
@@ -125,6 +139,7 @@ def test_rows_without_keys_do_not_count():
         assert all(bool((t == 0).all()) for t in none.values())
 
 
+@everywhere
 def test_any_index_is_safe_and_only_visible_ones_count():
     x = inputs(1, 20, 20, 4, 2, 16, 3, 16)
     indices = torch.full((1, 20, 4), -1, dtype=torch.int32)
@@ -137,6 +152,7 @@ def test_any_index_is_safe_and_only_visible_ones_count():
         assert all(torch.equal(got[n], t) for n, t in expected.items())
 
 
+@everywhere
 def test_a_key_that_is_named_twice_counts_twice(checks):
     x = inputs(1, 12, 12, 2, 1, 8, 2, 8)
     indices = torch.randint(0, 4, (1, 12, 9), dtype=torch.int32)
@@ -146,6 +162,7 @@ def test_a_key_that_is_named_twice_counts_twice(checks):
     check_against_oracle(x, indices)
 
 
+@everywhere
 @pytest.mark.parametrize("B, T, S", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 @dense_too
 def test_empty(B, T, S, dense):
@@ -155,6 +172,7 @@ def test_empty(B, T, S, dense):
     assert all(bool((t == 0).all()) for t in got.values())
 
 
+@everywhere
 def test_the_loss_of_what_the_indexer_selects_falls():
     """A step against the gradient, through indexer and attention as they are used together."""
     x = inputs(2, 90, 90, 4, 2, 16, 4, 16)
@@ -167,6 +185,7 @@ def test_the_loss_of_what_the_indexer_selects_falls():
     assert 0 < after < before["loss"]
 
 
+@everywhere
 def test_perfect_scores_have_no_loss_and_no_gradient():
     k_idx = torch.rand(1, 30, 8)
     q = torch.rand(1, 30, 1, 8)  # all products are positive, so relu is not felt
@@ -188,6 +207,7 @@ def test_threads_and_garbage_change_nothing(dtype, dense, threads):
         assert all(torch.equal(other[n], t) for n, t in results[0].items())
 
 
+@everywhere
 def test_strided_arguments():
     x, indices = inputs(2, 33, 33, 4, 2, 16, 3, 16), any_indices(2, 33, 33, 7)
     lse = denominators(x, indices)
@@ -200,6 +220,7 @@ def test_strided_arguments():
     assert torch.equal(loss, expected["loss"])
 
 
+@everywhere
 def test_the_future_and_other_documents_change_nothing():
     x, indices, cu = inputs(1, 100, 100, 4, 2, 16, 3, 16), any_indices(1, 100, 100, 30), torch.tensor([0, 40, 100])
     lse = denominators(x, indices, cu_seqlens=cu)
@@ -213,6 +234,7 @@ def test_the_future_and_other_documents_change_nothing():
         assert bool((got[name][:, :40] == 0).all())
 
 
+@everywhere
 @pytest.mark.parametrize("names", [("q_idx",), ("k_idx",), ("w_idx",), ("q_idx", "w_idx")], ids=str)
 def test_gradients_of_some(names):
     x, indices = inputs(1, 20, 20, 4, 2, 8, 3, 8), any_indices(1, 20, 20, 6)
@@ -229,6 +251,7 @@ def test_the_attention_is_not_trained():
     assert not indexer_loss(**{n: t if n in "qk" else t.detach() for n, t in x.items()}, lse=lse).requires_grad
 
 
+@everywhere
 def test_weights_default_to_ones_and_may_have_any_dtype():
     x, indices = inputs(1, 50, 50, 4, 2, 8, 3, 8), any_indices(1, 50, 50, 6)
     lse = denominators(x, indices)
@@ -313,7 +336,30 @@ def test_wrong_arguments_are_named(wrong, message):
 
 
 @pytest.mark.cuda
-def test_cuda_is_an_error():
-    x = {n: t.cuda() for n, t in inputs(1, 4, 4, 2, 1, 8, 2, 8).items()}
-    with pytest.raises(RuntimeError, match="indexer_loss: q_idx must be on the CPU"):
-        indexer_loss(**x, lse=torch.zeros(1, 4, 2, device="cuda"))
+@dense_too
+def test_on_cuda_also_float16_in_a_graph_and_always_the_same_bits(dense):
+    torch.set_default_device("cuda")
+    try:
+        x = inputs(1, 300, 300, 8, 2, 64, 4, 64, torch.float16)
+        indices = None if dense else any_indices(1, 300, 300, 64)
+        ours = check_against_oracle(x, indices)
+        lse = denominators(x, indices)
+        with torch.no_grad():
+            loss = indexer_loss(**x, lse=lse, indices=indices)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = indexer_loss(**x, lse=lse, indices=indices)
+            graph.replay()
+        assert torch.equal(captured, loss)
+        for _ in range(20):
+            again = with_gradients(indexer_loss, x, lse, indices)
+            assert all(torch.equal(again[n], t) for n, t in ours.items())
+    finally:
+        torch.set_default_device("cpu")
+
+
+@pytest.mark.cuda
+def test_too_wide_for_cuda_is_an_error():
+    x = {n: t.cuda() for n, t in inputs(1, 4, 4, 128, 1, 256, 2, 8).items()}
+    with pytest.raises(RuntimeError, match="indexer_loss: the CUDA kernels take HQ D"):
+        indexer_loss(**x, lse=torch.zeros(1, 4, 128, device="cuda"))

@@ -270,15 +270,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor const& dout_any, Op
 #undef OP
 #define OP "lt2::indexer_loss"
 
+void check_loss(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
+
 // Gradients are of the loss itself: indexer_loss_bwd() scales them. Those that are not wanted are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Tensor const& k_idx_any,
-                                                    OptionalTensor const& weights, Tensor const& q_any,
-                                                    Tensor const& k_any, Tensor const& lse,
-                                                    OptionalTensor const& selection,
-                                                    OptionalTensor const& cu_seqlens, double index_scale,
-                                                    double attn_scale, bool gradients) {
-  Tensor const q_idx = with_unit_last_stride(q_idx_any), k_idx = with_unit_last_stride(k_idx_any);
-  Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any);
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss(Tensor const& q_idx_any, Tensor const& k_idx_any,
+                                                OptionalTensor const& weights, Tensor const& q_any,
+                                                Tensor const& k_any, Tensor const& lse,
+                                                OptionalTensor const& selection,
+                                                OptionalTensor const& cu_seqlens, double index_scale,
+                                                double attn_scale, bool gradients) {
+  Tensor const q_idx = with_kernel_rows(q_idx_any), k_idx = with_kernel_rows(k_idx_any);
+  Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any);
   LT2_CHECK_DIM(OP, q_idx, 4);
   LT2_CHECK_DIM(OP, k_idx, 3);
   LT2_CHECK_DIM(OP, q, 4);
@@ -286,8 +288,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Ten
   int64_t const B = q_idx.size(0), T = q_idx.size(1), HI = q_idx.size(2), DI = q_idx.size(3);
   int64_t const S = k_idx.size(1), HQ = q.size(2), D = q.size(3), H = k.size(2);
   ScalarType const dtype = q_idx.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  OP ": q_idx must be float32 or bfloat16, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      (dtype == ScalarType::Half && q_idx.is_cuda()),
+                  OP ": q_idx must be float32 or bfloat16 (or float16 on CUDA), got ", dtype_name(dtype));
   STD_TORCH_CHECK(HI >= 1 && DI >= 8 && DI % 8 == 0,
                   OP ": q_idx must have HI >= 1 and DI a multiple of 8, got shape ", shape_string(q_idx));
   LT2_CHECK_SHAPE(OP, k_idx, "[B, S, DI]", B, S, DI);
@@ -340,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Ten
     LT2_CHECK_SAME_DEVICE(OP, w_idx, q_idx);
     p.weights = heads_of(w_idx);
   }
-  Tensor loss = empty(q_idx, {}, ScalarType::Float), losses = empty(q_idx, {B, T}, ScalarType::Float);
+  Tensor mean = empty(q_idx, {}, ScalarType::Float), losses = empty(q_idx, {B, T}, ScalarType::Float);
   Tensor dq = gradients ? empty(q_idx, {B, T, HI, DI}, dtype) : empty(q_idx, {0}, dtype);
   Tensor dk = gradients ? empty(q_idx, {B, S, DI}, dtype) : empty(q_idx, {0}, dtype);
   bool const weighted = gradients && weights;
@@ -352,9 +355,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cpu(Tensor const& q_idx_any, Ten
     p.dk = {dk.data_ptr(), dk.stride(0), dk.stride(1), 0};
   }
   if (weighted) p.dweights = heads_of(dw);
+  if (q_idx.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(q_idx.get_device_index());
+    check_loss(portable::loss_supports(p));
+    Tensor workspace = empty(q_idx, {portable::loss_workspace(p)}, ScalarType::Float);
+    check_loss(portable::indexer_loss(p, floats(mean), floats(workspace), current_cuda_stream(q_idx)));
+    return {mean, dq, dk, dw};
+  }
   Tensor workspace = empty(q_idx, {cpu::loss_workspace(p, torch_pool())}, ScalarType::Float);
-  *floats(loss) = cpu::indexer_loss(p, floats(workspace), torch_pool());
-  return {loss, dq, dk, dw};
+  *floats(mean) = cpu::indexer_loss(p, floats(workspace), torch_pool());
+  return {mean, dq, dk, dw};
 }
 
 template <class T>
@@ -366,33 +376,36 @@ void scale(Tensor const& in, float factor, Tensor const& out) {
   });
 }
 
-Tensor scaled(Tensor const& x, float factor) {
+Tensor scaled(Tensor const& x, float const* factor) {
   Tensor out = torch::stable::empty_like(x);
-  (x.scalar_type() == ScalarType::BFloat16 ? scale<c10::BFloat16> : scale<float>)(x, factor, out);
+  if (x.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(x.get_device_index());
+    check_loss(portable::scale(kernel_dtype(x), x.const_data_ptr(), factor, out.mutable_data_ptr(), x.numel(),
+                               current_cuda_stream(x)));
+    return out;
+  }
+  (x.scalar_type() == ScalarType::BFloat16 ? scale<c10::BFloat16> : scale<float>)(x, *factor, out);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_backward_cpu(Tensor const& dloss, Tensor const& dq_idx,
-                                                     Tensor const& dk_idx, Tensor const& dw_idx) {
+std::tuple<Tensor, Tensor, Tensor> loss_backward(Tensor const& dloss, Tensor const& dq_idx,
+                                                 Tensor const& dk_idx, Tensor const& dw_idx) {
   LT2_CHECK_SHAPE(OP, dloss, "[]", );
   LT2_CHECK_DTYPE(OP, dloss, ScalarType::Float);
-  STD_TORCH_CHECK(dq_idx.scalar_type() == ScalarType::Float || dq_idx.scalar_type() == ScalarType::BFloat16,
-                  OP ": dq_idx must be float32 or bfloat16, got ", dtype_name(dq_idx.scalar_type()));
+  bool const half_ok = dq_idx.scalar_type() == ScalarType::Half && dq_idx.is_cuda();
+  STD_TORCH_CHECK(
+      dq_idx.scalar_type() == ScalarType::Float || dq_idx.scalar_type() == ScalarType::BFloat16 || half_ok,
+      OP ": dq_idx must be float32 or bfloat16 (or float16 on CUDA), got ", dtype_name(dq_idx.scalar_type()));
   LT2_CHECK_DTYPE(OP, dk_idx, dq_idx.scalar_type());
   LT2_CHECK_DTYPE(OP, dw_idx, ScalarType::Float);
+  LT2_CHECK_SAME_DEVICE(OP, dk_idx, dq_idx);
+  LT2_CHECK_SAME_DEVICE(OP, dw_idx, dq_idx);
+  LT2_CHECK_SAME_DEVICE(OP, dloss, dq_idx);
   LT2_CHECK_CONTIGUOUS(OP, dq_idx);
   LT2_CHECK_CONTIGUOUS(OP, dk_idx);
   LT2_CHECK_CONTIGUOUS(OP, dw_idx);
-  float const factor = *static_cast<float const*>(dloss.const_data_ptr());
+  auto const* const factor = static_cast<float const*>(dloss.const_data_ptr());
   return {scaled(dq_idx, factor), scaled(dk_idx, factor), scaled(dw_idx, factor)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_cuda(Tensor const&, Tensor const&, OptionalTensor const&,
-                                                     Tensor const&, Tensor const&, Tensor const&,
-                                                     OptionalTensor const&, OptionalTensor const&, double,
-                                                     double, bool) {
-  STD_TORCH_CHECK(false, OP ": q_idx must be on the CPU (not supported on CUDA), got a CUDA tensor");
-  return {};
 }
 
 #undef OP
@@ -403,15 +416,16 @@ STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("lightning_indexer", TORCH_BOX(&indexer));
   m.impl("dsa_attention_fwd", TORCH_BOX(&attention));
   m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward));
-  m.impl("indexer_loss_fwd", TORCH_BOX(&loss_cpu));
-  m.impl("indexer_loss_bwd", TORCH_BOX(&loss_backward_cpu));
+  m.impl("indexer_loss_fwd", TORCH_BOX(&loss));
+  m.impl("indexer_loss_bwd", TORCH_BOX(&loss_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
   m.impl("lightning_indexer", TORCH_BOX(&indexer));
   m.impl("dsa_attention_fwd", TORCH_BOX(&attention));
   m.impl("dsa_attention_bwd", TORCH_BOX(&attention_backward));
-  m.impl("indexer_loss_fwd", TORCH_BOX(&loss_cuda));
+  m.impl("indexer_loss_fwd", TORCH_BOX(&loss));
+  m.impl("indexer_loss_bwd", TORCH_BOX(&loss_backward));
 }
 
 }  // namespace lt2

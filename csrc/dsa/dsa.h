@@ -126,6 +126,12 @@ int64_t attention_workspace(AttentionForwardParams const& p);
 Status attention(AttentionForwardParams const& p, float* workspace, void* cuda_stream);
 int64_t attention_backward_workspace(AttentionBackwardParams const& p);
 Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* cuda_stream);
+Status loss_supports(LossParams const& p);
+int64_t loss_workspace(LossParams const& p);
+// `loss`: the mean, 0 without any row.
+Status indexer_loss(LossParams const& p, float* loss, float* workspace, void* cuda_stream);
+// out = factor[0] x, both contiguous.
+Status scale(Dtype dtype, void const* x, float const* factor, void* out, int64_t count, void* cuda_stream);
 }  // namespace portable
 
 }  // namespace lt2::dsa

@@ -183,11 +183,12 @@ def indexer_loss(
         cu_seqlens: documents in the only row, as in :func:`lightning_indexer`; the keys are cut as the queries.
 
     Returns:
-        float32 scalar, 0 if no query sees a key. It and its gradients do not depend on the number of threads.
+        float32 scalar, 0 if no query sees a key. It and its gradients are the same bits on every run.
 
     Raises:
         ValueError: dtypes that do not go together; with checks on, a visible key named twice by one query.
-        RuntimeError: a shape, dtype or offsets that the operator rejects; a CUDA tensor (not supported on CUDA).
+        RuntimeError: a shape, dtype or offsets that the operator rejects; on CUDA D or DI above 256, or heads that do
+            not fit into shared memory.
     """
     op = "indexer_loss"
     q_idx, k_idx, q, k = autocast(q_idx, q_idx, k_idx, q, k)

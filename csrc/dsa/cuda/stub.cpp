@@ -14,4 +14,9 @@ Status attention(AttentionForwardParams const&, float*, void*) { return kNotBuil
 int64_t attention_backward_workspace(AttentionBackwardParams const&) { return 0; }
 Status attention_backward(AttentionBackwardParams const&, float*, void*) { return kNotBuilt; }
 
+Status loss_supports(LossParams const&) { return kNotBuilt; }
+int64_t loss_workspace(LossParams const&) { return 0; }
+Status indexer_loss(LossParams const&, float*, float*, void*) { return kNotBuilt; }
+Status scale(Dtype, void const*, float const*, void*, int64_t, void*) { return kNotBuilt; }
+
 }  // namespace lt2::dsa::portable
