@@ -242,9 +242,9 @@ __global__ void __launch_bounds__(kThreads) loss_query_gradients(LossParams cons
           int const i = first + group, key = i < count ? keys.key(p, begin + i) : -1;
           Piece<T> const k = load_piece(row_of<T const>(p.index_k, row, key, 0), lane, p.index_dim, key >= 0);
           float const x = p.index_scale * dot_lanes<kLanes>(s.index + j * p.index_dim, k, lane, p.index_dim);
-          float const d = key >= 0 && x > 0.f ? s.scored[i] : 0.f;
-          dw += d * x;
-          add_scaled(sum[0], d, k);
+          bool const felt = key >= 0 && x > 0.f;  // weights of a query without keys may be anything
+          dw += felt ? s.scored[i] * x : 0.f;
+          add_scaled(sum[0], felt ? s.scored[i] * s.weights[j] : 0.f, k);
         }
         sum_groups<kLanes>(sum, s.sums, group, lane, [&](int, int d, float total) {
           if (d < p.index_dim) dq[j * p.index_dim + d] += total;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) loss_query_gradients(LossParams cons
     for (int64_t j = 0; j < p.index_heads; ++j) {
       T* const out = row_of<T>(p.dq, row, token, j);
       for (int64_t d = threadIdx.x; d < p.index_dim; d += kThreads) {
-        out[d] = from_float<T>(p.index_scale * s.weights[j] * dq[j * p.index_dim + d]);
+        out[d] = from_float<T>(p.index_scale * dq[j * p.index_dim + d]);
       }
     }
   }
