@@ -24,8 +24,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def indexer(device):
+def indexer_on(device):
     """The operator with its arguments on the device, its result on the CPU."""
 
     def call(**x):
@@ -33,6 +32,11 @@ def indexer(device):
         return ops.lightning_indexer(**x).cpu()
 
     return call
+
+
+@pytest.fixture
+def indexer(device):
+    return indexer_on(device)
 
 
 def integers(B, T, S, HI, DI, dtype=FP32):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_dsa_indexer import BF16, FP32, check_close, check_exact, indexer, integers, normals  # noqa: F401
+from test_dsa_indexer import BF16, FP32, check_close, check_exact, indexer_on, integers, normals
 
 from lt2_ext import ops
 
@@ -11,8 +11,8 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture
-def device():
-    return "cuda"
+def indexer():
+    return indexer_on("cuda")
 
 
 def on_cuda(x):
@@ -22,7 +22,7 @@ def on_cuda(x):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("DI", [64, 128])
 @pytest.mark.parametrize("HI", [1, 2, 3, 4, 5, 7, 8, 11, 16, 17])
-def test_heads(indexer, HI, DI, dtype):  # noqa: F811
+def test_heads(indexer, HI, DI, dtype):
     x = integers(1, 150, 150, HI, DI, dtype)
     for topk in (3, 40, 200):
         check_exact(indexer, x, topk=topk)
@@ -32,20 +32,20 @@ def test_heads(indexer, HI, DI, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("topk", [1, 64, 256, 512, 700, 1024, 2048, 5000])
 @pytest.mark.parametrize("HI", [1, 4, 8, 16])
-def test_widths(indexer, HI, topk):  # noqa: F811
+def test_widths(indexer, HI, topk):
     check_exact(indexer, integers(1, 200, 6000, HI, 64, BF16), topk=topk)
     check_exact(indexer, integers(1, 2100, 2100, HI, 64, BF16), topk=topk)
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8, 9, 33, 64])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_decode(indexer, T, dtype):  # noqa: F811
+def test_decode(indexer, T, dtype):
     x = integers(5, T, 3001, 8, 64, dtype)
     check_exact(indexer, x, topk=300, q_offset=torch.tensor([3000 - T, 0, 77, 2047, 1000]))
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "sawtooth"])
-def test_orders_of_scores(indexer, order):  # noqa: F811
+def test_orders_of_scores(indexer, order):
     """Each key better than all before it; the best first; all alike."""
     S = 6000
     rank = torch.arange(S)
@@ -58,7 +58,7 @@ def test_orders_of_scores(indexer, order):  # noqa: F811
         check_exact(indexer, {"q_idx": q.to(BF16), "k_idx": k.to(BF16)}, topk=topk, activation=None, scale=1.0)
 
 
-def test_infinities_and_nan(indexer):  # noqa: F811
+def test_infinities_and_nan(indexer):
     x = integers(1, 300, 300, 3, 64, BF16)
     x["k_idx"][0, ::7, 5] = torch.inf
     x["k_idx"][0, ::11, 9] = torch.nan
@@ -68,7 +68,7 @@ def test_infinities_and_nan(indexer):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_packed_documents(indexer, dtype):  # noqa: F811
+def test_packed_documents(indexer, dtype):
     cu = torch.tensor([2, 2, 35, 36, 100, 100, 900], dtype=dtype)
     cu_k = torch.tensor([0, 7, 7, 90, 170, 190, 1500], dtype=dtype)
     for HI in (3, 8):
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_square(dtype):
 def test_more_than_2_31_elements(dtype):
     """The last batch row lies beyond 2^31 elements, as do its indices."""
     B, S, topk = 2200, 16384, 2048
-    k = torch.empty(1, 1, 64, dtype=dtype, device="cuda").expand(B, S, 64) * 0
+    k = torch.zeros(B, S, 64, dtype=dtype, device="cuda")
     last = normals(1, 530, S, 2, 64, dtype)
     k[-1] = last["k_idx"][0].cuda()
     q = torch.zeros(B, 530, 2, 64, dtype=dtype, device="cuda")

@@ -34,8 +34,8 @@ def lightning_indexer(
 
     Query t stands at position ``q_offset + t`` and sees the keys up to and including it. Scores accumulate in float32
     and are selected from exactly: of equal ones (-0 equals 0) the smaller index wins, -inf comes last, NaN is never
-    selected. They are never all in memory: it takes O(T topk), beside a float32 copy of the keys on the CPU and a
-    workspace of 64 MB or one score per key, if that is more, on CUDA. Inference only: a selection has no gradient. Under
+    selected. They are never all in memory: it takes O(T topk), beside a float32 copy of the keys on the CPU and
+    64 MB on CUDA (one score per key, if that is more). Inference only: a selection has no gradient. Under
     autocast q_idx and k_idx are cast to the autocast dtype.
 
     Args:

@@ -5,6 +5,8 @@
 namespace lt2::dsa::portable {
 namespace {
 
+constexpr int kFull = 132, kWorthABlock = 2048;
+
 bool vectors(Heads const& x, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(x.data) % (4 * element_bytes) == 0 && x.batch % 4 == 0 &&
          x.token % 4 == 0;
@@ -22,7 +24,16 @@ Status launch_scores(IndexerParams const& p, ScoreRows const& rows, void* stream
 }  // namespace
 
 Status select(IndexerParams const& p, ScoreRows const& rows, void* stream) {
-  return launch(select_row, rows.tiles * rows.tile_rows, kSelectThreads, 0, stream, p, rows);
+  int64_t const queries = rows.tiles * rows.tile_rows;
+  // Few rows: several blocks for each, while the machine is not full and they have enough to do.
+  unsigned blocks = 1;
+  if (runs_sm90_code()) {
+    while (blocks < kMostBlocks && queries * blocks < kFull && p.keys > int64_t{blocks} * kWorthABlock)
+      blocks *= 2;
+  }
+  if (queries * blocks > INT32_MAX) return "too many queries for one launch (2^31 - 1)";
+  return launch_overlapped(select_row, dim3(static_cast<unsigned>(queries * blocks)), kSelectThreads, 0,
+                           blocks, stream, p, rows, static_cast<int>(blocks));
 }
 
 Status indexer_supports(IndexerParams const&) { return kOk; }

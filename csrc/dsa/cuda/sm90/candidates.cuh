@@ -15,23 +15,59 @@ struct alignas(8) Candidate {
   int index;
 };
 
+__device__ __forceinline__ void store_if(bool condition, Candidate* to, Candidate x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %0, 0;\n"
+      "@wanted st.v2.b32 [%1], {%2, %3};\n"
+      "}\n" ::"r"(int{condition}),
+      "l"(to), "f"(x.score), "r"(x.index)
+      : "memory");
+}
+
+// f(order of the score) for all candidates, several loads under way at once; some f(0) after the last.
+template <class F>
+__device__ __forceinline__ void for_each(Candidate const* list, int count, F const& f) {
+  constexpr int kBatch = 8;
+  for (int base = threadIdx.x % 32; base < count; base += 32 * kBatch) {
+    float scores[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) scores[i] = base + 32 * i < count ? list[base + 32 * i].score : NAN;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) f(portable::order(scores[i]));
+  }
+}
+
 // Ascending by index, none NaN; the k best of all scores met are among them.
 struct Candidates {
   Candidate* list;  // in shared or global memory
   int count;
   float threshold;  // k candidates are as good, so only better ones are wanted; NaN: no threshold yet
 
-  // Two scores per lane, of keys index and index + 1, in the order of lanes.
-  __device__ void append(float2 x, int index) {
-    bool const first = x.x == x.x && !(x.x <= threshold), second = x.y == x.y && !(x.y <= threshold);
-    unsigned const firsts = __ballot_sync(kAll, first), seconds = __ballot_sync(kAll, second);
-    if ((firsts | seconds) == 0) return;
+  // Four scores per lane, of keys index .. index + 3, in the order of lanes. Without a branch, so that
+  // several queries overlap.
+  __device__ void append(float4 x, int index) {
+    float const scores[4] = {x.x, x.y, x.z, x.w};
+    bool wanted[4];
+    int mine = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wanted[i] = scores[i] == scores[i] && !(scores[i] <= threshold);
+      mine += wanted[i];
+    }
     unsigned below;
     asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-    Candidate* const to = list + (count + __popc(firsts & below) + __popc(seconds & below));
-    if (first) to[0] = {x.x, index};
-    if (second) to[first] = {x.y, index + 1};
-    count += __popc(firsts) + __popc(seconds);
+    unsigned const ones = __ballot_sync(kAll, mine & 1), twos = __ballot_sync(kAll, mine & 2),
+                   fours = __ballot_sync(kAll, mine & 4);
+    Candidate* to =
+        list + (count + __popc(ones & below) + 2 * __popc(twos & below) + 4 * __popc(fours & below));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      store_if(wanted[i], to, {scores[i], index + i});
+      to += wanted[i];
+    }
+    count += __popc(ones) + 2 * __popc(twos) + 4 * __popc(fours);
   }
 };
 
@@ -44,11 +80,10 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
   int const lane = threadIdx.x % 32;
   __syncwarp();
   uint32_t low = UINT32_MAX, high = 0;  // the k-th best is in [low, high]
-  for (int i = lane; i < count; i += 32) {
-    uint32_t const key = order(list[i].score);
-    low = min(low, key);
+  for_each(list, count, [&](uint32_t key) {
+    low = min(low, key == 0 ? UINT32_MAX : key);
     high = max(high, key);
-  }
+  });
   low = __reduce_min_sync(kAll, low);
   high = __reduce_max_sync(kAll, high);
   int above = 0;     // candidates above high
@@ -58,11 +93,9 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
     int const shift = max(0, 24 - __clz(high - low));
     for (int i = lane; i < kBins; i += 32) bins[i] = 0;
     __syncwarp();
-#pragma unroll 4
-    for (int i = lane; i < count; i += 32) {
-      uint32_t const key = order(list[i].score);
-      if (key >= low && key <= high) atomicAdd(&bins[(key - low) >> shift], 1u);
-    }
+    for_each(list, count, [&](uint32_t key) {
+      if (key - low <= high - low) atomicAdd(&bins[(key - low) >> shift], 1u);
+    });
     __syncwarp();
     // Lane l has bins kBins - 1 - 8 l and the 7 below.
     int local[kBins / 32], sum = 0;
@@ -99,18 +132,24 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
   int written = 0;
   unsigned below;
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-  for (int base = 0; base < count; base += 32) {
-    int const i = base + lane;
-    Candidate const x = i < count ? list[i] : Candidate{NAN, 0};
-    uint32_t const key = order(x.score);
-    unsigned const equal = __ballot_sync(kAll, key == low);
-    bool const chosen = key > low || (key == low && (all || __popc(equal & below) < equals));
-    unsigned const chosens = __ballot_sync(kAll, chosen);
-    equals -= min(equals, __popc(equal));
-    if (chosen) list[written + __popc(chosens & below)] = x;
-    written += __popc(chosens);
-    __syncwarp();
+  constexpr int kBatch = 4;
+  for (int base = lane; base - lane < count; base += 32 * kBatch) {
+    Candidate x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) x[i] = base + 32 * i < count ? list[base + 32 * i] : Candidate{NAN, 0};
+    __syncwarp();  // all have read what is overwritten now
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      uint32_t const key = order(x[i].score);
+      unsigned const equal = __ballot_sync(kAll, key == low);
+      bool const chosen = key > low || (key == low && (all || __popc(equal & below) < equals));
+      unsigned const chosens = __ballot_sync(kAll, chosen);
+      store_if(chosen, list + (written + __popc(chosens & below)), x[i]);
+      equals -= min(equals, __popc(equal));
+      written += __popc(chosens);
+    }
   }
+  __syncwarp();
   c.count = written;
   c.threshold = portable::score_of(low);
 }

@@ -17,11 +17,11 @@ using namespace cuda::sm90;
 using portable::ScoreRows;
 using portable::Sight;
 
-inline constexpr int kKeys = kTileSide;  // of a tile, one per row
-inline constexpr int kScoreWarps = 8;    // two warpgroups, which take turns at tiles
-inline constexpr int kSelectWarps = 8;   // two warpgroups
-inline constexpr int kLaunchRegisters =
-    128;  // of a thread, with as many warps that score as warps that select
+inline constexpr int kScoreWarps = 8;        // two warpgroups
+inline constexpr int kSelectWarps = 8;       // two warpgroups
+inline constexpr int kKeys = 2 * kTileSide;  // of a step: a tile for each warpgroup that scores
+// Registers of a thread, with as many warps that score as warps that select.
+inline constexpr int kLaunchRegisters = 128;
 inline constexpr int kScoreStride = kKeys + 8;  // floats; keeps a warp's stores off each other's banks
 
 // kHeads: HI, padded to 2, 4, 8 or 16. kSelect: select; else write scores.
@@ -34,18 +34,18 @@ struct Traits {
   static constexpr int kQueries = kColumns / kHeads;       // of a tile: one per lane at most
   static constexpr int kGroups = kQueries / 4;
   static constexpr int kThreads = 32 * (kScoreWarps + (kSelect ? kSelectWarps : 0));
-  static constexpr int kStages = kSelect ? 4 : 8;  // even: each warpgroup has its own
-  static constexpr int kSlots = 4;
+  static constexpr int kStages = 4;  // steps; a power of two, as kSlots
+  static constexpr int kSlots = kQueries > 16 ? 2 : 4;
   static constexpr int kScoreRegisters = kHeads == 2 ? 112 : 152;
   static constexpr int kHalves = kDim / kTileSide;
 
   struct alignas(1024) Shared {
-    unsigned char keys[kStages][kHalves][kTileBytes];
+    unsigned char keys[kStages][2][kHalves][kTileBytes];
     unsigned char queries[kHalves][kColumns * 128];
     float scores[kSelect ? kSlots : 1][kSelect ? kQueries : 1][kScoreStride];
     uint32_t bins[kSelect ? kSelectWarps : 1][kBins];
     Sight sights[kQueries];
-    Barrier key_full[kStages], key_empty[kStages], score_full[kSlots], score_empty[kSlots];
+    Barrier key_full[kStages][2], key_empty[kStages][2], score_full[kSlots], score_empty[kSlots];
   };
 };
 
@@ -57,10 +57,10 @@ struct IndexLaunch {
   Candidate* candidates;  // [blocks, kQueries, capacity], null: in shared memory after Shared
 };
 
-// One item of work: queries [query, ..) of a batch row, tiles of keys from `begin` on.
+// One item of work: queries [query, ..) of a batch row, kKeys keys a step from `begin` on.
 struct Item {
   int64_t batch, query, local_tile;
-  int begin, tiles;
+  int begin, steps;
   int inner_begin, inner_end;  // keys that all queries see that see any
 };
 
@@ -97,7 +97,7 @@ __device__ inline Item find_item(IndexLaunch const& a, int64_t number, Sight& ow
     high = min(int64_t{high}, begin + a.span);
   }
   item.begin = low;
-  item.tiles = high > low ? (high - low + kKeys - 1) / kKeys : 0;
+  item.steps = high > low ? (high - low + kKeys - 1) / kKeys : 0;
   return item;
 }
 
@@ -108,16 +108,17 @@ __device__ __forceinline__ float at_least(float x, float low) {
   return y;
 }
 
-// Tile i of an item, by one thread; `tile` counts on over the items.
+// A warpgroup's keys of a step, by one thread; `number` counts the steps of all items.
 template <class Traits>
-__device__ void load_keys(CUtensorMap const& map, Item const& item, int i, int64_t tile,
+__device__ void load_keys(CUtensorMap const& map, Item const& item, int warpgroup, int step, uint32_t number,
                           typename Traits::Shared& shared) {
-  int const stage = static_cast<int>(tile % Traits::kStages);
-  shared.key_empty[stage].wait((tile / Traits::kStages + 1) & 1);
-  shared.key_full[stage].arrive_expecting(Traits::kHalves * kTileBytes);
+  uint32_t const stage = number % Traits::kStages;
+  Barrier& full = shared.key_full[stage][warpgroup];
+  shared.key_empty[stage][warpgroup].wait((number / Traits::kStages + 1) & 1);
+  full.arrive_expecting(Traits::kHalves * kTileBytes);
   for (int half = 0; half < Traits::kHalves; ++half) {
-    load_tile(shared.keys[stage][half], map, half * kTileSide, 0, item.begin + i * kKeys,
-              static_cast<int>(item.batch), shared.key_full[stage]);
+    load_tile(shared.keys[stage][warpgroup][half], map, half * kTileSide, 0,
+              item.begin + step * kKeys + warpgroup * kTileSide, static_cast<int>(item.batch), full);
   }
 }
 
@@ -140,35 +141,37 @@ __device__ void load_queries(IndexLaunch const& a, Item const& item, typename Tr
   }
 }
 
+// The products of a step are made in two parts of half the columns, so that one runs while the scores of the
+// other are added up.
 template <class Traits>
 __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Traits::Shared& shared) {
   using T = typename Traits::T;
-  constexpr int kHeads = Traits::kHeads, kColumns = Traits::kColumns, kGroups = Traits::kGroups;
+  constexpr int kHeads = Traits::kHeads, kColumns = Traits::kColumns / 2, kGroups = Traits::kGroups / 2;
   int const thread = threadIdx.x, lane = thread % 32, warpgroup = thread / kWarpgroup;
-  int const row = thread % kWarpgroup / 32 * 16 + lane / 4, q4 = lane % 4;  // also row + 8
+  int const row = thread % (32 * kScoreWarps) / 32 * 16 + lane / 4, q4 = lane % 4;  // also row + 8
   int const heads = static_cast<int>(a.p.heads);
   float const least = a.p.relu ? 0.f : -INFINITY;
-  int64_t met = 0;
+  bool const loads = thread % kWarpgroup == 0;
+  uint32_t met = 0;  // steps of earlier items
   int64_t const items = a.rows.tiles * a.spans;
   for (int64_t round = 0; round * gridDim.x < items; ++round) {
     int64_t const number = item_number(round);
     if (number >= items) continue;
     Sight sight;
     Item const item = find_item<Traits>(a, number, sight);
-    bool const loads = thread % kWarpgroup == 0;
-    int const first = static_cast<int>((met + warpgroup) % 2);  // of this warpgroup's tiles
+    if (item.steps == 0) continue;
     if (loads) {
-      for (int i = first; i < min(item.tiles, Traits::kStages); i += 2)
-        load_keys<Traits>(map, item, i, met + i, shared);
+      for (int i = 0; i < min(item.steps, Traits::kStages); ++i)
+        load_keys<Traits>(map, item, warpgroup, i, met + i, shared);
     }
     __syncwarp();
     named_barrier(1, 32 * kScoreWarps);  // nobody reads the last item's queries any more
     if (thread < Traits::kQueries) shared.sights[thread] = sight;
     load_queries<Traits>(a, item, shared);
-    float weights[kGroups][kHeads];
+    float weights[2][kGroups][kHeads];
     auto const* const w = static_cast<float const*>(a.p.weights.data) + item.batch * a.p.weights.batch;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < 2 * kGroups; ++g) {
       int const t = 4 * g + q4;
       bool const valid = t < a.rows.tile_rows && item.query + t < a.p.tokens;
 #pragma unroll
@@ -176,32 +179,24 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
         float const x = a.p.weights.data == nullptr ? 1.f
                         : valid && h < heads ? w[(item.query + t) * a.p.weights.token + h * a.p.weights.head]
                                              : 0.f;
-        weights[g][h] = x * a.p.scale;
+        weights[g / kGroups][g % kGroups][h] = x * a.p.scale;
       }
     }
     fence_async_shared();
     named_barrier(1, 32 * kScoreWarps);
 
-    for (int i = first; i < item.tiles; i += 2) {
-      int64_t const tile = met + i;
-      int const stage = static_cast<int>(tile % Traits::kStages);
-      shared.key_full[stage].wait((tile / Traits::kStages) & 1);
-      float dots[kColumns / 2];
-      uint64_t const keys = k_major(shared.keys[stage]), queries = k_major(shared.queries);
+    float dots[2][kColumns / 2];
+    auto const multiply = [&](int part, uint32_t stage) {
       wgmma_begin();
+      uint64_t const keys = k_major(shared.keys[stage][warpgroup]);
+      uint64_t const queries = k_major(shared.queries) + part * (kColumns * 128 >> 4);
 #pragma unroll
       for (int k = 0; k < Traits::kDim / 16; ++k) {
-        wgmma<T, kColumns>(dots, keys + k_step(k), queries + k_step<kColumns * 128>(k), k > 0);
+        wgmma<T, kColumns>(dots[part], keys + k_step(k), queries + k_step<2 * kColumns * 128>(k), k > 0);
       }
       wgmma_commit();
-      wgmma_wait<0>();
-      pin(dots);
-      if (lane == 0) shared.key_empty[stage].arrive();
-      if (loads && i + Traits::kStages < item.tiles) {
-        load_keys<Traits>(map, item, i + Traits::kStages, tile + Traits::kStages, shared);
-      }
-      __syncwarp();
-
+    };
+    auto const finish = [&](int part, int step, uint32_t slot) {
       float scores[kGroups][2] = {};
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
@@ -210,43 +205,63 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
         for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            float const x = dots[4 * (g * kHeads / 2 + h / 2) + 2 * r + h % 2];
-            scores[g][r] = fmaf(weights[g][h], at_least(x, least), scores[g][r]);
+            float const x = dots[part][4 * (g * kHeads / 2 + h / 2) + 2 * r + h % 2];
+            scores[g][r] = fmaf(weights[part][g][h], at_least(x, least), scores[g][r]);
           }
         }
       }
-      int const key = item.begin + i * kKeys + row;
+      int const begin = item.begin + step * kKeys, key = begin + row;
       if constexpr (Traits::kSelect) {
-        if (item.begin + i * kKeys < item.inner_begin || item.begin + (i + 1) * kKeys > item.inner_end) {
+        if (begin < item.inner_begin || begin + kKeys > item.inner_end) {
 #pragma unroll
           for (int g = 0; g < kGroups; ++g) {
-            Sight const s = shared.sights[4 * g + q4];
+            Sight const s = shared.sights[4 * (part * kGroups + g) + q4];
             if (key < s.first || key >= s.first + s.count) scores[g][0] = NAN;
             if (key + 8 < s.first || key + 8 >= s.first + s.count) scores[g][1] = NAN;
           }
         }
-        int const slot = static_cast<int>(tile % Traits::kSlots);
-        shared.score_empty[slot].wait((tile / Traits::kSlots + 1) & 1);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          shared.scores[slot][4 * g + q4][row] = scores[g][0];
-          shared.scores[slot][4 * g + q4][row + 8] = scores[g][1];
+          float* const out = shared.scores[slot][4 * (part * kGroups + g) + q4] + row;
+          out[0] = scores[g][0];
+          out[8] = scores[g][1];
         }
-        __syncwarp();
-        if (lane == 0) shared.score_full[slot].arrive();
       } else {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          int const t = 4 * g + q4;
+          int const t = 4 * (part * kGroups + g) + q4;
           Sight const s = shared.sights[t];
-          int const at = key - s.first, limit = s.count;
+          int const at = key - s.first;
           float* const out = a.rows.scores + (item.local_tile * a.rows.tile_rows + t) * a.rows.stride;
-          if (at >= 0 && at < limit) out[at] = scores[g][0];
-          if (at + 8 >= 0 && at + 8 < limit) out[at + 8] = scores[g][1];
+          if (at >= 0 && at < s.count) out[at] = scores[g][0];
+          if (at + 8 >= 0 && at + 8 < s.count) out[at + 8] = scores[g][1];
         }
       }
+    };
+
+    for (int step = 0; step < item.steps; ++step) {
+      uint32_t const now = met + step, stage = now % Traits::kStages, slot = now % Traits::kSlots;
+      shared.key_full[stage][warpgroup].wait((now / Traits::kStages) & 1);
+      multiply(0, stage);
+      multiply(1, stage);
+      if constexpr (Traits::kSelect) shared.score_empty[slot].wait((now / Traits::kSlots + 1) & 1);
+      wgmma_wait<1>();
+      pin(dots[0]);
+      finish(0, step, slot);
+      wgmma_wait<0>();
+      pin(dots[1]);
+      if (lane == 0) shared.key_empty[stage][warpgroup].arrive();
+      finish(1, step, slot);
+      if constexpr (Traits::kSelect) {
+        __syncwarp();
+        if (lane == 0) shared.score_full[slot].arrive();
+      }
+      if (loads && step + Traits::kStages < item.steps) {
+        load_keys<Traits>(map, item, warpgroup, step + Traits::kStages, now + Traits::kStages, shared);
+      }
+      __syncwarp();
     }
-    met += item.tiles;
+    met += item.steps;
   }
 }
 
@@ -259,7 +274,7 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       (a.candidates == nullptr ? reinterpret_cast<Candidate*>(&shared + 1)
                                : a.candidates + int64_t{blockIdx.x} * Traits::kQueries * a.capacity) +
       warp * kOwn * a.capacity;
-  int64_t met = 0;
+  uint32_t met = 0;
   int64_t const items = a.rows.tiles * a.spans;
   for (int64_t round = 0; round * gridDim.x < items; ++round) {
     int64_t const number = item_number(round);
@@ -274,20 +289,19 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       bool const sees = __shfl_sync(kAll, sight.count, warp * kOwn + j) > 0;
       own[j] = {lists + j * a.capacity, 0, sees ? NAN : INFINITY};
     }
-    for (int i = 0; i <= item.tiles; ++i) {
-      bool const last = i == item.tiles;
+    for (int step = 0; step <= item.steps; ++step) {
+      bool const last = step == item.steps;
       if (!last) {
-        int64_t const tile = met + i;
-        int const slot = static_cast<int>(tile % Traits::kSlots);
-        shared.score_full[slot].wait((tile / Traits::kSlots) & 1);
-        float2 scores[kOwn];
+        uint32_t const now = met + step, slot = now % Traits::kSlots;
+        shared.score_full[slot].wait((now / Traits::kSlots) & 1);
+        float4 scores[kOwn];
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          scores[j] = *reinterpret_cast<float2 const*>(&shared.scores[slot][warp * kOwn + j][2 * lane]);
+          scores[j] = *reinterpret_cast<float4 const*>(&shared.scores[slot][warp * kOwn + j][4 * lane]);
         }
         __syncwarp();
         if (lane == 0) shared.score_empty[slot].arrive();
-        int const key = item.begin + i * kKeys + 2 * lane;
+        int const key = item.begin + step * kKeys + 4 * lane;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) own[j].append(scores[j], key - first[j]);
       }
@@ -309,7 +323,7 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
         }
       }
     }
-    met += item.tiles;
+    met += item.steps;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -340,11 +354,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kStages; ++i) {
-      shared.key_full[i].init(1);
-      shared.key_empty[i].init(kWarpgroup / 32);
+      for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+        shared.key_full[i][warpgroup].init(1);
+        shared.key_empty[i][warpgroup].init(kWarpgroup / 32);
+      }
     }
     for (int i = 0; i < Traits::kSlots; ++i) {
-      shared.score_full[i].init(kWarpgroup / 32);
+      shared.score_full[i].init(kScoreWarps);
       shared.score_empty[i].init(kSelectWarps);
     }
     fence_barrier_init();

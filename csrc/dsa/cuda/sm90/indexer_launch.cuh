@@ -8,6 +8,7 @@
 
 namespace lt2::dsa::sm90::indexer {
 
+inline constexpr int64_t kMostKept = 4096;
 inline constexpr int kMultiprocessors = 132, kSharedBytes = 227 << 10;
 
 inline TokenMajor keys_of(IndexerParams const& p) {
@@ -15,30 +16,26 @@ inline TokenMajor keys_of(IndexerParams const& p) {
 }
 
 // Many queries: a block selects from its scores as they come. Few: scores go to memory, so that many blocks
-// share the keys of a query.
+// share the keys of a query. Also if lists of candidates would be long: they are in memory, for every block.
 inline bool streams(IndexerParams const& p, int tile_queries) {
   int64_t const tiles = p.batch * portable::ceil_div(p.tokens, tile_queries);
-  return p.tokens >= tile_queries / 2 && tiles >= kMultiprocessors / 2;
+  return p.tokens >= tile_queries / 2 && tiles >= kMultiprocessors / 2 &&
+         std::min(p.topk, p.keys) <= kMostKept;
 }
 
-// Room for the kept and for as many again where that fits into shared memory, if half as many do.
+// Lists have room for as many again as are kept.
 template <class Traits>
 IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int* shared_bytes) {
   IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr};
-  auto const round_up = [](int64_t x) { return (x + kKeys - 1) / kKeys * kKeys; };
-  int64_t const least = round_up(a.kept + std::max(a.kept / 2, 128)) + kKeys;
-  int64_t const wanted = round_up(a.kept + std::max(a.kept, 256)) + kKeys;
-  int64_t const row = Traits::kQueries * sizeof(Candidate);
-  int64_t const fitting =
-      (kSharedBytes - static_cast<int64_t>(sizeof(typename Traits::Shared))) / row / kKeys * kKeys;
-  bool const shared = fitting >= least;
-  a.capacity = static_cast<int>(shared ? std::min(fitting, wanted) : wanted);
+  a.capacity = static_cast<int>(portable::ceil_div(a.kept + std::max(a.kept, 256), kKeys) + 1) * kKeys;
+  int64_t const lists = Traits::kQueries * a.capacity * static_cast<int64_t>(sizeof(Candidate));
+  bool const shared = static_cast<int64_t>(sizeof(typename Traits::Shared)) + lists <= kSharedBytes;
   a.rows.tile_rows = Traits::kQueries;
   a.rows.row_tiles = portable::ceil_div(p.tokens, Traits::kQueries);
   a.rows.tiles = a.rows.row_tiles * p.batch;
   int64_t const blocks = std::min<int64_t>(a.rows.tiles, kMultiprocessors);
-  *floats = shared ? 0 : blocks * Traits::kQueries * a.capacity * 2;
-  *shared_bytes = static_cast<int>(sizeof(typename Traits::Shared) + (shared ? a.capacity * row : 0));
+  *floats = shared ? 0 : blocks * lists / 4;
+  *shared_bytes = static_cast<int>(sizeof(typename Traits::Shared) + (shared ? lists : 0));
   a.candidates = shared ? nullptr : reinterpret_cast<Candidate*>(workspace);
   return a;
 }
@@ -46,7 +43,7 @@ IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int*
 template <class Traits>
 Status launch_items(IndexLaunch const& a, int shared_bytes, Dtype dtype, void* stream) {
   CUtensorMap map;
-  if (Status const made = make_tensor_map(&map, keys_of(a.p), dtype, kKeys); made != kOk) return made;
+  if (Status const made = make_tensor_map(&map, keys_of(a.p), dtype, kTileSide); made != kOk) return made;
   int64_t const blocks = std::min<int64_t>(a.rows.tiles * a.spans, kMultiprocessors);
   return launch(index_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, map);
 }
