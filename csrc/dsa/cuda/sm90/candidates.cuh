@@ -26,16 +26,35 @@ __device__ __forceinline__ void store_if(bool condition, Candidate* to, Candidat
       : "memory");
 }
 
-// f(order of the score) for all candidates, several loads under way at once; some f(0) after the last.
+__device__ __forceinline__ void count_if(bool condition, uint32_t counter) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %0, 0;\n"
+      "@wanted red.shared.add.u32 [%1], 1;\n"
+      "}\n" ::"r"(int{condition}),
+      "r"(counter)
+      : "memory");
+}
+
+// portable::order() of numbers other than -0 and NaN; kNothing gives 0, which no number does.
+inline constexpr uint32_t kNothing = 0xffffffffu;
+__device__ __forceinline__ uint32_t order(uint32_t bits) {
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+// f(order) for the scores of all candidates, several loads under way at once; some f(0) after the last.
 template <class F>
 __device__ __forceinline__ void for_each(Candidate const* list, int count, F const& f) {
   constexpr int kBatch = 8;
   for (int base = threadIdx.x % 32; base < count; base += 32 * kBatch) {
-    float scores[kBatch];
+    uint32_t bits[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) scores[i] = base + 32 * i < count ? list[base + 32 * i].score : NAN;
+    for (int i = 0; i < kBatch; ++i) {
+      bits[i] = base + 32 * i < count ? __float_as_uint(list[base + 32 * i].score) : kNothing;
+    }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) f(portable::order(scores[i]));
+    for (int i = 0; i < kBatch; ++i) f(order(bits[i]));
   }
 }
 
@@ -43,17 +62,17 @@ __device__ __forceinline__ void for_each(Candidate const* list, int count, F con
 struct Candidates {
   Candidate* list;  // in shared or global memory
   int count;
-  float threshold;  // k candidates are as good, so only better ones are wanted; NaN: no threshold yet
+  float least;  // only scores from here on are wanted: k candidates are better than all below
 
-  // Four scores per lane, of keys index .. index + 3, in the order of lanes. Without a branch, so that
-  // several queries overlap.
+  // Four scores per lane, not -0, of keys index .. index + 3, in the order of lanes. Without a branch, so
+  // that several queries overlap.
   __device__ void append(float4 x, int index) {
     float const scores[4] = {x.x, x.y, x.z, x.w};
     bool wanted[4];
     int mine = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      wanted[i] = scores[i] == scores[i] && !(scores[i] <= threshold);
+      wanted[i] = scores[i] >= least;  // NaN is not
       mine += wanted[i];
     }
     unsigned below;
@@ -74,7 +93,6 @@ struct Candidates {
 // Keeps the best `most` candidates at most, but all of the k best; of equals the first ones. k <= most <
 // count. bins: kBins of the warp's own.
 __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
-  using portable::order;
   Candidate* const list = c.list;
   int const count = c.count;
   int const lane = threadIdx.x % 32;
@@ -86,6 +104,7 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
   });
   low = __reduce_min_sync(kAll, low);
   high = __reduce_max_sync(kAll, high);
+  auto const counters = static_cast<uint32_t>(__cvta_generic_to_shared(bins));
   int above = 0;     // candidates above high
   int kept = count;  // candidates from low on
   int equals;        // of those that are `low`, how many are kept
@@ -93,9 +112,8 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
     int const shift = max(0, 24 - __clz(high - low));
     for (int i = lane; i < kBins; i += 32) bins[i] = 0;
     __syncwarp();
-    for_each(list, count, [&](uint32_t key) {
-      if (key - low <= high - low) atomicAdd(&bins[(key - low) >> shift], 1u);
-    });
+    for_each(list, count,
+             [&](uint32_t key) { count_if(key - low <= high - low, counters + ((key - low) >> shift) * 4); });
     __syncwarp();
     // Lane l has bins kBins - 1 - 8 l and the 7 below.
     int local[kBins / 32], sum = 0;
@@ -136,22 +154,27 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
   for (int base = lane; base - lane < count; base += 32 * kBatch) {
     Candidate x[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) x[i] = base + 32 * i < count ? list[base + 32 * i] : Candidate{NAN, 0};
+    for (int i = 0; i < kBatch; ++i) {
+      x[i] = base + 32 * i < count ? list[base + 32 * i] : Candidate{__uint_as_float(kNothing), 0};
+    }
     __syncwarp();  // all have read what is overwritten now
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      uint32_t const key = order(x[i].score);
-      unsigned const equal = __ballot_sync(kAll, key == low);
-      bool const chosen = key > low || (key == low && (all || __popc(equal & below) < equals));
+      uint32_t const key = order(__float_as_uint(x[i].score));
+      bool chosen = key >= low;
+      if (!all) {
+        unsigned const equal = __ballot_sync(kAll, key == low);
+        chosen = key > low || (key == low && __popc(equal & below) < equals);
+        equals -= min(equals, __popc(equal));
+      }
       unsigned const chosens = __ballot_sync(kAll, chosen);
       store_if(chosen, list + (written + __popc(chosens & below)), x[i]);
-      equals -= min(equals, __popc(equal));
       written += __popc(chosens);
     }
   }
   __syncwarp();
   c.count = written;
-  c.threshold = portable::score_of(low);
+  c.least = portable::score_of(low + 1);  // of later ones, equals are not wanted
 }
 
 }  // namespace lt2::dsa::sm90::indexer

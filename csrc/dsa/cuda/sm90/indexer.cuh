@@ -179,7 +179,7 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
         float const x = a.p.weights.data == nullptr ? 1.f
                         : valid && h < heads ? w[(item.query + t) * a.p.weights.token + h * a.p.weights.head]
                                              : 0.f;
-        weights[g / kGroups][g % kGroups][h] = x * a.p.scale;
+        weights[g / kGroups][g % kGroups][h] = 0.5f * a.p.scale * x;
       }
     }
     fence_async_shared();
@@ -197,18 +197,39 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
       wgmma_commit();
     };
     auto const finish = [&](int part, int step, uint32_t slot) {
-      float scores[kGroups][2] = {};
+      // Twice relu(x) is x + |x|, which takes no turn of the pipe for comparisons.
+      float scores[kGroups][2] = {}, sum = 0.f;
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        if (h >= heads) break;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             float const x = dots[part][4 * (g * kHeads / 2 + h / 2) + 2 * r + h % 2];
-            scores[g][r] = fmaf(weights[part][g][h], at_least(x, least), scores[g][r]);
+            scores[g][r] = fmaf(weights[part][g][h], x + fabsf(x), scores[g][r]);
           }
         }
+      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) sum += scores[g][0] + scores[g][1];
+      if (!a.p.relu || !(fabsf(sum) < INFINITY)) {  // linear, or something is infinite or NaN
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            scores[g][r] = 0.f;
+#pragma unroll
+            for (int h = 0; h < kHeads; ++h) {
+              float const x = dots[part][4 * (g * kHeads / 2 + h / 2) + 2 * r + h % 2];
+              if (h < heads) scores[g][r] = fmaf(2.f * weights[part][g][h], at_least(x, least), scores[g][r]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        scores[g][0] += 0.f;  // no -0
+        scores[g][1] += 0.f;
       }
       int const begin = item.begin + step * kKeys, key = begin + row;
       if constexpr (Traits::kSelect) {
@@ -287,7 +308,7 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
     for (int j = 0; j < kOwn; ++j) {
       first[j] = __shfl_sync(kAll, sight.first, warp * kOwn + j);
       bool const sees = __shfl_sync(kAll, sight.count, warp * kOwn + j) > 0;
-      own[j] = {lists + j * a.capacity, 0, sees ? NAN : INFINITY};
+      own[j] = {lists + j * a.capacity, 0, sees ? -INFINITY : NAN};
     }
     for (int step = 0; step <= item.steps; ++step) {
       bool const last = step == item.steps;
