@@ -182,6 +182,8 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
         weights[g / kGroups][g % kGroups][h] = 0.5f * a.p.scale * x;
       }
     }
+#pragma unroll
+    for (int g = 0; g < 2 * kGroups; ++g) pin(weights[g / kGroups][g % kGroups]);  // not to be computed again
     fence_async_shared();
     named_barrier(1, 32 * kScoreWarps);
 
