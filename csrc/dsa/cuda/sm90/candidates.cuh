@@ -46,7 +46,7 @@ __device__ __forceinline__ uint32_t order(uint32_t bits) {
 // f(order) for the scores of all candidates, several loads under way at once; some f(0) after the last.
 template <class F>
 __device__ __forceinline__ void for_each(Candidate const* list, int count, F const& f) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 16;
   for (int base = threadIdx.x % 32; base < count; base += 32 * kBatch) {
     uint32_t bits[kBatch];
 #pragma unroll

@@ -34,8 +34,8 @@ struct Traits {
   static constexpr int kQueries = kColumns / kHeads;       // of a tile: one per lane at most
   static constexpr int kGroups = kQueries / 4;
   static constexpr int kThreads = 32 * (kScoreWarps + (kSelect ? kSelectWarps : 0));
-  static constexpr int kStages = 4;  // steps; a power of two, as kSlots
-  static constexpr int kSlots = kQueries > 16 ? 2 : 4;
+  static constexpr int kStages = kSelect ? 2 : 4;  // steps
+  static constexpr int kSlots = kQueries > 16 ? 2 : 3;
   static constexpr int kScoreRegisters = kHeads == 2 ? 112 : 152;
   static constexpr int kHalves = kDim / kTileSide;
 
