@@ -369,7 +369,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     uint32_t packed[kChunk / 4];
     if constexpr (kOutputs) pack_all<T>(packed, o, unrange);
     if (part == 0) {
-      if (c > 0 && lane == 0) shared.released[(i - 1) % kStages].arrive();
+      if (c > 0) {
+        __syncwarp();  // the reads of all lanes
+        if (lane == 0) shared.released[(i - 1) % kStages].arrive();
+      }
       shared.prepared[stage].wait((i / kStages) & 1);
     }
     constexpr int kRows = kOutputs ? 2 * kChunk : kChunk;
