@@ -399,6 +399,15 @@ def test_rejects(message):
         causal_conv1d(**arguments)
 
 
+def test_the_operators_themselves_name_their_arguments():
+    """torch.ops is public too: what the Python functions check before them."""
+    x, weight, slots = torch.randn(1, 5, 6), torch.randn(6, 4), torch.ones(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"causal_conv1d: bias must have shape \[D\] = \[6\], got \[4\]"):
+        torch.ops.lt2.causal_conv1d_fwd(x, weight, torch.randn(4), None, None, True, False)
+    with pytest.raises(RuntimeError, match=r"causal_conv1d: slots must have shape \[B\] = \[1\], got \[3\]"):
+        torch.ops.lt2.causal_conv1d_step_(torch.ones(3, 6, 4), x, weight, None, slots, True)
+
+
 @pytest.mark.parametrize("offsets", [[0, 3, 2, 5], [-1, 5], [0, 6], [0, 2**31 - 1]])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rejects_offsets(offsets, dtype):

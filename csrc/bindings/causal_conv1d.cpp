@@ -23,7 +23,7 @@ void check_tokens(Tensor const& x) {
                   dtype_name(x.scalar_type()));
 }
 
-void check_taps(Tensor const& x, Tensor const& weight, OptionalTensor const& bias) {
+void check_taps(Tensor const& x, Tensor const& weight, OptionalTensor const& optional_bias) {
   LT2_CHECK_DIM(OP, weight, 2);
   LT2_CHECK_SHAPE(OP, weight, "[D, W]", x.size(2), weight.size(1));
   STD_TORCH_CHECK(weight.size(1) >= 1 && weight.size(1) <= kMaxWidth,
@@ -31,11 +31,12 @@ void check_taps(Tensor const& x, Tensor const& weight, OptionalTensor const& bia
   LT2_CHECK_DTYPE(OP, weight, ScalarType::Float);
   LT2_CHECK_CONTIGUOUS(OP, weight);
   LT2_CHECK_SAME_DEVICE(OP, weight, x);
-  if (!bias) return;
-  LT2_CHECK_SHAPE(OP, *bias, "[D]", x.size(2));
-  LT2_CHECK_DTYPE(OP, *bias, ScalarType::Float);
-  LT2_CHECK_CONTIGUOUS(OP, *bias);
-  LT2_CHECK_SAME_DEVICE(OP, *bias, x);
+  if (!optional_bias) return;
+  Tensor const& bias = *optional_bias;
+  LT2_CHECK_SHAPE(OP, bias, "[D]", x.size(2));
+  LT2_CHECK_DTYPE(OP, bias, ScalarType::Float);
+  LT2_CHECK_CONTIGUOUS(OP, bias);
+  LT2_CHECK_SAME_DEVICE(OP, bias, x);
 }
 
 void check_state(Tensor const& state, Tensor const& x, int64_t sequences, int64_t width) {
@@ -141,7 +142,7 @@ Gradients backward(Run const& run, Tensor const& dy_any, OptionalTensor const& d
 
 template <class Run>
 Tensor step(Run const& run, Tensor const& state, Tensor const& x_any, Tensor const& weight,
-            OptionalTensor const& bias, OptionalTensor const& slots, bool silu) {
+            OptionalTensor const& bias, OptionalTensor const& optional_slots, bool silu) {
   Tensor const x = with_unit_last_stride(x_any);
   check_tokens(x);
   check_taps(x, weight, bias);
@@ -161,12 +162,13 @@ Tensor step(Run const& run, Tensor const& state, Tensor const& x_any, Tensor con
   p.weight = static_cast<float const*>(weight.const_data_ptr());
   p.bias = floats(bias);
   p.state = state_of(state);
-  if (slots) {
-    LT2_CHECK_SHAPE(OP, *slots, "[B]", p.batch);
-    LT2_CHECK_DTYPE(OP, *slots, ScalarType::Long);
-    LT2_CHECK_CONTIGUOUS(OP, *slots);
-    LT2_CHECK_SAME_DEVICE(OP, *slots, x);
-    p.slot_ids = static_cast<int64_t const*>(slots->const_data_ptr());
+  if (optional_slots) {
+    Tensor const& slots = *optional_slots;
+    LT2_CHECK_SHAPE(OP, slots, "[B]", p.batch);
+    LT2_CHECK_DTYPE(OP, slots, ScalarType::Long);
+    LT2_CHECK_CONTIGUOUS(OP, slots);
+    LT2_CHECK_SAME_DEVICE(OP, slots, x);
+    p.slot_ids = static_cast<int64_t const*>(slots.const_data_ptr());
   }
   run(p);
   return y;
