@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ..config import LT2Config
     from ..loop_state import Tokens
 
-# The in-place step op takes up to this many tokens; longer pieces run the chunked op from the stored state.
-MAX_STEP = 8
+# The in-place step op takes up to this many tokens, and on CUDA states in aligned pieces of this many elements;
+# everything else runs the chunked op from the stored state.
+MAX_STEP, PIECE = 8, 4
 
 
 class GatedDeltaNet(Mixer):
@@ -72,9 +73,10 @@ class GatedDeltaNet(Mixer):
         shared: Selection | None = None,
     ) -> tuple[Tensor, Selection | None]:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
-        if state is not None and x.shape[1] <= MAX_STEP:
-            qkv = ops.causal_conv1d_step_(state["conv"], qkv, self.conv_weight)
-            o = ops.gated_delta_step_(state["matrix"], *self._heads(qkv), a, b, self.A_log, self.dt_bias)
+        z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
+        if state is not None and x.shape[1] <= MAX_STEP and (self.value_dim % PIECE == 0 or not x.is_cuda):
+            pools, decay = (state["matrix"], state["conv"]), (self.A_log, self.dt_bias)
+            o = ops.gdn_decode_fused_(*pools, qkv, z, a, b, self.conv_weight, *decay, self.norm_weight, eps=self.eps)
         else:
             past, keep, cu_seqlens = state or {}, state is not None, tokens.cu_seqlens
             qkv, conv = ops.causal_conv1d(
@@ -100,8 +102,7 @@ class GatedDeltaNet(Mixer):
             if state is not None and conv is not None and matrix is not None:
                 state["conv"].copy_(conv)
                 state["matrix"].copy_(matrix)
-        z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
-        o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
+            o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
         return self.o_proj(o.to(x.dtype).flatten(-2)), None
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
