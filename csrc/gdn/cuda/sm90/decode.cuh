@@ -357,11 +357,11 @@ __device__ inline StateRows state_rows(StepParams const& p, int64_t slot, int he
 template <class Tile>
 constexpr int min_blocks() {
   constexpr int kFloats = sizeof(Tile) / sizeof(float);
-  return kFloats <= 16 ? 6 : kFloats <= 32 ? 4 : 3;
+  return kFloats <= 16 ? 6 : kFloats <= 32 ? 5 : 3;
 }
 
-// Block (slice of columns, value head, row). The slot leads to the state, so it is loaded first; then, before
-// the slot is there, everything that needs none. All of it is prepared while the state is on its way.
+// Block (slice of columns, value head, row). The state is asked for first; where a slot leads to it, while
+// the slot is on its way, everything else. All of that is prepared before the state arrives.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
     decode_kernel(__grid_constant__ StepParams const p) {
@@ -376,16 +376,17 @@ __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
   int const warp = threadIdx.x / kWarp, gates_of = kStepThreads - 1 - static_cast<int>(threadIdx.x);
 
   int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
+  bool const live = slot >= 0 && slot < p.slots;
+  StateRows const state = state_rows(p, live ? slot : 0, head);
+  Tile tile;
+  if (p.slot_ids == nullptr) tile.load(state, first, p.key_dim, p.value_dim);
   KeyRow<T, Tile::kKeys> keys;
   Values<T, Tile::kColumns> values;
   Gates gates;
   if (warp < p.tokens) keys.load(p, row, warp, key_head);
   values.load(p, row, head, first);
   if (gates_of < p.tokens) gates.load(p, row, gates_of, head);
-  bool const live = slot >= 0 && slot < p.slots;
-  StateRows const state = state_rows(p, live ? slot : 0, head);
-  Tile tile;
-  if (live) tile.load(state, first, p.key_dim, p.value_dim);
+  if (p.slot_ids != nullptr && live) tile.load(state, first, p.key_dim, p.value_dim);
 
   values.store(writes, p.tokens);
   if (gates_of < p.tokens) gates.store(p, writes, gates_of);

@@ -3,21 +3,30 @@
 namespace lt2::gdn::sm90 {
 namespace {
 
-// With fewer blocks than this, states are cut finer.
-constexpr int64_t kFewBlocks = 2 * 132;
+// Below so many blocks states are cut finer, from so many on coarser.
+constexpr int64_t kFewBlocks = 3 * 132 / 2, kManyBlocks = 8 * 132;
 
 dim3 grid(StepParams const& p, int columns) {
   return dim3(static_cast<unsigned>(ceil_div(p.value_dim, columns)), p.value_heads,
               static_cast<unsigned>(p.batch));
 }
 
-template <class T, class Fine, class Coarse>
+template <class T, class Tile>
+Status run_tile(StepParams const& p, void* stream) {
+  return launch_overlapped(decode_kernel<T, Tile>, grid(p, Tile::kColumns), kStepThreads, 0, 1, stream, p);
+}
+
+template <class T, class Fine, class Middle, class Coarse = Middle>
 Status run(StepParams const& p, void* stream) {
-  static_assert(Fine::kKeys == Coarse::kKeys && Fine::kColumns < Coarse::kColumns);
-  dim3 const fine = grid(p, Fine::kColumns), coarse = grid(p, Coarse::kColumns);
-  bool const few = int64_t{coarse.x} * coarse.y * coarse.z < kFewBlocks;
-  return few ? launch_overlapped(decode_kernel<T, Fine>, fine, kStepThreads, 0, 1, stream, p)
-             : launch_overlapped(decode_kernel<T, Coarse>, coarse, kStepThreads, 0, 1, stream, p);
+  static_assert(Fine::kKeys == Middle::kKeys && Middle::kKeys == Coarse::kKeys);
+  static_assert(Fine::kColumns < Middle::kColumns && Middle::kColumns <= Coarse::kColumns);
+  auto const blocks = [&](int columns) {
+    dim3 const g = grid(p, columns);
+    return int64_t{g.x} * g.y * g.z;
+  };
+  if (blocks(Middle::kColumns) < kFewBlocks) return run_tile<T, Fine>(p, stream);
+  return blocks(Coarse::kColumns) < kManyBlocks ? run_tile<T, Middle>(p, stream)
+                                                : run_tile<T, Coarse>(p, stream);
 }
 
 template <class T>
@@ -30,8 +39,8 @@ Status run(StepParams const& p, void* stream) {
     return run<T, ValueFirst<16, 4, 1>, ValueFirst<16, 4, 2>>(p, stream);
   }
   if (p.key_dim <= 64) return run<T, KeyFirst<8, 4>, KeyFirst<16, 8>>(p, stream);
-  if (p.key_dim <= 96) return run<T, KeyFirst<4, 3>, KeyFirst<8, 6>>(p, stream);
-  if (p.key_dim <= 128) return run<T, KeyFirst<4, 4>, KeyFirst<8, 8>>(p, stream);
+  if (p.key_dim <= 96) return run<T, KeyFirst<4, 3>, KeyFirst<8, 6>, KeyFirst<16, 12>>(p, stream);
+  if (p.key_dim <= 128) return run<T, KeyFirst<4, 4>, KeyFirst<8, 8>, KeyFirst<16, 16>>(p, stream);
   if (p.key_dim <= 192) return run<T, KeyFirst<4, 6>, KeyFirst<8, 12>>(p, stream);
   return run<T, KeyFirst<4, 8>, KeyFirst<8, 16>>(p, stream);
 }
