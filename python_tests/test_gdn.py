@@ -1,5 +1,8 @@
 """chunk_gated_delta_rule and fused_recurrent_gated_delta_rule against the oracle, and against themselves."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations, product
@@ -165,6 +168,7 @@ def test_every_tail(device, T):
 
 
 SIZES = [(8, 8, 1, 2), (24, 40, 2, 4), (96, 192, 1, 1), (100, 36, 2, 2), (1, 3, 1, 1), (256, 512, 1, 1)]
+SIZES += [(80, 40, 2, 4), (256, 64, 1, 2)]
 SIZES += [(128, 128, 1, 4), (64, 192, 2, 2), (96, 128, 1, 3), (128, 64, 2, 2), (192, 384, 1, 1)]
 SIZES += [(64, 64, 34, 34), (64, 128, 17, 34)]  # more slices than multiprocessors
 
@@ -658,6 +662,21 @@ def test_float16_on_cuda(device):
     for K, V in ((64, 64), (96, 192), (128, 128)):
         x = gdn_inputs(T=130, HV=4, K=K, V=V, dtype=torch.float16, device=device)
         check_against_oracle(chunk_gated_delta_rule, x)
+
+
+@pytest.mark.cuda
+def test_portable_kernels():
+    """The shapes that kernels for one architecture take, without those kernels."""
+    names = "sizes or lengths or keys or gates or betas or varlen or float16 or pairwise or split"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", "-k"]
+    command += [f"({names}) and not portable and not oracle", __file__]
+    run = subprocess.run(command, env=os.environ | {"LT2_CUDA_KERNELS": "portable"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    wrong = "import torch; from lt2_ext import ops, testing; "
+    wrong += "ops.chunk_gated_delta_rule(**testing.gdn_inputs(T=5, device='cuda'))"
+    env = os.environ | {"LT2_CUDA_KERNELS": "portabel"}
+    run = subprocess.run([sys.executable, "-c", wrong], env=env, capture_output=True, text=True)
+    assert "lt2::gdn: LT2_CUDA_KERNELS must be portable, got portabel" in run.stderr
 
 
 def test_tiny_and_huge_gradients(device):

@@ -1,5 +1,6 @@
 #include "gdn/gdn.h"
 
+#include <cstdlib>
 #include <tuple>
 
 #include "bindings/tensor.h"
@@ -62,6 +63,19 @@ bool check_offsets(Int const* offsets, int64_t sequences, int64_t tokens) {
   STD_TORCH_CHECK(offsets[sequences] <= tokens, OP ": cu_seqlens must end at T = ", tokens,
                   " or earlier, got ", offsets[sequences]);
   return offsets[0] == 0 && offsets[sequences] == tokens;
+}
+
+// LT2_CUDA_KERNELS=portable leaves the kernels for one architecture aside, to test and to measure the
+// portable ones on it.
+bool portable_only() {
+  static bool const portable = [] {
+    char const* const kernels = std::getenv("LT2_CUDA_KERNELS");
+    if (kernels == nullptr) return false;
+    STD_TORCH_CHECK(std::string(kernels) == "portable", OP ": LT2_CUDA_KERNELS must be portable, got ",
+                    kernels);
+    return true;
+  }();
+  return portable;
 }
 
 Strided strided(Tensor const& t) {
@@ -192,13 +206,12 @@ std::tuple<Tensor, Tensor> gdn_fwd(Tensor const& q, Tensor const& k, Tensor cons
   gdn::ForwardParams const p{x.params, recurrent, strided(o), floats(final_state)};
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    if (gdn::sm90::supports(p) == kOk) {
-      Tensor const workspace = empty(q, {gdn::sm90::forward_workspace(p)}, ScalarType::Float);
-      check_status(gdn::sm90::forward(p, floats(workspace), current_cuda_stream(q)));
-    } else {
-      check_status(gdn::portable::supports(p));
-      check_status(gdn::portable::forward(p, current_cuda_stream(q)));
-    }
+    bool const hopper = !portable_only() && gdn::sm90::supports(p) == kOk;
+    if (!hopper) check_status(gdn::portable::supports(p));
+    int64_t const size = (hopper ? gdn::sm90::forward_workspace : gdn::portable::forward_workspace)(p);
+    Tensor const workspace = empty(q, {size}, ScalarType::Float);
+    check_status(
+        (hopper ? gdn::sm90::forward : gdn::portable::forward)(p, floats(workspace), current_cuda_stream(q)));
   } else {
     ThreadPool const pool = torch_pool();
     Tensor const workspace = empty(q, {gdn::cpu::forward_workspace(p, pool)}, ScalarType::Float);
@@ -245,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
                               floats(dinitial_state)};
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    bool const hopper = gdn::sm90::supports_backward(p) == kOk;
+    bool const hopper = !portable_only() && gdn::sm90::supports_backward(p) == kOk;
     if (!hopper) check_status(gdn::portable::supports(p));
     int64_t const size = hopper ? gdn::sm90::backward_workspace(p) : gdn::portable::backward_workspace(p);
     Tensor const workspace = empty(q, {size}, ScalarType::Float);
@@ -340,8 +353,8 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
   p.o = strided(o);
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    auto const run = gdn::sm90::step_supports(p) == kOk ? gdn::sm90::step : gdn::portable::step;
-    check_status(run(p, current_cuda_stream(q)));
+    bool const hopper = !portable_only() && gdn::sm90::step_supports(p) == kOk;
+    check_status((hopper ? gdn::sm90::step : gdn::portable::step)(p, current_cuda_stream(q)));
   } else {
     gdn::cpu::step(p, torch_pool());
   }

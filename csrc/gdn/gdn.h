@@ -107,8 +107,9 @@ Status step(StepParams const& p, void* cuda_stream);
 // Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.
 namespace portable {
 Status supports(Inputs const& p);
+int64_t forward_workspace(ForwardParams const& p);
 int64_t backward_workspace(BackwardParams const& p);
-Status forward(ForwardParams const& p, void* cuda_stream);
+Status forward(ForwardParams const& p, float* workspace, void* cuda_stream);
 Status backward(BackwardParams const& p, float* workspace, void* cuda_stream);
 Status step(StepParams const& p, void* cuda_stream);
 Status fused_step_supports(FusedStepParams const& p);

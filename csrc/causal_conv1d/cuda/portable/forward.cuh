@@ -50,44 +50,63 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The next tokens of one channel of a row, whose state is in `slot` of the pool; emit(t, y). The state is the
-// window. kPacked: it is 4 adjacent, aligned elements.
-template <class T, int kTaps, bool kPacked, class Emit>
-__device__ void step_channel(StepParams const& p, int64_t row, int64_t slot, int64_t channel,
-                             Emit const& emit) {
+// The next tokens of one channel of a row, whose window is in `slot` of the pool. kPacked: the window is 4
+// adjacent, aligned elements. Loading is a step of its own, so that a thread can have several channels under
+// way.
+template <class T, int kTaps, bool kPacked = false>
+struct StepChannel {
   static_assert(!kPacked || kTaps == 4);
-  T const* const x = token_row<T const>(p.x, row, 0, channel);
-  T* const state = static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
-  Taps<1, kTaps> const taps(p.weight, p.bias, p.width, channel);
-  RowOf<T, 1> window[kTaps];
-  if constexpr (kPacked) {
-    auto const four = RowOf<T, 4>::load(state);
+  Taps<1, kTaps> taps;
+  RowOf<T, 1> window[kTaps], next;
+  T const* x;
+  T* state;
+
+  __device__ void load(StepParams const& p, int64_t row, int64_t slot, int64_t channel) {
+    x = token_row<T const>(p.x, row, 0, channel);
+    state = static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
+    next[0] = *x;
+    taps = Taps<1, kTaps>(p.weight, p.bias, p.width, channel);
+    if constexpr (kPacked) {
+      auto const four = RowOf<T, 4>::load(state);
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) window[j][0] = four[j];
-  } else {
+      for (int j = 0; j < kTaps; ++j) window[j][0] = four[j];
+    } else {
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      window[j][0] = j >= taps.first ? state[(j - taps.first) * p.state.tap] : T(0.f);
+      for (int j = 0; j < kTaps; ++j) {
+        window[j][0] = j >= taps.first ? state[(j - taps.first) * p.state.tap] : T(0.f);
+      }
     }
   }
-  for (int64_t t = 0; t < p.tokens; ++t) {
+
+  // emit(t, y) for every token.
+  template <class Emit>
+  __device__ void advance(StepParams const& p, Emit const& emit) {
+    for (int64_t t = 0; t < p.tokens; ++t) {
 #pragma unroll
-    for (int j = 0; j + 1 < kTaps; ++j) window[j] = window[j + 1];
-    window[kTaps - 1][0] = x[t * p.x.token];
-    emit(t, activate(taps.convolve(window, 0), p.silu));
-  }
-  if constexpr (kPacked) {
-    RowOf<T, 4> four;
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) four[j] = window[j][0];
-    four.store(state);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      if (j >= taps.first) state[(j - taps.first) * p.state.tap] = window[j][0];
+      for (int j = 0; j + 1 < kTaps; ++j) window[j] = window[j + 1];
+      window[kTaps - 1] = next;
+      if (t + 1 < p.tokens) next[0] = x[(t + 1) * p.x.token];
+      emit(t, activate(taps.convolve(window, 0), p.silu));
     }
   }
-}
+
+  __device__ void store(StepParams const& p) const {
+    if constexpr (kPacked) {
+      RowOf<T, 4> four;
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) four[j] = window[j][0];
+      four.store(state);
+    } else {
+      store(state, p.state.tap);
+    }
+  }
+  __device__ void store(T* to, int64_t tap) const {
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      if (j >= taps.first) to[(j - taps.first) * tap] = window[j][0];
+    }
+  }
+};
 
 // A thread has one channel of one row.
 template <class T, int kTaps, bool kPacked>
@@ -102,8 +121,10 @@ __global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepPa
     for (int64_t t = 0; t < p.tokens; ++t) y[t * p.y.token] = T(0.f);
     return;
   }
-  step_channel<T, kTaps, kPacked>(p, row, slot, channel,
-                                  [&](int64_t t, float x) { y[t * p.y.token] = from_float<T>(x); });
+  StepChannel<T, kTaps, kPacked> step;
+  step.load(p, row, slot, channel);
+  step.advance(p, [&](int64_t t, float x) { y[t * p.y.token] = from_float<T>(x); });
+  step.store(p);
 }
 
 }  // namespace lt2::causal_conv1d::portable

@@ -52,6 +52,7 @@ struct Taps {
   float bias[kVec];
   int first;  // taps before it do not exist
 
+  Taps() = default;
   __device__ Taps(float const* weights, float const* biases, int width, int64_t channel)
       : first(kTaps - width) {
     bool const aligned =

@@ -3,13 +3,11 @@
 
 #include <cstdint>
 
+#include "common/cuda/mma.cuh"
+
 namespace lt2::cuda::sm90 {
 
 inline constexpr int kWarpgroup = 128;
-
-__device__ inline uint32_t shared_address(void const* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // A barrier in shared memory. Its n-th completion, n = 0, 1, .., is awaited with parity n & 1.
 struct Barrier {

@@ -6,14 +6,11 @@
 // order.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <type_traits>
 #include <utility>
 
+#include "common/cuda/mma.cuh"
 #include "common/cuda/sm90/tma.cuh"
 
 namespace lt2::cuda::sm90 {
@@ -108,34 +105,7 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// Two elements in one register, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t r;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  }
-  return r;
-}
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(*reinterpret_cast<__half2*>(&x));
-  } else {
-    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-  }
-}
-
-// Four 8 x 8 matrices of 2-byte elements; lane l names row l % 8 of matrix l / 8. Register m of lane l holds
-// elements 2 (l % 4), + 1 of row l / 4 of matrix m; of its transpose with _transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
+// As load_matrices (mma.cuh).
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
                                                uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0),

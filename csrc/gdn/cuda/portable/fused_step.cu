@@ -3,45 +3,49 @@
 namespace lt2::gdn::portable {
 namespace {
 
-constexpr int kMaxCluster = 8;
-
-struct FusedGrid {
-  int slices, blocks;  // of a state, of a cluster
-  int items, group;    // of a block at most, value heads of a query/key head
-};
-
-FusedGrid fused_grid(StepParams const& p, int columns) {
+FusedSizes fused_sizes(StepParams const& p, int columns) {
   int const slices = static_cast<int>(ceil_div(p.value_dim, columns));
   int const most = runs_sm90_code() ? kMaxCluster : 1;
   int const own = static_cast<int>(ceil_div(slices, most)), group = p.value_heads / p.heads;
-  return {slices, static_cast<int>(ceil_div(slices, own)), own * group, group};
+  int const blocks = static_cast<int>(ceil_div(slices, own));
+  return {slices, blocks, own * group, group, static_cast<int>(ceil_div(2 * p.key_dim, blocks))};
 }
 
-// f(tile) with the tile of both layouts for K.
+// With fewer blocks than this, states are cut finer.
+constexpr int64_t kFewBlocks = 2 * 132;
+
+template <class Fine, class Coarse, class F>
+Status with_either(StepParams const& p, F const& f) {
+  static_assert(Fine::kKeys == Coarse::kKeys && Fine::kColumns < Coarse::kColumns);
+  int const fine = fused_sizes(p, Fine::kColumns).blocks, coarse = fused_sizes(p, Coarse::kColumns).blocks;
+  return p.batch * p.heads * coarse < kFewBlocks && coarse < fine ? f(Fine{}) : f(Coarse{});
+}
+
+// f(tile) with a tile of both layouts for K.
 template <class F>
 Status with_tile(StepParams const& p, F const& f) {
   if (p.state_v_first) {
-    if (p.key_dim <= 64) return f(ValueFirst<4, 4, 1>{});
-    if (p.key_dim <= 96) return f(ValueFirst<8, 3, 2>{});
-    if (p.key_dim <= 128) return f(ValueFirst<8, 4, 2>{});
-    if (p.key_dim <= 192) return f(ValueFirst<16, 3, 3>{});
-    return f(ValueFirst<16, 4, 2>{});
+    if (p.key_dim <= 64) return with_either<ValueFirst<8, 2, 1>, ValueFirst<4, 4, 1>>(p, f);
+    if (p.key_dim <= 96) return with_either<ValueFirst<8, 3, 1>, ValueFirst<8, 3, 2>>(p, f);
+    if (p.key_dim <= 128) return with_either<ValueFirst<8, 4, 1>, ValueFirst<8, 4, 2>>(p, f);
+    if (p.key_dim <= 192) return with_either<ValueFirst<16, 3, 1>, ValueFirst<16, 3, 3>>(p, f);
+    return with_either<ValueFirst<16, 4, 1>, ValueFirst<16, 4, 2>>(p, f);
   }
-  if (p.key_dim <= 64) return f(KeyFirst<8, 4>{});
-  if (p.key_dim <= 96) return f(KeyFirst<8, 6>{});
-  if (p.key_dim <= 128) return f(KeyFirst<8, 8>{});
-  if (p.key_dim <= 192) return f(KeyFirst<8, 12>{});
-  return f(KeyFirst<8, 16>{});
+  if (p.key_dim <= 64) return with_either<KeyFirst<4, 2>, KeyFirst<8, 4>>(p, f);
+  if (p.key_dim <= 96) return with_either<KeyFirst<4, 3>, KeyFirst<8, 6>>(p, f);
+  if (p.key_dim <= 128) return with_either<KeyFirst<4, 4>, KeyFirst<8, 8>>(p, f);
+  if (p.key_dim <= 192) return with_either<KeyFirst<4, 6>, KeyFirst<8, 12>>(p, f);
+  return with_either<KeyFirst<4, 8>, KeyFirst<8, 16>>(p, f);
 }
 
 template <class T>
 Status run(FusedStepParams const& p, void* stream) {
   return with_tile(p.step, [&](auto tile) {
     using Tile = decltype(tile);
-    FusedGrid const g = fused_grid(p.step, Tile::kColumns);
-    dim3 const grid(g.blocks, p.step.heads, static_cast<unsigned>(p.step.batch));
+    FusedSizes const sizes = fused_sizes(p.step, Tile::kColumns);
+    dim3 const grid(sizes.blocks, p.step.heads, static_cast<unsigned>(p.step.batch));
     return launch_overlapped(fused_kernel<T, Tile>, grid, kStepThreads,
-                             fused_shared_bytes<Tile>(g.items, g.group), g.blocks, stream, p, g.slices);
+                             sizes.shared_bytes<T, Tile>(p.conv.width), sizes.blocks, stream, p, sizes);
   });
 }
 
@@ -51,11 +55,11 @@ Status fused_step_supports(FusedStepParams const& p) {
   if (Status const rule = check_state(p.step); rule != kOk) return rule;
   return with_tile(p.step, [&](auto tile) -> Status {
     using Tile = decltype(tile);
-    FusedGrid const g = fused_grid(p.step, Tile::kColumns);
+    FusedSizes const sizes = fused_sizes(p.step, Tile::kColumns);
     int device = 0, most = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (fused_shared_bytes<Tile>(g.items, g.group) > most) {
+    if (sizes.shared_bytes<float, Tile>(p.conv.width) > most) {
       return "the fused CUDA step needs more shared memory than this GPU has: fewer value heads per key head";
     }
     return kOk;

@@ -1,9 +1,11 @@
 // The decode step with the short convolution before and the gated RMSNorm after it, in one launch.
 //
 // A cluster has one row and query/key head with all its value heads. Its blocks share out the columns of
-// every state, in slices, and the channels of q and k: a block convolves its part of them, updates their
-// window, and gives the result to all blocks. So every state and every window is read and written once, by
-// one block. The sums of squares for the norm meet the same way.
+// every state, in slices, with the channels of v that belong to them. What all of them need, q and k, every
+// block convolves for itself: reading the windows again is cheaper than waiting for another block. Each block
+// has a share of these channels whose windows it writes, once all blocks have read them. So every state is
+// read and written once, by one block, and the only thing that a block ever waits for are the other blocks'
+// sums of squares for the norm.
 #pragma once
 
 #include "causal_conv1d/cuda/portable/forward.cuh"
@@ -13,53 +15,54 @@
 namespace lt2::gdn::portable {
 
 using namespace sm90;  // tiles of states
+using causal_conv1d::portable::StepChannel;
+
+// Blocks of a cluster, at most.
+inline constexpr int kMaxCluster = 8;
 
 // One slice of one value head.
 template <class Tile>
 struct FusedItem {
   typename Tile::Writes writes;
   float o[kMaxStepTokens][Tile::kColumns];
+  float factor[kMaxStepTokens][Tile::kColumns];  // weight silu(z)
 };
 
-// Shared memory of a block: this, `items` FusedItems, and two floats for each value head and token.
+// Shared memory of a block: this, `items` FusedItems, the sums of squares of every block, [blocks, group,
+// tokens], and the new windows of its share of q and k, [share, W].
 template <class Tile>
 struct FusedShared {
   typename Tile::Keys keys;
   typename Tile::Shared sums;
 };
 
-template <class Tile>
-int fused_shared_bytes(int items, int group) {
-  return static_cast<int>(sizeof(FusedShared<Tile>) + items * sizeof(FusedItem<Tile>) +
-                          2 * group * kMaxStepTokens * sizeof(float));
-}
+struct FusedSizes {
+  int slices, blocks;  // of a state, of a cluster
+  int items, group;    // of a block at most, value heads of a query/key head
+  int share;           // channels of q and k whose windows a block writes
 
-template <class T, class Emit>
-__device__ void convolve(causal_conv1d::StepParams const& p, int64_t row, int64_t slot, int64_t channel,
-                         Emit const& emit) {
-  if (p.width <= 4) {
-    causal_conv1d::portable::step_channel<T, 4, false>(p, row, slot, channel, emit);
-  } else {
-    causal_conv1d::portable::step_channel<T, causal_conv1d::kMaxWidth, false>(p, row, slot, channel, emit);
+  template <class T, class Tile>
+  int shared_bytes(int width) const {
+    return static_cast<int>(sizeof(FusedShared<Tile>) + items * sizeof(FusedItem<Tile>) +
+                            blocks * group * kMaxStepTokens * sizeof(float) + share * width * sizeof(T));
   }
-}
+};
 
-// Block (rank in its cluster, query/key head, row); `slices` cover the columns of a state, block r has the
-// slices r, r + blocks, ..
+// Block (rank in its cluster, query/key head, row); block r has the slices r, r + blocks, ..
 template <class T, class Tile>
 __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
-    fused_kernel(__grid_constant__ FusedStepParams const p, int slices) {
+    fused_kernel(__grid_constant__ FusedStepParams const p, FusedSizes const sizes) {
   extern __shared__ __align__(16) char shared_bytes[];
   constexpr int kColumns = Tile::kColumns;
   StepParams const& s = p.step;
-  int const rank = blockIdx.x, blocks = gridDim.x, key_head = blockIdx.y;
-  int const group = s.value_heads / s.heads, first_head = key_head * group;
-  int const own = (slices - rank + blocks - 1) / blocks, items = group * own;
+  int const rank = blockIdx.x, blocks = sizes.blocks, key_head = blockIdx.y, group = sizes.group;
+  int const first_head = key_head * group, own = (sizes.slices - rank + blocks - 1) / blocks,
+            items = group * own;
   int64_t const row = blockIdx.z;
   auto& shared = *reinterpret_cast<FusedShared<Tile>*>(shared_bytes);
   auto* const item = reinterpret_cast<FusedItem<Tile>*>(&shared + 1);  // number g * own + l
-  float* const squares = reinterpret_cast<float*>(item + group * ((slices + blocks - 1) / blocks));
-  float* const norms = squares + group * kMaxStepTokens;  // both of (g, token), number g * tokens + token
+  float* const squares = reinterpret_cast<float*>(item + sizes.items);
+  T* const windows = reinterpret_cast<T*>(squares + blocks * group * kMaxStepTokens);
   auto const first_column = [&](int n) { return (rank + n % own * blocks) * kColumns; };
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
@@ -79,41 +82,80 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
         token_row<T>(s.o, row, i, head)[column] = from_float<T>(value(n, i, c, head, column));
     }
   };
-  cluster_wait();  // every block of the cluster runs: its shared memory may be written
-  if (!live) return each_output([](int, int, int, int, int) { return 0.f; });
+  if (!live) {
+    each_output([](int, int, int, int, int) { return 0.f; });
+    return cluster_wait();
+  }
 
-  int const keys = 2 * s.key_dim, share = (keys + blocks - 1) / blocks;
-  int const begin = min(rank * share, keys), mine = min(share, keys - begin);
-  for (int e = threadIdx.x; e < mine + items * kColumns; e += kStepThreads) {
-    if (e < mine) {
-      int const c = (begin + e) % s.key_dim;
-      bool const is_q = begin + e < s.key_dim;
-      int64_t const channel = (is_q ? key_head : s.heads + key_head) * int64_t{s.key_dim} + c;
-      convolve<T>(p.conv, row, slot, channel, [&](int64_t i, float x) {
-        float* const to = is_q ? &shared.keys.q[i][c] : &shared.keys.k[i][c];
-        for (int r = 0; r < blocks; ++r) *of_rank(to, r) = x;
-      });
-    } else {
-      int const n = (e - mine) / kColumns, c = (e - mine) % kColumns, column = first_column(n) + c;
-      int64_t const channel = int64_t{s.heads} * keys + int64_t{first_head + n / own} * s.value_dim + column;
-      if (column < s.value_dim) {
-        convolve<T>(p.conv, row, slot, channel, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
+  int const keys = 2 * s.key_dim, begin = rank * sizes.share;
+  auto const convolve = [&](auto taps) {
+    constexpr int kTaps = decltype(taps)::value, kKeyChannels = kTaps > 4 ? 1 : 2;  // of a thread at a time
+    auto const load_key = [&](StepChannel<T, kTaps>& step, int e) {
+      int const head = e < s.key_dim ? key_head : s.heads + key_head, c = e < s.key_dim ? e : e - s.key_dim;
+      step.load(p.conv, row, slot, int64_t{head} * s.key_dim + c);
+    };
+    auto const advance_key = [&](StepChannel<T, kTaps>& step, int e) {
+      float* const to = e < s.key_dim ? &shared.keys.q[0][e] : &shared.keys.k[0][e - s.key_dim];
+      step.advance(p.conv, [&](int64_t i, float x) { to[i * Tile::kKeys] = x; });
+      if (e >= begin && e < begin + sizes.share) step.store(windows + (e - begin) * p.conv.width, 1);
+    };
+    StepChannel<T, kTaps> step[kKeyChannels];
+#pragma unroll
+    for (int r = 0; r < kKeyChannels; ++r) {
+      int const e = r * kStepThreads + threadIdx.x;
+      if (e < keys) load_key(step[r], e);
+    }
+    // While these are on their way: a thread has a channel of v, or an element of z.
+    int const channels = items * kColumns;
+    for (int e = threadIdx.x; e < channels * (1 + s.tokens); e += kStepThreads) {
+      if (e < channels) {
+        int const n = e / kColumns, c = e % kColumns, column = first_column(n) + c;
+        if (column < s.value_dim) {
+          int64_t const channel =
+              int64_t{s.heads} * keys + int64_t{first_head + n / own} * s.value_dim + column;
+          StepChannel<T, kTaps> of_value;
+          of_value.load(p.conv, row, slot, channel);
+          of_value.advance(p.conv, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
+          of_value.store(p.conv);
+        } else {
+          for (int i = 0; i < s.tokens; ++i) item[n].writes.v[i][c] = 0.f;
+        }
       } else {
-        for (int i = 0; i < s.tokens; ++i) item[n].writes.v[i][c] = 0.f;
+        int const c = e % kColumns, i = (e - channels) / kColumns % s.tokens,
+                  n = (e - channels) / kColumns / s.tokens;
+        int const column = first_column(n) + c, head = first_head + n / own;
+        Gates gates;
+        if (c == 0) gates.load(s, row, i, head);
+        if (column < s.value_dim) {
+          float const z = to_float(token_row<T const>(p.z, row, i, head)[column]);
+          item[n].factor[i][c] = p.norm_weight[column] * z * sigmoid(z);
+        }
+        if (c == 0) gates.store(s, item[n].writes, i);
       }
     }
+#pragma unroll
+    for (int r = 0; r < kKeyChannels; ++r) {
+      int const e = r * kStepThreads + threadIdx.x;
+      if (e < keys) advance_key(step[r], e);
+    }
+    for (int e = kKeyChannels * kStepThreads + threadIdx.x; e < keys; e += kStepThreads) {
+      load_key(step[0], e);
+      advance_key(step[0], e);
+    }
+  };
+  if (p.conv.width <= 4) {
+    convolve(std::integral_constant<int, 4>{});
+  } else {
+    convolve(std::integral_constant<int, causal_conv1d::kMaxWidth>{});
   }
   int const padding = Tile::kKeys - s.key_dim;
   for (int e = threadIdx.x; e < padding * s.tokens; e += kStepThreads) {
     int const i = e / padding, c = s.key_dim + e % padding;
     shared.keys.q[i][c] = shared.keys.k[i][c] = 0.f;
   }
-  for (int e = threadIdx.x; e < items * s.tokens; e += kStepThreads) {
-    Gates gates;
-    gates.load(s, row, e % s.tokens, first_head + e / s.tokens / own);
-    gates.store(s, item[e / s.tokens].writes, e % s.tokens);
-  }
-  cluster_sync();
+  cluster_wait();    // every block of the cluster runs: its shared memory may be written
+  cluster_arrive();  // this one has read the windows of q and k
+  __syncthreads();
 
   for (int i = warp; i < s.tokens; i += kStepWarps) {
     constexpr int kPerLane = Tile::kKeys / kWarp;
@@ -137,6 +179,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   }
   __syncthreads();
 
+  cluster_wait();
   for (int e = warp; e < group * s.tokens; e += kStepWarps) {
     int const g = e / s.tokens, i = e % s.tokens;
     float sum = 0.f;  // columns beyond the state are zeros
@@ -145,21 +188,22 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
       sum = fmaf(x, x, sum);
     }
     sum = lane_sum(sum);
-    if (lane == 0) squares[e] = sum;
-  }
-  cluster_sync();
-  for (int e = threadIdx.x; e < group * s.tokens; e += kStepThreads) {
-    float sum = 0.f;
-    for (int r = 0; r < blocks; ++r) sum += *of_rank(squares + e, r);
-    norms[e] = rsqrtf(sum / s.value_dim + p.eps);
+    if (lane < blocks) *of_rank(squares + rank * group * kMaxStepTokens + e, lane) = sum;
   }
   cluster_arrive();
-  __syncthreads();
-  each_output([&](int n, int i, int c, int head, int column) {
-    float const z = to_float(token_row<T const>(p.z, row, i, head)[column]);
-    return item[n].o[i][c] * norms[n / own * s.tokens + i] * p.norm_weight[column] * z * sigmoid(z);
+  for (int e = threadIdx.x; e < min(sizes.share, keys - begin) * p.conv.width; e += kStepThreads) {
+    int const c = begin + e / p.conv.width, w = e % p.conv.width;
+    int64_t const head = c < s.key_dim ? key_head : s.heads + key_head;
+    int64_t const channel = head * s.key_dim + (c < s.key_dim ? c : c - s.key_dim);
+    static_cast<T*>(p.conv.state.data)[slot * p.conv.state.sequence + channel * p.conv.state.channel +
+                                       w * p.conv.state.tap] = windows[e];
+  }
+  cluster_wait();
+  each_output([&](int n, int i, int c, int, int) {
+    float sum = 0.f;
+    for (int r = 0; r < blocks; ++r) sum += squares[(r * group * kMaxStepTokens) + n / own * s.tokens + i];
+    return item[n].o[i][c] * rsqrtf(sum / s.value_dim + p.eps) * item[n].factor[i][c];
   });
-  cluster_wait();  // nobody leaves while another block reads its sums
 }
 
 }  // namespace lt2::gdn::portable

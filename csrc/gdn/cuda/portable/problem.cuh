@@ -37,28 +37,33 @@ __device__ inline Sequence sequence(Inputs const& p, int64_t n) {
 
 // Chunks of all sequences are numbered without reading cu_seqlens on the host: chunk c of sequence n has
 // number first_chunk(n) + c. The numbers of a sequence end before those of the next one begin, with gaps.
-__device__ inline int64_t first_chunk(Inputs const& p, int64_t n) {
+template <int kSize = kChunk>
+__device__ int64_t first_chunk(Inputs const& p, int64_t n) {
   Sequence const s = sequence(p, n);
-  return (s.row * p.tokens + s.begin) / kChunk + n;
+  return (s.row * p.tokens + s.begin) / kSize + n;
 }
-inline int64_t chunk_numbers(Inputs const& p) { return p.batch * p.tokens / kChunk + p.sequences; }
+template <int kSize = kChunk>
+int64_t chunk_numbers(Inputs const& p) {
+  return p.batch * p.tokens / kSize + p.sequences;
+}
 
 struct Chunk {
   int64_t row, begin;
   int tokens;  // 0: no chunk has this number
 };
 
-__device__ inline Chunk find_chunk(Inputs const& p, int64_t number) {
+template <int kSize = kChunk>
+__device__ Chunk find_chunk(Inputs const& p, int64_t number) {
   int64_t low = 0,
           high = p.sequences;  // first_chunk(low) <= number < first_chunk(high), if it is any sequence's
   while (high - low > 1) {
     int64_t const middle = (low + high) / 2;
-    (first_chunk(p, middle) <= number ? low : high) = middle;
+    (first_chunk<kSize>(p, middle) <= number ? low : high) = middle;
   }
   Sequence const s = sequence(p, low);
-  int64_t const offset = (number - first_chunk(p, low)) * kChunk;
+  int64_t const offset = (number - first_chunk<kSize>(p, low)) * kSize;
   if (offset < 0 || offset >= s.length) return {0, 0, 0};
-  return {s.row, s.begin + offset, static_cast<int>(min(s.length - offset, int64_t{kChunk}))};
+  return {s.row, s.begin + offset, static_cast<int>(min(s.length - offset, int64_t{kSize}))};
 }
 
 template <class T>

@@ -1,5 +1,5 @@
+#include "gdn/cuda/portable/chunk_forward.cuh"
 #include "gdn/cuda/portable/launch.h"
-#include "gdn/cuda/portable/problem.cuh"
 
 // Calls f<dtype>(..).
 #define LT2_BY_DTYPE(dtype, f, ...)            \
@@ -22,9 +22,28 @@ Status check_sizes(int heads, int value_heads, int key_dim, int value_dim) {
   return kOk;
 }
 
+// Rows that can be copied in pieces of 16 bytes.
+bool in_pieces(Strided const& x, Inputs const& p, int heads) {
+  auto const whole = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && whole(p.batch, x.batch) &&
+         whole(p.tokens, x.token) && whole(heads, x.head);
+}
+
+// Whether the forward pass goes by chunks: else token by token.
+bool by_chunks(ForwardParams const& p) {
+  return !p.recurrent && p.dtype != Dtype::kFloat32 && p.key_dim % 8 == 0 && p.value_dim % 8 == 0 &&
+         in_pieces(p.q, p, p.heads) && in_pieces(p.k, p, p.heads) && in_pieces(p.v, p, p.value_heads);
+}
+
 }  // namespace
 
 Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
+
+int64_t forward_workspace(ForwardParams const& p) {
+  if (!by_chunks(p)) return 0;
+  return chunk_numbers<kScanChunk>(p) * p.value_heads *
+         static_cast<int64_t>(sizeof(ChunkRecord) / sizeof(float));
+}
 
 int64_t backward_workspace(BackwardParams const& p) {
   int64_t const rows = p.batch * p.tokens * p.value_heads;
@@ -32,7 +51,13 @@ int64_t backward_workspace(BackwardParams const& p) {
   return 2 * (rows * (p.key_dim + p.value_dim) + states);
 }
 
-Status forward(ForwardParams const& p, void* stream){LT2_BY_DTYPE(p.dtype, launch_forward, p, stream)}
+Status forward(ForwardParams const& p, float* workspace, void* stream) {
+  if (by_chunks(p)) {
+    return p.dtype == Dtype::kFloat16 ? launch_chunks<Dtype::kFloat16>(p, workspace, stream)
+                                      : launch_chunks<Dtype::kBFloat16>(p, workspace, stream);
+  }
+  LT2_BY_DTYPE(p.dtype, launch_forward, p, stream)
+}
 
 Status backward(BackwardParams const& p, float* workspace,
                 void* stream){LT2_BY_DTYPE(p.dtype, launch_backward, p, workspace, stream)}

@@ -1,0 +1,490 @@
+// The forward pass by chunks of 32 tokens for operands of 2 bytes, with mma.sync: any GPU since sm_80.
+//
+// Two launches. prepare_chunks has all chunks at once: what does not depend on the state goes to a workspace,
+// one ChunkRecord per chunk and value head. scan_chunks walks the chunks of a sequence; a warp has 16 value
+// columns and needs nothing of other warps but the tiles that they load together. With G the inclusive sum of
+// the log decays in the chunk, E_ij = e^(G_i - G_j) for i >= j, b the writing strengths and kn, qn the
+// factors of the l2norm:
+//   T~ = E o (I + strictlow(b_i kn_i kn_j k_i.k_j))^-1 diag(b)      P = scale E o (qn_i kn_j q_i.k_j)
+//   W = V - e^G kn K S      U = T~ W      O = scale e^G qn Q S + P U      S <- e^G_last S + K^T (e^(G_last -
+//   G) kn U)
+// Everything with S is transposed: rows are value columns, so that S stays in the registers as accumulators,
+// and packed in pairs it is the first operand of the next product. Where keys repeat, sums over a chunk
+// cancel: T~, P, W, U and what S gains are pairs of bf16 that add up to them (what S gains is one fp16 where
+// the keys are fp16).
+#pragma once
+
+#include "common/cuda/mma.cuh"
+#include "gdn/cuda/portable/inverse.cuh"
+#include "gdn/cuda/portable/problem.cuh"
+
+namespace lt2::gdn::portable {
+
+inline constexpr int kScanChunk = 32;
+inline constexpr int kPad = 8;  // elements at the end of a row in shared memory, against bank conflicts
+inline constexpr int kWarpValues = 16;   // columns of a warp
+inline constexpr int kMaxScanWarps = 4;  // of a block
+inline constexpr int kPrepareThreads = 64;
+
+// Blocks [8 x 16] of a lower triangle [32 x 32]: (rows 8 n .., columns 16 k ..) for k <= n / 2.
+inline constexpr int kTriangleBlocks = 6;
+__host__ __device__ constexpr int triangle_block(int n, int k) { return n < 2 ? n : 2 * n - 2 + k; }
+
+// T~ and P as second operands of products: a lane's two registers of high parts, then those of low parts.
+struct alignas(16) ChunkRecord {
+  uint4 inverse[kTriangleBlocks][kWarp], scores[kTriangleBlocks][kWarp];
+  float k_in[kScanChunk];   // e^G kn: what k sees of the state before the chunk
+  float k_out[kScanChunk];  // e^(G_last - G) kn: what is left of a write at the end of the chunk
+  float q_in[kScanChunk];   // scale e^G qn
+  float decay, unused[3];   // e^G_last
+};
+
+template <class T, int kColumns>
+using ChunkRows = T[kScanChunk][kColumns + kPad];
+
+// Starts to copy `count` rows of `width` elements, 8 at a time; zeros fill up the rest of [32, columns].
+template <class T, int kRow>
+__device__ __forceinline__ void copy_rows(T (&to)[kScanChunk][kRow], int columns, T const* from,
+                                          int64_t stride, int count, int width) {
+  int const pieces = columns / 8;
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // addresses are cheaper to compute again than to keep in registers
+  for (int e = thread; e < kScanChunk * pieces; e += blockDim.x) {
+    int const i = e / pieces, c = e % pieces * 8;
+    bool const present = i < count && c < width;
+    copy_16(&to[i][c], present ? from + i * stride + c : from, present);
+  }
+}
+
+// Fragments of a first operand, rows 16 m .. of `rows`, columns 16 k ..
+template <class T, int kRow>
+__device__ __forceinline__ void load_first(uint32_t (&a)[4], T const (&rows)[kScanChunk][kRow], int m,
+                                           int k) {
+  int const lane = threadIdx.x % kWarp;
+  load_matrices(a, shared_address(&rows[16 * m + lane % 16][16 * k + lane / 16 * 8]));
+}
+// Of two second operands: columns 8 n .. and 8 (n + 1) .. of rows^T, 16 elements k of the summed axis.
+template <class T, int kRow>
+__device__ __forceinline__ void load_second(uint32_t (&b)[4], T const (&rows)[kScanChunk][kRow], int n,
+                                            int k) {
+  int const lane = threadIdx.x % kWarp;
+  load_matrices(b, shared_address(&rows[8 * n + lane / 16 * 8 + lane % 8][16 * k + lane / 8 % 2 * 8]));
+}
+// The same of `rows` itself: the summed axis are rows 16 k ..
+template <class T, int kRow>
+__device__ __forceinline__ void load_second_of_rows(uint32_t (&b)[4], T const (&rows)[kScanChunk][kRow],
+                                                    int n, int k) {
+  int const lane = threadIdx.x % kWarp;
+  load_matrices_transposed(b, shared_address(&rows[16 * k + lane % 16][8 * n + lane / 16 * 8]));
+}
+
+// 1 / |row| as the l2norm has it.
+template <class T, int kRow>
+__device__ float row_norm(T const (&row)[kRow]) {
+  float sum[2] = {};
+#pragma unroll 4
+  for (int c = 0; c < kRow - kPad; c += 8) {
+    uint4 const x = *reinterpret_cast<uint4 const*>(&row[c]);
+    for (uint32_t const word : {x.x, x.y, x.z, x.w}) {
+      float2 const e = unpack<T>(word);
+      sum[0] = fmaf(e.x, e.x, sum[0]);
+      sum[1] = fmaf(e.y, e.y, sum[1]);
+    }
+  }
+  return rsqrtf(sum[0] + sum[1] + kNormEpsilon);
+}
+
+// G / ln 2 of this lane's token; tokens from `count` on do not decay.
+__device__ inline float scan_log2_decay(Inputs const& p, Chunk const& chunk, int head, int lane) {
+  float sum = 0.f;
+  if (lane < chunk.tokens) {
+    float const g = log_decay(p, chunk.row, chunk.begin + lane, head);
+    sum = g < kLeastLog2Decay / kLog2E ? kLeastLog2Decay : g * kLog2E;
+  }
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    float const before = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += before;
+  }
+  return sum;
+}
+
+template <class T, int kKeys>
+struct PrepareShared {
+  ChunkRows<T, kKeys> rows[2];  // of k, of q
+  alignas(16) float matrix[kScanChunk * kInverseRow];
+  float log2_decay[2][kScanChunk];  // of each warp
+  float strength[kScanChunk];       // b
+  float norm[2][kScanChunk];        // kn, qn
+};
+
+// Block (chunk number, query/key head), its value heads in turn. Warp 0 has K K^T and T~, warp 1 Q K^T and P.
+template <class T, int kKeys>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_chunks(__grid_constant__ Inputs const p, ChunkRecord* records) {
+  __shared__ PrepareShared<T, kKeys> s;
+  int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = 2 * (lane % 4);
+  int const key_head = static_cast<int>(blockIdx.x % p.heads), group = p.value_heads / p.heads;
+  int64_t const number = blockIdx.x / p.heads;
+  Chunk const chunk = find_chunk<kScanChunk>(p, number);
+  if (chunk.tokens == 0) return;
+  copy_rows(s.rows[0], kKeys, token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token,
+            chunk.tokens, p.key_dim);
+  copy_rows(s.rows[1], kKeys, token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token,
+            chunk.tokens, p.key_dim);
+  wait_copies();
+  __syncthreads();
+  s.norm[warp][lane] = p.qk_l2norm ? row_norm(s.rows[warp][lane]) : 1.f;
+
+  float products[2][kScanChunk / 8][4] = {};  // the lower triangle's rows 16 m .., columns 8 n ..
+#pragma unroll 4
+  for (int k = 0; k < kKeys / 16; ++k) {
+    uint32_t a[4], b[kScanChunk / 16][4];
+#pragma unroll
+    for (int n = 0; n < kScanChunk / 16; ++n) load_second(b[n], s.rows[0], 2 * n, k);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      load_first(a, s.rows[warp], m, k);
+#pragma unroll
+      for (int n = 0; n < 2 * (m + 1); ++n)
+        mma<T>(products[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+    }
+  }
+  __syncthreads();
+
+  float* const log2_decay = s.log2_decay[warp];
+  for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
+    ChunkRecord& record = records[number * p.value_heads + head];
+    float const sum = scan_log2_decay(p, chunk, head, lane);
+    float const last = __shfl_sync(0xffffffffu, sum, kWarp - 1), norm = s.norm[warp][lane];
+    log2_decay[lane] = sum;
+    if (warp == 0) {
+      s.strength[lane] = lane < chunk.tokens ? write_strength(p, chunk.row, chunk.begin + lane, head) : 0.f;
+      record.k_in[lane] = exp2_fast(sum) * norm;
+      record.k_out[lane] = exp2_fast(last - sum) * norm;
+      if (lane == 0) record.decay = exp2_fast(last);
+    } else {
+      record.q_in[lane] = p.scale * exp2_fast(sum) * norm;
+    }
+    __syncwarp();
+    if (warp == 0) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const i = 16 * m + 8 * half + g;
+          float const factor = s.strength[i] * s.norm[0][i];
+#pragma unroll
+          for (int n = 0; n < 2 * (m + 1); ++n) {
+            int const j = 8 * n + t;
+            float const* const kk = &products[m][n][2 * half];
+            *reinterpret_cast<float2*>(s.matrix + i * kInverseRow + j) =
+                float2{j < i ? factor * s.norm[0][j] * kk[0] : 0.f,
+                       j + 1 < i ? factor * s.norm[0][j + 1] * kk[1] : 0.f};
+          }
+        }
+      }
+      __syncwarp();
+      invert_32(s.matrix, lane);
+      __syncwarp();
+#pragma unroll
+      for (int n = 0; n < kScanChunk / 8; ++n) {
+#pragma unroll
+        for (int k = 0; k <= n / 2; ++k) {
+          int const i = 8 * n + g, j = 16 * k + t;
+          float2 const x = *reinterpret_cast<float2 const*>(s.matrix + i * kInverseRow + j);
+          float2 const y = *reinterpret_cast<float2 const*>(s.matrix + i * kInverseRow + j + 8);
+          Split const first = inverse_pair<__nv_bfloat16>(log2_decay, s.strength, i, j, x.x, x.y);
+          Split const second = inverse_pair<__nv_bfloat16>(log2_decay, s.strength, i, j + 8, y.x, y.y);
+          record.inverse[triangle_block(n, k)][lane] = {first.high, second.high, first.low, second.low};
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kScanChunk / 8; ++n) {
+        int const i = 8 * n + g;
+        float const factor = p.scale * s.norm[1][i], decay = log2_decay[i];
+#pragma unroll
+        for (int k = 0; k <= n / 2; ++k) {
+          Split part[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            int const j = 16 * k + 8 * h + t;
+            float const* const qk = &products[n / 2][2 * k + h][n % 2 * 2];
+            part[h] = split(
+                j <= i ? factor * s.norm[0][j] * exp2_fast(decay - log2_decay[j]) * qk[0] : 0.f,
+                j + 1 <= i ? factor * s.norm[0][j + 1] * exp2_fast(decay - log2_decay[j + 1]) * qk[1] : 0.f);
+          }
+          record.scores[triangle_block(n, k)][lane] = {part[0].high, part[1].high, part[0].low, part[1].low};
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// x [16 x 32] as pairs of fragments.
+struct SplitRows {
+  uint32_t high[kScanChunk / 16][4], low[kScanChunk / 16][4];
+
+  __device__ __forceinline__ SplitRows(float const (&x)[kScanChunk / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < kScanChunk / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Split const s = split(x[n][2 * half], x[n][2 * half + 1]);
+        high[n / 2][n % 2 * 2 + half] = s.high;
+        low[n / 2][n % 2 * 2 + half] = s.low;
+      }
+    }
+  }
+};
+
+// d += a m^T, with a lower triangle m.
+__device__ __forceinline__ void multiply_triangle(float (&d)[kScanChunk / 8][4], SplitRows const& a,
+                                                  uint4 const (&m)[kTriangleBlocks][kWarp], int lane) {
+#pragma unroll
+  for (int n = 0; n < kScanChunk / 8; ++n) {
+#pragma unroll
+    for (int k = 0; k <= n / 2; ++k) {
+      uint4 const b = m[triangle_block(n, k)][lane];
+      mma<__nv_bfloat16>(d[n], a.low[k], b.x, b.y);
+      mma<__nv_bfloat16>(d[n], a.high[k], b.z, b.w);
+      mma<__nv_bfloat16>(d[n], a.high[k], b.x, b.y);
+    }
+  }
+}
+
+template <class T, int kKeys>
+struct alignas(16) ScanStage {
+  ChunkRows<T, kKeys> k, q;
+  ChunkRows<T, kMaxScanWarps * kWarpValues> v;  // and o, in the place of what has been read
+  ChunkRecord record;
+};
+
+// A warp's 16 columns of a state, transposed.
+template <class T, int kKeys>
+struct ScanState {
+  float s[kKeys / 8][4] = {};
+
+  // f(element, where it is) for each of this lane's elements that a state of p has.
+  template <class F>
+  __device__ void each(Inputs const& p, State const& state, int column, int lane, F const& f) {
+    int const value = column + lane / 4;
+    float* at = state.data + value * state.value_stride + 2 * (lane % 4) * state.key_stride;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (8 * n < p.key_dim && value + i / 2 * 8 < p.value_dim) {
+          f(s[n][i], at + i % 2 * state.key_stride + i / 2 * 8 * state.value_stride);
+        }
+      }
+      at += 8 * state.key_stride;
+      asm volatile("" : "+l"(at));
+    }
+  }
+
+  // One chunk; its output replaces the warp's columns, from `column` on, of stage.v.
+  __device__ __forceinline__ void advance(ScanStage<T, kKeys>& stage, int column, int lane) {
+    constexpr int kSteps = kScanChunk / 8;
+    ChunkRecord const& record = stage.record;
+    int const t = 2 * (lane % 4);
+    float ks[kSteps][4] = {}, o[kSteps][4] = {};
+    multiply(ks, stage.k);
+    if constexpr (!kManyKeys) multiply(o, stage.q);
+
+    // W takes the place of K S.
+#pragma unroll
+    for (int n = 0; n < kSteps; n += 2) {
+      uint32_t v[4];
+      load_matrices_transposed(
+          v, shared_address(&stage.v[8 * n + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float2 const factor = *reinterpret_cast<float2 const*>(record.k_in + 8 * (n + j) + t);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float2 const x = unpack<T>(v[2 * j + half]);
+          float* const w = &ks[n + j][2 * half];
+          w[0] = x.x - factor.x * w[0];
+          w[1] = x.y - factor.y * w[1];
+        }
+      }
+    }
+    float u[kSteps][4] = {};
+    multiply_triangle(u, SplitRows(ks), record.inverse, lane);
+    if constexpr (kManyKeys) multiply(o, stage.q);
+    scale_tokens(o, record.q_in, t);
+    multiply_triangle(o, SplitRows(u), record.scores, lane);
+    scale_tokens(u, record.k_out, t);
+    float const decay = record.decay;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= decay;
+    }
+    gain(stage, u);
+
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<uint32_t*>(&stage.v[8 * n + lane / 4][column + 8 * half + t]) =
+            transposed(pack<T>(o[n][2 * half], o[n][2 * half + 1]));
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  // Many keys leave no registers for two products of the state at a time.
+  static constexpr bool kManyKeys = kKeys > 192;
+
+  // x += s rows^T
+  __device__ __forceinline__ void multiply(float (&x)[kScanChunk / 8][4],
+                                           ChunkRows<T, kKeys> const& rows) const {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[i] = pack<T>(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int n = 0; n < kScanChunk / 8; n += 2) {
+        uint32_t b[4];
+        load_second(b, rows, n, k);
+        mma<T>(x[n], a, b[0], b[1]);
+        mma<T>(x[n + 1], a, b[2], b[3]);
+      }
+      if (kManyKeys && k % 2 == 1) __syncwarp();
+    }
+  }
+
+  // x[.., token] *= factor[token]; t is the lane's first token.
+  __device__ __forceinline__ static void scale_tokens(float (&x)[kScanChunk / 8][4], float const* factor,
+                                                      int t) {
+#pragma unroll
+    for (int n = 0; n < kScanChunk / 8; ++n) {
+      float2 const f = *reinterpret_cast<float2 const*>(factor + 8 * n + t);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] *= i % 2 == 0 ? f.x : f.y;
+    }
+  }
+
+  // s += x K
+  __device__ __forceinline__ void gain(ScanStage<T, kKeys> const& stage,
+                                       float const (&x)[kScanChunk / 8][4]) {
+    constexpr bool kSplit = std::is_same_v<T, __nv_bfloat16>;
+    uint32_t a[kScanChunk / 16][4], low[kScanChunk / 16][4];
+#pragma unroll
+    for (int k = 0; k < kScanChunk / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float const* const pair = &x[2 * k + i / 2][i % 2 * 2];
+        a[k][i] = pack<T>(pair[0], pair[1]);
+        if constexpr (kSplit) low[k][i] = split(pair[0], pair[1]).low;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; n += 2) {
+#pragma unroll
+      for (int k = 0; k < kScanChunk / 16; ++k) {
+        uint32_t b[4];
+        load_second_of_rows(b, stage.k, n, k);
+        if constexpr (kSplit) {
+          mma<T>(s[n], low[k], b[0], b[1]);
+          mma<T>(s[n + 1], low[k], b[2], b[3]);
+        }
+        mma<T>(s[n], a[k], b[0], b[1]);
+        mma<T>(s[n + 1], a[k], b[2], b[3]);
+      }
+      if (kManyKeys && n % 4 == 2) __syncwarp();
+    }
+  }
+};
+
+// What a block scans.
+struct ScanUnit {
+  Sequence sequence;
+  int64_t state, first_record;
+  int chunks, head, key_head, first, columns;  // of values
+
+  __device__ void set(ForwardParams const& p) {
+    columns = static_cast<int>(blockDim.x) / kWarp * kWarpValues;
+    int const slices = static_cast<int>(ceil_div(p.value_dim, columns));
+    int64_t const n = blockIdx.x / slices / p.value_heads;
+    head = static_cast<int>(blockIdx.x / slices % p.value_heads);
+    key_head = head / (p.value_heads / p.heads);
+    first = static_cast<int>(blockIdx.x % slices) * columns;
+    state = n * p.value_heads + head;
+    sequence = portable::sequence(p, n);
+    chunks = static_cast<int>(ceil_div(sequence.length, kScanChunk));
+    first_record = first_chunk<kScanChunk>(p, n);
+  }
+};
+
+// Block (slice of values, value head, sequence), slices of 16 columns per warp.
+template <class T, int kKeys>
+__global__ void __launch_bounds__(kMaxScanWarps* kWarp, kKeys <= 64 ? 3 : 2)
+    scan_chunks(__grid_constant__ ForwardParams const p, ChunkRecord const* records) {
+  extern __shared__ __align__(16) char shared_bytes[];
+  auto* const stages = reinterpret_cast<ScanStage<T, kKeys>*>(shared_bytes);  // 2
+  int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __shared__ ScanUnit unit;  // and not in registers, of which there are none to spare
+  if (threadIdx.x == 0) unit.set(p);
+  __syncthreads();
+  Sequence const& sequence = unit.sequence;
+  int const column = unit.first + warp * kWarpValues;
+  auto const begin = [&](int c) { return sequence.begin + int64_t{c} * kScanChunk; };
+  auto const count = [&](int c) {
+    return static_cast<int>(min(sequence.length - int64_t{c} * kScanChunk, int64_t{kScanChunk}));
+  };
+  auto const load = [&](int c) {
+    ScanStage<T, kKeys>& stage = stages[c % 2];
+    int64_t const token = begin(c);
+    int const tokens = count(c);
+    copy_rows(stage.k, kKeys, token_row<T const>(p.k, sequence.row, token, unit.key_head), p.k.token, tokens,
+              p.key_dim);
+    copy_rows(stage.q, kKeys, token_row<T const>(p.q, sequence.row, token, unit.key_head), p.q.token, tokens,
+              p.key_dim);
+    copy_rows(stage.v, unit.columns, token_row<T const>(p.v, sequence.row, token, unit.head) + unit.first,
+              p.v.token, tokens, p.value_dim - unit.first);
+    auto const* const from =
+        reinterpret_cast<char const*>(records + (unit.first_record + c) * p.value_heads + unit.head);
+    for (int e = threadIdx.x * 16; e < static_cast<int>(sizeof(ChunkRecord)); e += blockDim.x * 16) {
+      copy_16(reinterpret_cast<char*>(&stage.record) + e, from + e, true);
+    }
+  };
+
+  if (unit.chunks > 0) load(0);
+  ScanState<T, kKeys> scan;
+  auto const of_state = [&](float* data) {
+    return dense_state(data, unit.state, p.key_dim, p.value_dim, p.state_v_first);
+  };
+  if (p.initial_state != nullptr) {
+    scan.each(p, of_state(const_cast<float*>(p.initial_state)), column, lane,
+              [](float& s, float const* at) { s = *at; });
+  }
+  for (int c = 0; c < unit.chunks; ++c) {
+    asm volatile("" : "+r"(c));  // what follows from the number is computed again, as above
+    wait_copies();
+    __syncthreads();  // chunk c is here, and nobody reads the other stage any more
+    if (c + 1 < unit.chunks) load(c + 1);
+    if (column >= p.value_dim) continue;
+    ScanStage<T, kKeys>& stage = stages[c % 2];
+    scan.advance(stage, warp * kWarpValues, lane);
+    T* const rows = token_row<T>(p.o, sequence.row, begin(c), unit.head);
+    for (int e = lane; e < 2 * count(c); e += kWarp) {
+      int const i = e / 2, value = e % 2 * 8;
+      if (column + value < p.value_dim) {
+        *reinterpret_cast<uint4*>(rows + i * p.o.token + column + value) =
+            *reinterpret_cast<uint4 const*>(&stage.v[i][warp * kWarpValues + value]);
+      }
+    }
+  }
+  if (p.final_state == nullptr) return;
+  scan.each(p, of_state(p.final_state), column, lane, [](float s, float* at) { *at = s; });
+}
+
+}  // namespace lt2::gdn::portable
