@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 // The next tokens of one channel of a row, whose window is in `slot` of the pool. kPacked: the window is 4
 // adjacent, aligned elements. Loading is a step of its own, so that a thread can have several channels under
 // way.
-template <class T, int kTaps, bool kPacked = false>
+template <class T, int kTaps, bool kPacked>
 struct StepChannel {
   static_assert(!kPacked || kTaps == 4);
   Taps<1, kTaps> taps;
@@ -90,21 +90,52 @@ struct StepChannel {
     }
   }
 
-  __device__ void store(StepParams const& p) const {
+  // The window after the tokens.
+  __device__ void store(StepParams const&, T* to, int64_t tap) const {
     if constexpr (kPacked) {
       RowOf<T, 4> four;
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) four[j] = window[j][0];
-      four.store(state);
+      four.store(to);
     } else {
-      store(state, p.state.tap);
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        if (j >= taps.first) to[(j - taps.first) * tap] = window[j][0];
+      }
     }
   }
-  __device__ void store(T* to, int64_t tap) const {
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      if (j >= taps.first) to[(j - taps.first) * tap] = window[j][0];
+};
+
+// The same for any width, without registers: everything is read again for every token.
+template <class T>
+struct WideStepChannel {
+  T const* x;
+  T* state;
+  float const* weight;
+  float bias;
+
+  __device__ void load(StepParams const& p, int64_t row, int64_t slot, int64_t channel) {
+    x = token_row<T const>(p.x, row, 0, channel);
+    state = static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
+    weight = p.weight + channel * p.width;
+    bias = p.bias == nullptr ? 0.f : p.bias[channel];
+  }
+  template <class Emit>
+  __device__ void advance(StepParams const& p, Emit const& emit) const {
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      float z = bias;
+      for (int j = 0; j < p.width; ++j) z = fmaf(weight[j], to_float(input(p, t + 1 + j)), z);
+      emit(t, activate(z, p.silu));
     }
+  }
+  __device__ void store(StepParams const& p, T* to, int64_t tap) const {
+    for (int j = 0; j < p.width; ++j) to[j * tap] = input(p, p.tokens + j);
+  }
+
+ private:
+  // Number i of the window and the tokens after it.
+  __device__ T input(StepParams const& p, int64_t i) const {
+    return i < p.width ? state[i * p.state.tap] : x[(i - p.width) * p.x.token];
   }
 };
 
@@ -124,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(__grid_constant__ StepPa
   StepChannel<T, kTaps, kPacked> step;
   step.load(p, row, slot, channel);
   step.advance(p, [&](int64_t t, float x) { y[t * p.y.token] = from_float<T>(x); });
-  step.store(p);
+  step.store(p, step.state, p.state.tap);
 }
 
 }  // namespace lt2::causal_conv1d::portable

@@ -11,6 +11,7 @@ namespace lt2::causal_conv1d::portable {
 using namespace cuda;
 
 inline constexpr int kThreads = 128;
+inline constexpr int kFewTaps = 4;  // the usual width, or less
 
 template <int kBytes>
 struct BitsOf;

@@ -6,7 +6,6 @@
 namespace lt2::causal_conv1d::portable {
 namespace {
 
-constexpr int kFewTaps = 4;
 constexpr int kGradientVec =
     4;  // channels of a thread in the backward pass, which holds five numbers per tap
 constexpr int64_t kMaxGridY = 65535;

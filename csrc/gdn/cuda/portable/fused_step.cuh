@@ -15,7 +15,9 @@
 namespace lt2::gdn::portable {
 
 using namespace sm90;  // tiles of states
+using causal_conv1d::portable::kFewTaps;
 using causal_conv1d::portable::StepChannel;
+using causal_conv1d::portable::WideStepChannel;
 
 // Blocks of a cluster, at most.
 inline constexpr int kMaxCluster = 8;
@@ -88,18 +90,19 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   }
 
   int const keys = 2 * s.key_dim, begin = rank * sizes.share;
-  auto const convolve = [&](auto taps) {
-    constexpr int kTaps = decltype(taps)::value, kKeyChannels = kTaps > 4 ? 1 : 2;  // of a thread at a time
-    auto const load_key = [&](StepChannel<T, kTaps>& step, int e) {
+  auto const convolve = [&](auto channel_kind) {
+    using Channel = decltype(channel_kind);
+    auto const load_key = [&](Channel& step, int e) {
       int const head = e < s.key_dim ? key_head : s.heads + key_head, c = e < s.key_dim ? e : e - s.key_dim;
       step.load(p.conv, row, slot, int64_t{head} * s.key_dim + c);
     };
-    auto const advance_key = [&](StepChannel<T, kTaps>& step, int e) {
+    auto const advance_key = [&](Channel& step, int e) {
       float* const to = e < s.key_dim ? &shared.keys.q[0][e] : &shared.keys.k[0][e - s.key_dim];
       step.advance(p.conv, [&](int64_t i, float x) { to[i * Tile::kKeys] = x; });
-      if (e >= begin && e < begin + sizes.share) step.store(windows + (e - begin) * p.conv.width, 1);
+      if (e >= begin && e < begin + sizes.share) step.store(p.conv, windows + (e - begin) * p.conv.width, 1);
     };
-    StepChannel<T, kTaps> step[kKeyChannels];
+    constexpr int kKeyChannels = 2;  // of a thread at a time
+    Channel step[kKeyChannels];
 #pragma unroll
     for (int r = 0; r < kKeyChannels; ++r) {
       int const e = r * kStepThreads + threadIdx.x;
@@ -113,10 +116,10 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
         if (column < s.value_dim) {
           int64_t const channel =
               int64_t{s.heads} * keys + int64_t{first_head + n / own} * s.value_dim + column;
-          StepChannel<T, kTaps> of_value;
+          Channel of_value;
           of_value.load(p.conv, row, slot, channel);
           of_value.advance(p.conv, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
-          of_value.store(p.conv);
+          of_value.store(p.conv, of_value.state, p.conv.state.tap);
         } else {
           for (int i = 0; i < s.tokens; ++i) item[n].writes.v[i][c] = 0.f;
         }
@@ -143,10 +146,10 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
       advance_key(step[0], e);
     }
   };
-  if (p.conv.width <= 4) {
-    convolve(std::integral_constant<int, 4>{});
+  if (p.conv.width <= kFewTaps) {
+    convolve(StepChannel<T, kFewTaps, false>{});
   } else {
-    convolve(std::integral_constant<int, causal_conv1d::kMaxWidth>{});
+    convolve(WideStepChannel<T>{});
   }
   int const padding = Tile::kKeys - s.key_dim;
   for (int e = threadIdx.x; e < padding * s.tokens; e += kStepThreads) {
