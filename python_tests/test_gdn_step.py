@@ -52,6 +52,22 @@ def check_against_oracle(x, **options):
 
 
 @both_dtypes
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+@pytest.mark.parametrize("K, V", [(128, 128), (64, 40), (33, 50)])
+def test_bf16_state(device, K, V, v_first, dtype):
+    """It is what a float32 state of the same numbers gives, rounded once."""
+    for t in (1, 3):
+        x = step_inputs(t=t, K=K, V=V, slots=5, dtype=dtype, device=device)
+        slots, options = torch.tensor([3, -1, 0], device=device), {"state_v_first": v_first}
+        pool = x["state"].mT.contiguous() if v_first else x["state"]
+        rounded, exact = pool.bfloat16(), pool.bfloat16().float()
+        o = gated_delta_step_(**x | {"state": rounded}, slots=slots, **options)
+        expected = gated_delta_step_(**x | {"state": exact}, slots=slots, **options)
+        assert torch.equal(o, expected)
+        assert torch.equal(rounded, exact.bfloat16())
+
+
+@both_dtypes
 @pytest.mark.parametrize("t", range(1, 9))
 def test_tokens(device, t, dtype):
     check_against_oracle(step_inputs(t=t, dtype=dtype, device=device))
@@ -338,7 +354,10 @@ REJECTED = {
         r"state must have shape \[slots, HV, K, V\] = \[3, 4, 8, 8\], got \[3, 4, 8, 9\]",
     ),
     "state_3d": ({"state": zeros(4, 8, 8)}, RuntimeError, "state must have 4 dimensions"),
-    "state_dtype": ({"state": zeros(3, 4, 8, 8, dtype=BF16)}, RuntimeError, "state must be float32, got bfloat16"),
+    "state_dtype": (
+        {"state": zeros(3, 4, 8, 8, dtype=torch.float16)}, RuntimeError,
+        "state must be float32 or bfloat16, got float16",
+    ),
     "state_stride": (
         {"state": zeros(3, 4, 8, 8).mT}, RuntimeError, "state must have a contiguous last axis, got stride 8",
     ),

@@ -95,6 +95,7 @@ CUDA = [
 # (batch, key heads, value heads, dtype, part of --quick)
 CPU_STEPS = [(8, 16, 32, F32, True), (8, 16, 32, BF16, True), (1, 16, 32, BF16, False)]
 CUDA_STEPS = [(B, HV, HV, BF16, B in (1, 32, 512)) for B in (1, 8, 32, 128, 512) for HV in (16, 32)]
+CUDA_STEPS += [(B, 16, 32, BF16, False) for B in (1, 32)]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

@@ -294,8 +294,12 @@ struct StepOperands {
     check_float32(A_log_, "A_log", "[HV]", {HV}, like);
     check_float32(dt_bias_, "dt_bias", "[HV]", {HV}, like);
     LT2_CHECK_DIM(OP, state, 4);
-    check_float32(state, "state", state_v_first ? "[slots, HV, V, K]" : "[slots, HV, K, V]",
-                  {state.size(0), HV, state_v_first ? V : K, state_v_first ? K : V}, like);
+    if (state_v_first) {
+      LT2_CHECK_SHAPE(OP, state, "[slots, HV, V, K]", state.size(0), HV, V, K);
+    } else {
+      LT2_CHECK_SHAPE(OP, state, "[slots, HV, K, V]", state.size(0), HV, K, V);
+    }
+    LT2_CHECK_SAME_DEVICE(OP, state, like);
     STD_TORCH_CHECK(state.size(3) == 1 || state.stride(3) == 1,
                     OP ": state must have a contiguous last axis, got stride ", state.stride(3));
     if (slots_) {
@@ -328,7 +332,8 @@ struct StepOperands {
     params.b = strided(b);
     params.A_log = static_cast<float const*>(A_log.const_data_ptr());
     params.dt_bias = static_cast<float const*>(dt_bias.const_data_ptr());
-    params.state = static_cast<float*>(state.mutable_data_ptr());
+    params.state_dtype = kernel_dtype(state);
+    params.state = state.mutable_data_ptr();
     params.state_slot = state.stride(0);
     params.state_head = state.stride(1);
     params.state_row = state.stride(2);
@@ -340,6 +345,8 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
                  Tensor const& b, Tensor const& A_log, Tensor const& dt_bias, OptionalTensor const& slots,
                  double scale, bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
   check_heads(q, k, v);
+  STD_TORCH_CHECK(state.scalar_type() == ScalarType::Float || state.scalar_type() == ScalarType::BFloat16,
+                  OP ": state must be float32 or bfloat16, got ", dtype_name(state.scalar_type()));
   int64_t const B = q.size(0), T = q.size(1), HV = v.size(2), V = v.size(3);
   StepOperands x(state, q, T, q.size(2), HV, q.size(3), V, a, b, A_log, dt_bias, slots, scale, use_qk_l2norm,
                  allow_neg_eigval, state_v_first);
@@ -369,6 +376,7 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
   LT2_CHECK_DIM(OP, qkv, 3);
   check_activation_dtype(qkv, "qkv");
   LT2_CHECK_DIM(OP, state, 4);
+  LT2_CHECK_DTYPE(OP, state, ScalarType::Float);
   int64_t const B = qkv.size(0), T = qkv.size(1), D = qkv.size(2), HV = state.size(1);
   int64_t const K = state.size(state_v_first ? 3 : 2), V = state.size(state_v_first ? 2 : 3);
   STD_TORCH_CHECK(K > 0 && K <= kMaxKeyDim, OP ": state must have K in 1..", kMaxKeyDim, ", got ", K);

@@ -54,16 +54,16 @@ struct BackwardParams : Inputs {
 };
 
 // In-place decode of `tokens` tokens per row on a pool of states; the gate, beta and l2norm are computed
-// inside.
+// inside. A bf16 state is fp32 from the first to the last token.
 struct StepParams {
-  Dtype dtype, gate_dtype;
+  Dtype dtype, gate_dtype, state_dtype;
   int64_t batch, slots;
   int tokens, heads, value_heads, key_dim, value_dim;
   float scale;
   bool qk_l2norm, neg_eigval, state_v_first;
   Strided q, k, v, a, b, o;
   float const *A_log, *dt_bias;
-  float* state;  // element [slot, head, i, j] at slot * state_slot + head * state_head + i * state_row + j
+  void* state;  // element [slot, head, i, j] at slot * state_slot + head * state_head + i * state_row + j
   int64_t state_slot, state_head, state_row;
   int64_t const*
       slot_ids;  // [B] or null (row b is slot b); negative or out of range: o = 0, nothing is written

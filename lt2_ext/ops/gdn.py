@@ -146,8 +146,8 @@ def gated_delta_step_(
     ``beta = sigmoid(b)``. Inference only: there is no derivative, so inputs that require one are an error in grad mode.
 
     Args:
-        state: ``[slots, HV, K, V]`` float32 (``[slots, HV, V, K]`` with ``state_v_first``), updated in place. Any
-            strides, but a contiguous last axis.
+        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``) float32, or bfloat16, which is
+            rounded once per call; updated in place. Any strides, but a contiguous last axis.
         q, k: ``[B, t, H, K]`` float32 or bfloat16 (on CUDA also float16), ``1 <= t <= 8``, ``1 <= K <= 256``.
         v: ``[B, t, HV, V]``, dtype of q, HV a multiple of H, ``1 <= V <= 512``.
         a, b: ``[B, t, HV]`` raw gate and raw beta, float32 or bfloat16 (on CUDA also float16), of one dtype.

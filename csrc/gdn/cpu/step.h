@@ -121,6 +121,31 @@ inline void update_rows_v(float* s, int64_t stride, int key_dim, int value_dim, 
   }
 }
 
+// The same on a state of bf16: fp32 for all tokens, a few columns at a time, and rounded once.
+inline void update_rounded(Bf16* s, bool v_first, int64_t stride, int key_dim, int value_dim,
+                           Token const* tokens, int count) {
+  constexpr int kColumns = 32;
+  alignas(64) float block[kMaxKeyDim * kColumns];
+  Token here[kMaxStepTokens];
+  for (int first = 0; first < value_dim; first += kColumns) {
+    int const columns = value_dim - first < kColumns ? value_dim - first : kColumns;
+    int const rows = v_first ? columns : key_dim, width = v_first ? key_dim : columns;
+    Bf16* const from = s + (v_first ? first * stride : first);
+    for (int i = 0; i < rows; ++i) load_unit(from + i * stride, width, false, block + i * width);
+    for (int t = 0; t < count; ++t) {
+      here[t] = tokens[t];
+      here[t].v += first;
+      here[t].o += first;
+    }
+    if (v_first) {
+      update_rows_v(block, width, key_dim, columns, here, count);
+    } else {
+      update_rows_k(block, width, key_dim, columns, here, count);
+    }
+    for (int i = 0; i < rows; ++i) store_values(block + i * width, width, from + i * stride);
+  }
+}
+
 template <class T, class G>
 void step_item(StepParams const& p, int64_t row, int head, ValueSlice slice) {
   int const qk_head = head / (p.value_heads / p.heads), n = slice.end - slice.begin;
@@ -146,11 +171,15 @@ void step_item(StepParams const& p, int64_t row, int head, ValueSlice slice) {
         q[t],   k[t], v[t], o[t], exp(g < kNoDecay ? kNoDecay : g), (p.neg_eigval ? 2.f : 1.f) * sigmoid(b),
         p.scale};
   }
-  float* const s = p.state + slot * p.state_slot + head * p.state_head;
-  if (p.state_v_first) {
-    update_rows_v(s + slice.begin * p.state_row, p.state_row, p.key_dim, n, tokens, p.tokens);
+  int64_t const at =
+      slot * p.state_slot + head * p.state_head + slice.begin * (p.state_v_first ? p.state_row : int64_t{1});
+  if (p.state_dtype == Dtype::kBFloat16) {
+    update_rounded(static_cast<Bf16*>(p.state) + at, p.state_v_first, p.state_row, p.key_dim, n, tokens,
+                   p.tokens);
+  } else if (p.state_v_first) {
+    update_rows_v(static_cast<float*>(p.state) + at, p.state_row, p.key_dim, n, tokens, p.tokens);
   } else {
-    update_rows_k(s + slice.begin, p.state_row, p.key_dim, n, tokens, p.tokens);
+    update_rows_k(static_cast<float*>(p.state) + at, p.state_row, p.key_dim, n, tokens, p.tokens);
   }
   for (int t = 0; t < p.tokens; ++t) {
     store_values(o[t], n, token_row<T>(p.o, row, t, head) + slice.begin);

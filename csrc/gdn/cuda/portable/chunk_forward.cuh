@@ -22,9 +22,9 @@ namespace lt2::gdn::portable {
 
 inline constexpr int kScanChunk = 32;
 inline constexpr int kPad = 8;  // elements at the end of a row in shared memory, against bank conflicts
-inline constexpr int kWarpValues = 16;   // columns of a warp
-inline constexpr int kMaxScanWarps = 4;  // of a block
-inline constexpr int kPrepareThreads = 64;
+inline constexpr int kWarpValues = 16;                                        // columns of a warp
+inline constexpr int kScanWarps = 4, kScanValues = kScanWarps * kWarpValues;  // of a block
+inline constexpr int kChunkThreads = kScanWarps * kWarp, kPrepareThreads = 2 * kWarp;
 
 // Blocks [8 x 16] of a lower triangle [32 x 32]: (rows 8 n .., columns 16 k ..) for k <= n / 2.
 inline constexpr int kTriangleBlocks = 6;
@@ -42,17 +42,26 @@ struct alignas(16) ChunkRecord {
 template <class T, int kColumns>
 using ChunkRows = T[kScanChunk][kColumns + kPad];
 
-// Starts to copy `count` rows of `width` elements, 8 at a time; zeros fill up the rest of [32, columns].
-template <class T, int kRow>
-__device__ __forceinline__ void copy_rows(T (&to)[kScanChunk][kRow], int columns, T const* from,
-                                          int64_t stride, int count, int width) {
-  int const pieces = columns / 8;
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));  // addresses are cheaper to compute again than to keep in registers
-  for (int e = thread; e < kScanChunk * pieces; e += blockDim.x) {
-    int const i = e / pieces, c = e % pieces * 8;
-    bool const present = i < count && c < width;
-    copy_16(&to[i][c], present ? from + i * stride + c : from, present);
+// Starts to copy `count` rows of `width` elements; zeros fill up the rest of `to`. kThreads / 32 adjacent
+// threads share a row. `whole`: rows are made of aligned pieces of 16 bytes.
+template <int kThreads, class T, int kRow>
+__device__ __forceinline__ void copy_rows(T (&to)[kScanChunk][kRow], T const* from, int64_t stride, int count,
+                                          int width, bool whole) {
+  constexpr int kShare = kThreads / kScanChunk;
+  int const i = threadIdx.x / kShare, part = threadIdx.x % kShare;
+  T const* const row = from + i * stride;
+  if (whole) {
+#pragma unroll
+    for (int piece = 0; piece < kRow - kPad; piece += 8 * kShare) {
+      int const c = piece + 8 * part;
+      bool const present = i < count && c < width;
+      copy_16(&to[i][c], present ? row + c : from, present);
+    }
+  } else {
+#pragma unroll 1
+    for (int c = part; c < kRow - kPad; c += kShare) {
+      to[i][c] = i < count && c < width ? row[c] : from_float<T>(0.f);
+    }
   }
 }
 
@@ -121,17 +130,17 @@ struct PrepareShared {
 // Block (chunk number, query/key head), its value heads in turn. Warp 0 has K K^T and T~, warp 1 Q K^T and P.
 template <class T, int kKeys>
 __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_chunks(__grid_constant__ Inputs const p, ChunkRecord* records) {
+    prepare_chunks(__grid_constant__ Inputs const p, ChunkRecord* records, bool whole) {
   __shared__ PrepareShared<T, kKeys> s;
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = 2 * (lane % 4);
   int const key_head = static_cast<int>(blockIdx.x % p.heads), group = p.value_heads / p.heads;
   int64_t const number = blockIdx.x / p.heads;
   Chunk const chunk = find_chunk<kScanChunk>(p, number);
   if (chunk.tokens == 0) return;
-  copy_rows(s.rows[0], kKeys, token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token,
-            chunk.tokens, p.key_dim);
-  copy_rows(s.rows[1], kKeys, token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token,
-            chunk.tokens, p.key_dim);
+  copy_rows<kPrepareThreads>(s.rows[0], token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token,
+                             chunk.tokens, p.key_dim, whole);
+  copy_rows<kPrepareThreads>(s.rows[1], token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token,
+                             chunk.tokens, p.key_dim, whole);
   wait_copies();
   __syncthreads();
   s.norm[warp][lane] = p.qk_l2norm ? row_norm(s.rows[warp][lane]) : 1.f;
@@ -258,7 +267,7 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[kScanChunk / 8][4],
 template <class T, int kKeys>
 struct alignas(16) ScanStage {
   ChunkRows<T, kKeys> k, q;
-  ChunkRows<T, kMaxScanWarps * kWarpValues> v;  // and o, in the place of what has been read
+  ChunkRows<T, kScanValues> v;  // and o, in the place of what has been read
   ChunkRecord record;
 };
 
@@ -276,7 +285,7 @@ struct ScanState {
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (8 * n < p.key_dim && value + i / 2 * 8 < p.value_dim) {
+        if (8 * n + 2 * (lane % 4) + i % 2 < p.key_dim && value + i / 2 * 8 < p.value_dim) {
           f(s[n][i], at + i % 2 * state.key_stride + i / 2 * 8 * state.value_stride);
         }
       }
@@ -404,56 +413,60 @@ struct ScanState {
   }
 };
 
-// What a block scans.
+// What a block scans; o and v from its first column on.
+template <class T>
 struct ScanUnit {
-  Sequence sequence;
-  int64_t state, first_record;
-  int chunks, head, key_head, first, columns;  // of values
+  T const *q, *k, *v;
+  T* o;
+  ChunkRecord const* records;  // value_heads apart
+  int64_t state, length;
+  int chunks, first;  // column
 
-  __device__ void set(ForwardParams const& p) {
-    columns = static_cast<int>(blockDim.x) / kWarp * kWarpValues;
-    int const slices = static_cast<int>(ceil_div(p.value_dim, columns));
+  __device__ void set(ForwardParams const& p, ChunkRecord const* all_records) {
+    int const slices = static_cast<int>(ceil_div(p.value_dim, kScanValues));
     int64_t const n = blockIdx.x / slices / p.value_heads;
-    head = static_cast<int>(blockIdx.x / slices % p.value_heads);
-    key_head = head / (p.value_heads / p.heads);
-    first = static_cast<int>(blockIdx.x % slices) * columns;
+    int const head = static_cast<int>(blockIdx.x / slices % p.value_heads);
+    int const key_head = head / (p.value_heads / p.heads);
+    Sequence const sequence = portable::sequence(p, n);
+    first = static_cast<int>(blockIdx.x % slices) * kScanValues;
+    q = token_row<T const>(p.q, sequence.row, sequence.begin, key_head);
+    k = token_row<T const>(p.k, sequence.row, sequence.begin, key_head);
+    v = token_row<T const>(p.v, sequence.row, sequence.begin, head) + first;
+    o = token_row<T>(p.o, sequence.row, sequence.begin, head) + first;
+    records = all_records + first_chunk<kScanChunk>(p, n) * p.value_heads + head;
     state = n * p.value_heads + head;
-    sequence = portable::sequence(p, n);
+    length = sequence.length;
     chunks = static_cast<int>(ceil_div(sequence.length, kScanChunk));
-    first_record = first_chunk<kScanChunk>(p, n);
   }
 };
 
-// Block (slice of values, value head, sequence), slices of 16 columns per warp.
+// Block (slice of values, value head, sequence).
 template <class T, int kKeys>
-__global__ void __launch_bounds__(kMaxScanWarps* kWarp, kKeys <= 64 ? 3 : 2)
-    scan_chunks(__grid_constant__ ForwardParams const p, ChunkRecord const* records) {
+__global__ void __launch_bounds__(kChunkThreads, kKeys <= 64 ? 3 : 2)
+    scan_chunks(__grid_constant__ ForwardParams const p, ChunkRecord const* records, bool whole) {
   extern __shared__ __align__(16) char shared_bytes[];
   auto* const stages = reinterpret_cast<ScanStage<T, kKeys>*>(shared_bytes);  // 2
+  __shared__ ScanUnit<T> unit;  // and not in registers, of which there are none to spare
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  __shared__ ScanUnit unit;  // and not in registers, of which there are none to spare
-  if (threadIdx.x == 0) unit.set(p);
+  if (threadIdx.x == 0) unit.set(p, records);
   __syncthreads();
-  Sequence const& sequence = unit.sequence;
-  int const column = unit.first + warp * kWarpValues;
-  auto const begin = [&](int c) { return sequence.begin + int64_t{c} * kScanChunk; };
+  int const column = warp * kWarpValues, values = p.value_dim - unit.first;
   auto const count = [&](int c) {
-    return static_cast<int>(min(sequence.length - int64_t{c} * kScanChunk, int64_t{kScanChunk}));
+    return static_cast<int>(min(unit.length - int64_t{c} * kScanChunk, int64_t{kScanChunk}));
   };
   auto const load = [&](int c) {
     ScanStage<T, kKeys>& stage = stages[c % 2];
-    int64_t const token = begin(c);
-    int const tokens = count(c);
-    copy_rows(stage.k, kKeys, token_row<T const>(p.k, sequence.row, token, unit.key_head), p.k.token, tokens,
-              p.key_dim);
-    copy_rows(stage.q, kKeys, token_row<T const>(p.q, sequence.row, token, unit.key_head), p.q.token, tokens,
-              p.key_dim);
-    copy_rows(stage.v, unit.columns, token_row<T const>(p.v, sequence.row, token, unit.head) + unit.first,
-              p.v.token, tokens, p.value_dim - unit.first);
-    auto const* const from =
-        reinterpret_cast<char const*>(records + (unit.first_record + c) * p.value_heads + unit.head);
-    for (int e = threadIdx.x * 16; e < static_cast<int>(sizeof(ChunkRecord)); e += blockDim.x * 16) {
-      copy_16(reinterpret_cast<char*>(&stage.record) + e, from + e, true);
+    int64_t const token = int64_t{c} * kScanChunk;
+    copy_rows<kChunkThreads>(stage.k, unit.k + token * p.k.token, p.k.token, count(c), p.key_dim, whole);
+    copy_rows<kChunkThreads>(stage.q, unit.q + token * p.q.token, p.q.token, count(c), p.key_dim, whole);
+    copy_rows<kChunkThreads>(stage.v, unit.v + token * p.v.token, p.v.token, count(c), values, whole);
+    auto const* const from = reinterpret_cast<char const*>(unit.records + int64_t{c} * p.value_heads);
+#pragma unroll
+    for (int piece = 0; piece < static_cast<int>(sizeof(ChunkRecord)); piece += kChunkThreads * 16) {
+      int const e = piece + threadIdx.x * 16;
+      if (e < static_cast<int>(sizeof(ChunkRecord))) {
+        copy_16(reinterpret_cast<char*>(&stage.record) + e, from + e, true);
+      }
     }
   };
 
@@ -463,28 +476,36 @@ __global__ void __launch_bounds__(kMaxScanWarps* kWarp, kKeys <= 64 ? 3 : 2)
     return dense_state(data, unit.state, p.key_dim, p.value_dim, p.state_v_first);
   };
   if (p.initial_state != nullptr) {
-    scan.each(p, of_state(const_cast<float*>(p.initial_state)), column, lane,
+    scan.each(p, of_state(const_cast<float*>(p.initial_state)), unit.first + column, lane,
               [](float& s, float const* at) { s = *at; });
   }
   for (int c = 0; c < unit.chunks; ++c) {
-    asm volatile("" : "+r"(c));  // what follows from the number is computed again, as above
+    asm volatile("" : "+r"(c));  // what follows from the number is cheaper to compute again than to keep
     wait_copies();
     __syncthreads();  // chunk c is here, and nobody reads the other stage any more
     if (c + 1 < unit.chunks) load(c + 1);
-    if (column >= p.value_dim) continue;
+    if (column >= values) continue;
     ScanStage<T, kKeys>& stage = stages[c % 2];
-    scan.advance(stage, warp * kWarpValues, lane);
-    T* const rows = token_row<T>(p.o, sequence.row, begin(c), unit.head);
-    for (int e = lane; e < 2 * count(c); e += kWarp) {
-      int const i = e / 2, value = e % 2 * 8;
-      if (column + value < p.value_dim) {
-        *reinterpret_cast<uint4*>(rows + i * p.o.token + column + value) =
-            *reinterpret_cast<uint4 const*>(&stage.v[i][warp * kWarpValues + value]);
+    scan.advance(stage, column, lane);
+    T* const rows = unit.o + int64_t{c} * kScanChunk * p.o.token + column;
+    if (whole) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const i = 16 * half + lane / 2, value = lane % 2 * 8;
+        if (i < count(c) && column + value < values) {
+          *reinterpret_cast<uint4*>(rows + i * p.o.token + value) =
+              *reinterpret_cast<uint4 const*>(&stage.v[i][column + value]);
+        }
+      }
+    } else {
+      for (int e = lane; e < count(c) * kWarpValues; e += kWarp) {
+        int const i = e / kWarpValues, value = e % kWarpValues;
+        if (column + value < values) rows[i * p.o.token + value] = stage.v[i][column + value];
       }
     }
   }
   if (p.final_state == nullptr) return;
-  scan.each(p, of_state(p.final_state), column, lane, [](float s, float* at) { *at = s; });
+  scan.each(p, of_state(p.final_state), unit.first + column, lane, [](float s, float* at) { *at = s; });
 }
 
 }  // namespace lt2::gdn::portable

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstdlib>
-
 #include "common/cuda/launch.cuh"
 #include "gdn/cuda/portable/chunk_forward.cuh"
 #include "gdn/cuda/portable/launch.h"
@@ -19,18 +17,15 @@ Status with_keys(int key_dim, F const& f) {
   return f(std::integral_constant<int, 256>{});
 }
 
-// Warps of a block: fewer where blocks are fewer than multiprocessors.
-inline int scan_warps(ForwardParams const& p) {
-  if (char const* e = std::getenv("LT2_EXP_WARPS")) return std::atoi(e);
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  int warps = kMaxScanWarps;
-  while (warps > 1 &&
-         p.sequences * p.value_heads * ceil_div(p.value_dim, warps * kWarpValues) < multiprocessors) {
-    warps /= 2;
-  }
-  return warps;
+// Whether rows are made of aligned pieces of 16 bytes; o, which is new, then is as well.
+inline bool whole_pieces(ForwardParams const& p) {
+  auto const whole = [&](Strided const& x, int64_t heads, int dim) {
+    auto const pieces = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && dim % 8 == 0 && pieces(p.batch, x.batch) &&
+           pieces(p.tokens, x.token) && pieces(heads, x.head);
+  };
+  return whole(p.q, p.heads, p.key_dim) && whole(p.k, p.heads, p.key_dim) &&
+         whole(p.v, p.value_heads, p.value_dim) && whole(p.o, p.value_heads, p.value_dim);
 }
 
 template <Dtype kDtype>
@@ -39,14 +34,13 @@ Status launch_chunks(ForwardParams const& p, float* workspace, void* stream) {
   auto* const records = reinterpret_cast<ChunkRecord*>(workspace);
   return with_keys(p.key_dim, [&](auto keys) {
     constexpr int kKeys = decltype(keys)::value;
+    bool const whole = whole_pieces(p);
     Status const prepared = launch(prepare_chunks<T, kKeys>, chunk_numbers<kScanChunk>(p) * p.heads,
-                                   kPrepareThreads, 0, stream, Inputs(p), records);
+                                   kPrepareThreads, 0, stream, Inputs(p), records, whole);
     if (prepared != kOk) return prepared;
-    int const warps = scan_warps(p);
-    int64_t const slices = ceil_div(p.value_dim, warps * kWarpValues);
-    return launch(scan_chunks<T, kKeys>, p.sequences * p.value_heads * slices, warps * kWarp,
-                  static_cast<int>(2 * sizeof(ScanStage<T, kKeys>)), stream, p,
-                  static_cast<ChunkRecord const*>(records));
+    return launch(scan_chunks<T, kKeys>, p.sequences * p.value_heads * ceil_div(p.value_dim, kScanValues),
+                  kChunkThreads, static_cast<int>(2 * sizeof(ScanStage<T, kKeys>)), stream, p,
+                  static_cast<ChunkRecord const*>(records), whole);
   });
 }
 

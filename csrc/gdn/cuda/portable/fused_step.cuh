@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   int64_t const slot = s.slot_ids == nullptr ? row : s.slot_ids[row];
   bool const live = slot >= 0 && slot < s.slots;
   Tile tile;
-  auto const state_of = [&](int n) { return state_rows(s, live ? slot : 0, first_head + n / own); };
+  auto const state_of = [&](int n) { return state_rows<float>(s, live ? slot : 0, first_head + n / own); };
   if (live) tile.load(state_of(0), first_column(0), s.key_dim, s.value_dim);
   auto const each_output = [&](auto const& value) {
     for (int e = threadIdx.x; e < items * s.tokens * kColumns; e += kStepThreads) {

@@ -66,8 +66,11 @@ template <Dtype kDtype>
 Status launch_step(StepParams const& p, void* stream) {
   return with_tile(p.key_dim, [&](auto tile) {
     using Tile = decltype(tile);
-    return launch(step_kernel<Element<kDtype>, Tile>, slices<Tile>(p.batch, p.value_heads, p.value_dim),
-                  kScanThreads, 0, stream, p);
+    auto const run = [&](auto kernel) {
+      return launch(kernel, slices<Tile>(p.batch, p.value_heads, p.value_dim), kScanThreads, 0, stream, p);
+    };
+    return p.state_dtype == Dtype::kBFloat16 ? run(step_kernel<Element<kDtype>, __nv_bfloat16, Tile>)
+                                             : run(step_kernel<Element<kDtype>, float, Tile>);
   });
 }
 

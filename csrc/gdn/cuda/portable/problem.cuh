@@ -95,10 +95,12 @@ struct Workspace {
 };
 
 // A state, or a pool of them, whichever axis comes first.
-struct State {
-  float* data;
+template <class S>
+struct StateOf {
+  S* data;
   int64_t key_stride, value_stride;
 };
+using State = StateOf<float>;
 
 __device__ inline State dense_state(float* data, int64_t index, int key_dim, int value_dim,
                                     bool value_first) {

@@ -111,19 +111,21 @@ struct Column {
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) s[r] = 0.f;
   }
-  __device__ void load(State const& state, int column, int key_dim, int value_dim) {
-    float const* const data = state.data + column * state.value_stride;
+  template <class S>
+  __device__ void load(StateOf<S> const& state, int column, int key_dim, int value_dim) {
+    S const* const data = state.data + column * state.value_stride;
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      s[r] = column < value_dim && row(r) < key_dim ? data[row(r) * state.key_stride] : 0.f;
+      s[r] = column < value_dim && row(r) < key_dim ? to_float(data[row(r) * state.key_stride]) : 0.f;
     }
   }
-  __device__ void store(State const& state, int column, int key_dim, int value_dim) const {
+  template <class S>
+  __device__ void store(StateOf<S> const& state, int column, int key_dim, int value_dim) const {
     if (column >= value_dim) return;
-    float* const data = state.data + column * state.value_stride;
+    S* const data = state.data + column * state.value_stride;
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      if (row(r) < key_dim) data[row(r) * state.key_stride] = s[r];
+      if (row(r) < key_dim) data[row(r) * state.key_stride] = from_float<S>(s[r]);
     }
   }
 
@@ -304,7 +306,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
   }
 }
 
-template <class T, class Tile>
+template <class T, class S, class Tile>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     step_kernel(__grid_constant__ StepParams const p) {
   __shared__ Tokens<Tile> tokens;
@@ -319,8 +321,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     }
     return;
   }
-  State const pool{p.state + slot * p.state_slot + head * p.state_head, p.state_v_first ? 1 : p.state_row,
-                   p.state_v_first ? p.state_row : 1};
+  StateOf<S> const pool{static_cast<S*>(p.state) + slot * p.state_slot + head * p.state_head,
+                        p.state_v_first ? 1 : p.state_row, p.state_v_first ? p.state_row : 1};
   Column<Tile> state;
   state.load(pool, column, p.key_dim, p.value_dim);
 

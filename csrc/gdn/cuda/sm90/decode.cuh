@@ -7,6 +7,7 @@
 //   other keys.
 #pragma once
 
+#include "common/cuda/mma.cuh"
 #include "common/cuda/overlap.cuh"
 #include "gdn/cuda/portable/problem.cuh"
 
@@ -30,18 +31,20 @@ inline Status check_state(StepParams const& p) {
   if (p.key_dim < 1 || p.key_dim > portable::kMaxKeyDim) return "the fast CUDA step takes K in 1..256";
   if (p.batch > kMaxGridYZ || p.value_heads > kMaxGridYZ)
     return "the fast CUDA step takes up to 65535 rows and heads";
-  bool const aligned = reinterpret_cast<uintptr_t>(p.state) % (kPiece * sizeof(float)) == 0 &&
+  int const bytes = p.state_dtype == Dtype::kBFloat16 ? 2 : 4;
+  bool const aligned = reinterpret_cast<uintptr_t>(p.state) % (kPiece * bytes) == 0 &&
                        p.state_slot % kPiece == 0 && p.state_head % kPiece == 0 && p.state_row % kPiece == 0;
   if (contiguous % kPiece != 0 || !aligned) {
-    return "the fast CUDA step takes states in aligned pieces of 16 bytes: a last axis and strides of "
-           "multiples of 4";
+    return "the fast CUDA step takes states in aligned pieces of 16 bytes (bfloat16: 8): a last axis and "
+           "strides of multiples of 4";
   }
   return kOk;
 }
 
-// Of one state in the pool.
+// Of one state in the pool, of floats or bf16.
+template <class S>
 struct StateRows {
-  float* data;
+  S* data;
   int64_t stride;  // between rows, a multiple of kPiece
 };
 
@@ -68,7 +71,15 @@ struct StepWrites {
 };
 
 __device__ inline float4 load_piece(float const* p) { return __ldcg(reinterpret_cast<float4 const*>(p)); }
+__device__ inline float4 load_piece(__nv_bfloat16 const* p) {
+  uint2 const bits = __ldcg(reinterpret_cast<uint2 const*>(p));
+  float2 const x = unpack<__nv_bfloat16>(bits.x), y = unpack<__nv_bfloat16>(bits.y);
+  return {x.x, x.y, y.x, y.y};
+}
 __device__ inline void store_piece(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
+__device__ inline void store_piece(__nv_bfloat16* p, float4 x) {
+  *reinterpret_cast<uint2*>(p) = {pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w)};
+}
 
 __device__ inline float dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
@@ -102,22 +113,24 @@ struct ValueFirst {
   __device__ static bool leads() { return threadIdx.x % kLanes == 0; }  // of the threads with its columns
   __device__ static int key(int c) { return (c * kLanes + threadIdx.x % kLanes) * kPiece; }
 
-  template <class F>
-  __device__ static void each(StateRows const& state, int first, int key_dim, int value_dim, F const& f) {
+  template <class S, class F>
+  __device__ static void each(StateRows<S> const& state, int first, int key_dim, int value_dim, F const& f) {
 #pragma unroll
     for (int j = 0; j < kOwned; ++j) {
       int const row = first + column(j);
-      float* const data = state.data + row * state.stride;
+      S* const data = state.data + row * state.stride;
 #pragma unroll
       for (int c = 0; c < kPieces; ++c) f(j, c, data + key(c), row < value_dim && key(c) < key_dim);
     }
   }
-  __device__ void load(StateRows const& state, int first, int key_dim, int value_dim) {
+  template <class S>
+  __device__ void load(StateRows<S> const& state, int first, int key_dim, int value_dim) {
     each(state, first, key_dim, value_dim,
-         [&](int j, int c, float const* p, bool inside) { s[j][c] = inside ? load_piece(p) : float4{}; });
+         [&](int j, int c, S const* p, bool inside) { s[j][c] = inside ? load_piece(p) : float4{}; });
   }
-  __device__ void store(StateRows const& state, int first, int key_dim, int value_dim) const {
-    each(state, first, key_dim, value_dim, [&](int j, int c, float* p, bool inside) {
+  template <class S>
+  __device__ void store(StateRows<S> const& state, int first, int key_dim, int value_dim) const {
+    each(state, first, key_dim, value_dim, [&](int j, int c, S* p, bool inside) {
       if (inside) store_piece(p, s[j][c]);
     });
   }
@@ -176,20 +189,22 @@ struct KeyFirst {
   __device__ static bool leads() { return threadIdx.x < kLanes; }
   __device__ static int key(int r) { return r * kGroups + threadIdx.x / kLanes; }
 
-  template <class F>
-  __device__ static void each(StateRows const& state, int first, int key_dim, int value_dim, F const& f) {
+  template <class S, class F>
+  __device__ static void each(StateRows<S> const& state, int first, int key_dim, int value_dim, F const& f) {
     int const at = first + column(0);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       f(r, state.data + key(r) * state.stride + at, key(r) < key_dim && at < value_dim);
     }
   }
-  __device__ void load(StateRows const& state, int first, int key_dim, int value_dim) {
+  template <class S>
+  __device__ void load(StateRows<S> const& state, int first, int key_dim, int value_dim) {
     each(state, first, key_dim, value_dim,
-         [&](int r, float const* p, bool inside) { s[r] = inside ? load_piece(p) : float4{}; });
+         [&](int r, S const* p, bool inside) { s[r] = inside ? load_piece(p) : float4{}; });
   }
-  __device__ void store(StateRows const& state, int first, int key_dim, int value_dim) const {
-    each(state, first, key_dim, value_dim, [&](int r, float* p, bool inside) {
+  template <class S>
+  __device__ void store(StateRows<S> const& state, int first, int key_dim, int value_dim) const {
+    each(state, first, key_dim, value_dim, [&](int r, S* p, bool inside) {
       if (inside) store_piece(p, s[r]);
     });
   }
@@ -349,8 +364,9 @@ struct Gates {
   }
 };
 
-__device__ inline StateRows state_rows(StepParams const& p, int64_t slot, int head) {
-  return {p.state + slot * p.state_slot + head * p.state_head, p.state_row};
+template <class S>
+__device__ StateRows<S> state_rows(StepParams const& p, int64_t slot, int head) {
+  return {static_cast<S*>(p.state) + slot * p.state_slot + head * p.state_head, p.state_row};
 }
 
 // Blocks per multiprocessor that the register budget is for; at least 64 KB of state are then in flight.
@@ -362,7 +378,7 @@ constexpr int min_blocks() {
 
 // Block (slice of columns, value head, row). The state is asked for first; where a slot leads to it, while
 // the slot is on its way, everything else. All of that is prepared before the state arrives.
-template <class T, class Tile>
+template <class T, class S, class Tile>
 __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
     decode_kernel(__grid_constant__ StepParams const p) {
   __shared__ typename Tile::Keys key_rows;
@@ -377,7 +393,7 @@ __global__ void __launch_bounds__(kStepThreads, min_blocks<Tile>())
 
   int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
   bool const live = slot >= 0 && slot < p.slots;
-  StateRows const state = state_rows(p, live ? slot : 0, head);
+  StateRows<S> const state = state_rows<S>(p, live ? slot : 0, head);
   Tile tile;
   if (p.slot_ids == nullptr) tile.load(state, first, p.key_dim, p.value_dim);
   KeyRow<T, Tile::kKeys> keys;

@@ -13,7 +13,11 @@ dim3 grid(StepParams const& p, int columns) {
 
 template <class T, class Tile>
 Status run_tile(StepParams const& p, void* stream) {
-  return launch_overlapped(decode_kernel<T, Tile>, grid(p, Tile::kColumns), kStepThreads, 0, 1, stream, p);
+  auto const run = [&](auto kernel) {
+    return launch_overlapped(kernel, grid(p, Tile::kColumns), kStepThreads, 0, 1, stream, p);
+  };
+  return p.state_dtype == Dtype::kBFloat16 ? run(decode_kernel<T, __nv_bfloat16, Tile>)
+                                           : run(decode_kernel<T, float, Tile>);
 }
 
 template <class T, class Fine, class Middle, class Coarse = Middle>
