@@ -8,34 +8,34 @@ FusedSizes fused_sizes(StepParams const& p, int columns) {
   int const most = runs_sm90_code() ? kMaxCluster : 1;
   int const own = static_cast<int>(ceil_div(slices, most)), group = p.value_heads / p.heads;
   int const blocks = static_cast<int>(ceil_div(slices, own));
-  return {slices, blocks, own * group, group, static_cast<int>(ceil_div(2 * p.key_dim, blocks))};
+  return {slices, blocks, own, group, static_cast<int>(ceil_div(2 * p.key_dim, blocks))};
 }
 
-// With fewer blocks than this, states are cut finer.
-constexpr int64_t kFewBlocks = 2 * 132;
+// Wide tiles make clusters of half as many blocks. Measured: faster from so many clusters on, where a machine
+// is filled once or a few times, but neither with a few clusters nor with very many.
+constexpr int64_t kSomeClusters = 64, kManyClusters = 1024;
 
-template <class Fine, class Coarse, class F>
+template <class Tile, class Wide, class F>
 Status with_either(StepParams const& p, F const& f) {
-  static_assert(Fine::kKeys == Coarse::kKeys && Fine::kColumns < Coarse::kColumns);
-  int const fine = fused_sizes(p, Fine::kColumns).blocks, coarse = fused_sizes(p, Coarse::kColumns).blocks;
-  return p.batch * p.heads * coarse < kFewBlocks && coarse < fine ? f(Fine{}) : f(Coarse{});
+  int64_t const clusters = p.batch * p.heads;
+  return clusters >= kSomeClusters && clusters < kManyClusters ? f(Wide{}) : f(Tile{});
 }
 
 // f(tile) with a tile of both layouts for K.
 template <class F>
 Status with_tile(StepParams const& p, F const& f) {
   if (p.state_v_first) {
-    if (p.key_dim <= 64) return with_either<ValueFirst<8, 2, 1>, ValueFirst<4, 4, 1>>(p, f);
-    if (p.key_dim <= 96) return with_either<ValueFirst<8, 3, 1>, ValueFirst<8, 3, 2>>(p, f);
-    if (p.key_dim <= 128) return with_either<ValueFirst<8, 4, 1>, ValueFirst<8, 4, 2>>(p, f);
-    if (p.key_dim <= 192) return with_either<ValueFirst<16, 3, 1>, ValueFirst<16, 3, 3>>(p, f);
-    return with_either<ValueFirst<16, 4, 1>, ValueFirst<16, 4, 2>>(p, f);
+    if (p.key_dim <= 64) return f(ValueFirst<4, 4, 1>{});
+    if (p.key_dim <= 96) return f(ValueFirst<8, 3, 2>{});
+    if (p.key_dim <= 128) return with_either<ValueFirst<8, 4, 2>, ValueFirst<8, 4, 4>>(p, f);
+    if (p.key_dim <= 192) return f(ValueFirst<16, 3, 3>{});
+    return f(ValueFirst<16, 4, 2>{});
   }
-  if (p.key_dim <= 64) return with_either<KeyFirst<4, 2>, KeyFirst<8, 4>>(p, f);
-  if (p.key_dim <= 96) return with_either<KeyFirst<4, 3>, KeyFirst<8, 6>>(p, f);
-  if (p.key_dim <= 128) return with_either<KeyFirst<4, 4>, KeyFirst<8, 8>>(p, f);
-  if (p.key_dim <= 192) return with_either<KeyFirst<4, 6>, KeyFirst<8, 12>>(p, f);
-  return with_either<KeyFirst<4, 8>, KeyFirst<8, 16>>(p, f);
+  if (p.key_dim <= 64) return f(KeyFirst<8, 4>{});
+  if (p.key_dim <= 96) return f(KeyFirst<8, 6>{});
+  if (p.key_dim <= 128) return with_either<KeyFirst<8, 8>, KeyFirst<16, 16>>(p, f);
+  if (p.key_dim <= 192) return f(KeyFirst<8, 12>{});
+  return f(KeyFirst<8, 16>{});
 }
 
 template <class T>

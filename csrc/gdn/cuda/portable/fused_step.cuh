@@ -40,15 +40,19 @@ struct FusedShared {
 
 struct FusedSizes {
   int slices, blocks;  // of a state, of a cluster
-  int items, group;    // of a block at most, value heads of a query/key head
+  int own, group;      // slices of a block at most, value heads of a query/key head
   int share;           // channels of q and k whose windows a block writes
 
   template <class T, class Tile>
   int shared_bytes(int width) const {
-    return static_cast<int>(sizeof(FusedShared<Tile>) + items * sizeof(FusedItem<Tile>) +
+    return static_cast<int>(sizeof(FusedShared<Tile>) + own * group * sizeof(FusedItem<Tile>) +
                             blocks * group * kMaxStepTokens * sizeof(float) + share * width * sizeof(T));
   }
 };
+
+// Most calls have one token and blocks with one slice: no division then.
+__device__ __forceinline__ int quotient(int a, int b) { return b == 1 ? a : a / b; }
+__device__ __forceinline__ int remainder(int a, int b) { return b == 1 ? 0 : a % b; }
 
 // Block (rank in its cluster, query/key head, row); block r has the slices r, r + blocks, ..
 template <class T, class Tile>
@@ -58,14 +62,14 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   constexpr int kColumns = Tile::kColumns;
   StepParams const& s = p.step;
   int const rank = blockIdx.x, blocks = sizes.blocks, key_head = blockIdx.y, group = sizes.group;
-  int const first_head = key_head * group, own = (sizes.slices - rank + blocks - 1) / blocks,
-            items = group * own;
+  int const first_head = key_head * group;
+  int const own = quotient(sizes.slices - rank + blocks - 1, blocks), items = group * own;
   int64_t const row = blockIdx.z;
   auto& shared = *reinterpret_cast<FusedShared<Tile>*>(shared_bytes);
   auto* const item = reinterpret_cast<FusedItem<Tile>*>(&shared + 1);  // number g * own + l
-  float* const squares = reinterpret_cast<float*>(item + sizes.items);
+  float* const squares = reinterpret_cast<float*>(item + group * sizes.own);
   T* const windows = reinterpret_cast<T*>(squares + blocks * group * kMaxStepTokens);
-  auto const first_column = [&](int n) { return (rank + n % own * blocks) * kColumns; };
+  auto const first_column = [&](int n) { return (rank + remainder(n, own) * blocks) * kColumns; };
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
   cluster_arrive();
@@ -74,12 +78,14 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   int64_t const slot = s.slot_ids == nullptr ? row : s.slot_ids[row];
   bool const live = slot >= 0 && slot < s.slots;
   Tile tile;
-  auto const state_of = [&](int n) { return state_rows<float>(s, live ? slot : 0, first_head + n / own); };
+  auto const state_of = [&](int n) {
+    return state_rows<float>(s, live ? slot : 0, first_head + quotient(n, own));
+  };
   if (live) tile.load(state_of(0), first_column(0), s.key_dim, s.value_dim);
   auto const each_output = [&](auto const& value) {
     for (int e = threadIdx.x; e < items * s.tokens * kColumns; e += kStepThreads) {
-      int const c = e % kColumns, i = e / kColumns % s.tokens, n = e / kColumns / s.tokens;
-      int const column = first_column(n) + c, head = first_head + n / own;
+      int const c = e % kColumns, i = remainder(e / kColumns, s.tokens), n = quotient(e / kColumns, s.tokens);
+      int const column = first_column(n) + c, head = first_head + quotient(n, own);
       if (column < s.value_dim)
         token_row<T>(s.o, row, i, head)[column] = from_float<T>(value(n, i, c, head, column));
     }
@@ -115,7 +121,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
         int const n = e / kColumns, c = e % kColumns, column = first_column(n) + c;
         if (column < s.value_dim) {
           int64_t const channel =
-              int64_t{s.heads} * keys + int64_t{first_head + n / own} * s.value_dim + column;
+              int64_t{s.heads} * keys + int64_t{first_head + quotient(n, own)} * s.value_dim + column;
           Channel of_value;
           of_value.load(p.conv, row, slot, channel);
           of_value.advance(p.conv, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
@@ -124,9 +130,9 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
           for (int i = 0; i < s.tokens; ++i) item[n].writes.v[i][c] = 0.f;
         }
       } else {
-        int const c = e % kColumns, i = (e - channels) / kColumns % s.tokens,
-                  n = (e - channels) / kColumns / s.tokens;
-        int const column = first_column(n) + c, head = first_head + n / own;
+        int const c = e % kColumns, line = (e - channels) / kColumns;
+        int const i = remainder(line, s.tokens), n = quotient(line, s.tokens);
+        int const column = first_column(n) + c, head = first_head + quotient(n, own);
         Gates gates;
         if (c == 0) gates.load(s, row, i, head);
         if (column < s.value_dim) {
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
 
   cluster_wait();
   for (int e = warp; e < group * s.tokens; e += kStepWarps) {
-    int const g = e / s.tokens, i = e % s.tokens;
+    int const g = quotient(e, s.tokens), i = remainder(e, s.tokens);
     float sum = 0.f;  // columns beyond the state are zeros
     for (int c = lane; c < own * kColumns; c += kWarp) {
       float const x = item[g * own + c / kColumns].o[i][c % kColumns];
@@ -204,7 +210,8 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   cluster_wait();
   each_output([&](int n, int i, int c, int, int) {
     float sum = 0.f;
-    for (int r = 0; r < blocks; ++r) sum += squares[(r * group * kMaxStepTokens) + n / own * s.tokens + i];
+    for (int r = 0; r < blocks; ++r)
+      sum += squares[(r * group * kMaxStepTokens) + quotient(n, own) * s.tokens + i];
     return item[n].o[i][c] * rsqrtf(sum / s.value_dim + p.eps) * item[n].factor[i][c];
   });
 }

@@ -4,7 +4,7 @@ namespace lt2::gdn::sm90 {
 namespace {
 
 // Below so many blocks states are cut finer, from so many on coarser.
-constexpr int64_t kFewBlocks = 3 * 132 / 2, kManyBlocks = 8 * 132;
+constexpr int64_t kFewBlocks = 128, kManyBlocks = 8 * 132;
 
 dim3 grid(StepParams const& p, int columns) {
   return dim3(static_cast<unsigned>(ceil_div(p.value_dim, columns)), p.value_heads,
