@@ -664,6 +664,7 @@ def test_float16_on_cuda(device):
         check_against_oracle(chunk_gated_delta_rule, x)
 
 
+@pytest.mark.slow
 @pytest.mark.cuda
 def test_portable_kernels():
     """The shapes that kernels for one architecture take, without those kernels."""

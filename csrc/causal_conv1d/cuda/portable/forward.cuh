@@ -64,7 +64,7 @@ struct StepChannel {
   __device__ void load(StepParams const& p, int64_t row, int64_t slot, int64_t channel) {
     x = token_row<T const>(p.x, row, 0, channel);
     state = static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
-    next[0] = *x;
+    next[0] = p.tokens > 0 ? *x : T(0.f);  // without tokens there is no x
     taps = Taps<1, kTaps>(p.weight, p.bias, p.width, channel);
     if constexpr (kPacked) {
       auto const four = RowOf<T, 4>::load(state);
