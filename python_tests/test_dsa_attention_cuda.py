@@ -104,9 +104,12 @@ def test_a_scale_that_is_not_positive():
 @pytest.mark.parametrize("topk", [40, 5])
 def test_keys_reach_only_the_queries_that_select_them(topk, poison, dtype):
     x, indices = inputs(1, 200, 200, 4, 2, 64, 64, dtype), any_indices(1, 200, 200, topk)
+    key = 90
+    for query in (110, 150):
+        if not bool((indices[0, query] == key).any()):
+            indices[0, query, 0] = key
     cotangents = on("cuda", {"o": torch.randn(1, 200, 4, 64).to(dtype), "lse": torch.randn(1, 200, 4)})
     clean = with_gradients(dsa_attention, on("cuda", x), indices.cuda(), cotangents)
-    key = 90
     for tensor in (x["k"], x["v"]):
         tensor[:, key] = poison
     dirty = with_gradients(dsa_attention, on("cuda", x), indices.cuda(), cotangents)
@@ -119,9 +122,26 @@ def test_keys_reach_only_the_queries_that_select_them(topk, poison, dtype):
     assert not bool(dirty["o"][:, ~others].isfinite().any(-1).all())
 
 
+def against_float32(x, indices):
+    """The kernels for float32 gather for each query alone; others check them against the oracle."""
+    dtype, shape = x["q"].dtype, x["q"].shape
+    cotangents = on("cuda", {"o": torch.randn(shape).to(dtype), "lse": torch.randn(shape[:3])})
+    single = {n: t.float() for n, t in x.items()}
+    want = with_gradients(dsa_attention, single, indices, cotangents | {"o": cotangents["o"].float()})
+    for name, got in with_gradients(dsa_attention, x, indices, cotangents).items():
+        check_close(name, got, want[name].double(), kind="grad" if name.startswith("d") else "out", dtype=dtype)
+
+
 @halves
-def test_the_same_bits_every_time(dtype):
-    x, indices = on("cuda", inputs(2, 700, 700, 8, 2, 128, 128, dtype)), any_indices(2, 700, 700, 128).cuda()
+@pytest.mark.parametrize("topk", [90, 40], ids=["masks", "alone"])
+def test_gradients_of_sparse_selections(topk, dtype):
+    against_float32(on("cuda", inputs(1, 300, 3000, 2, 2, 128, 128, dtype)), any_indices(1, 300, 3000, topk).cuda())
+
+
+@halves
+@pytest.mark.parametrize("topk", [128, 16])
+def test_the_same_bits_every_time(topk, dtype):
+    x, indices = on("cuda", inputs(2, 700, 700, 8, 2, 128, 128, dtype)), any_indices(2, 700, 700, topk).cuda()
     cotangents = on("cuda", {"o": torch.randn(2, 700, 8, 128).to(dtype), "lse": torch.randn(2, 700, 8)})
     first = with_gradients(dsa_attention, x, indices, cotangents)
     for _ in range(3):

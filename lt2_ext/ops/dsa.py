@@ -103,7 +103,8 @@ def dsa_attention(
     autocast dtype.
 
     Args:
-        q: ``[B, T, HQ, D]`` float32 or bfloat16, D a multiple of 8; any strides. HQ is a multiple of H.
+        q: ``[B, T, HQ, D]`` float32 or bfloat16 (on CUDA also float16), D a multiple of 8; any strides. HQ is a
+            multiple of H.
         k, v: ``[B, S, H, D]`` and ``[B, S, H, DV]`` in the dtype of q, DV a multiple of 8.
         indices: ``[B, T, topk]`` int32 in any order, counted from the first key of the document. Those of keys that the
             query does not see are ignored, whatever their value (-1 is customary). A key that is named twice counts
@@ -115,11 +116,12 @@ def dsa_attention(
     Returns:
         ``o`` ``[B, T, HQ, DV]`` in the dtype of q, and if wanted ``lse`` ``[B, T, HQ]`` float32 (natural logarithm). A
         query without a key gives ``o = 0``, ``lse = -inf`` and has no gradient. Differentiable in q, k, v, also through
-        lse; gradients do not depend on the number of threads.
+        lse; gradients do not depend on the number of threads, nor on scheduling.
 
     Raises:
         ValueError: a wrong shape or dtype; with checks on, a visible key named twice by one query.
-        RuntimeError: offsets that do not ascend within the tokens; a CUDA tensor (not supported on CUDA).
+        RuntimeError: offsets that do not ascend within the tokens (on CUDA they are clamped to them); on CUDA, D or DV
+            above 256.
     """
     op = "dsa_attention"
     q, k, v = autocast(q, q, k, v)

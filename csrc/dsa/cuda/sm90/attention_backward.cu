@@ -1,7 +1,6 @@
-#include "dsa/cuda/sm90/attention_backward.cuh"
-
 #include <algorithm>
 
+#include "dsa/cuda/sm90/attention_backward.cuh"
 #include "dsa/cuda/sm90/attention_launch.cuh"
 
 namespace lt2::dsa::sm90 {
@@ -27,31 +26,25 @@ __global__ void __launch_bounds__(kTile) transpose_kernel(Masks const masks, uin
   }
 }
 
-struct Parts {
-  BackwardLaunch launch;
-  float* gather;  // workspace of the gathering kernels, which run when all other parts are done with
-  int64_t floats;
+// lse and delta, [B, HQ, tokens] each.
+struct Rows {
+  int64_t tokens;
+  float *lse, *delta;
 };
+Rows take_rows(AttentionParams const& p, Arena& arena) {
+  int64_t const tokens = portable::ceil_div(p.tokens, kTile) * kTile, size = p.batch * p.query_heads * tokens;
+  float* const lse = arena.take<float>(size);
+  return {tokens, lse, arena.take<float>(size)};
+}
 
-Parts backward_parts(AttentionBackwardParams const& p, float* workspace) {
-  MaskParts const mask = mask_parts(p, workspace);
-  int64_t floats = mask.floats;
-  auto const take = [&](int64_t count) {
-    float* const part = workspace + floats;
-    floats += portable::ceil_div(count, 64) * 64;
-    return part;
-  };
-  float* const gather = take(0);
-  int64_t const tokens = mask.masks.query_tiles * kTile;
-  auto const* const key_bits =
-      reinterpret_cast<uint4 const*>(take(p.batch * tokens * mask.masks.key_tiles * 4));
-  float const* const lse = take(p.batch * p.query_heads * tokens);
-  float const* const delta = take(p.batch * p.query_heads * tokens);
-  int64_t const partial = p.query_heads == p.key_heads ? 0 : p.batch * p.query_heads * p.keys * p.dim;
-  float *const dk = take(partial), *const dv = take(partial);
-  BackwardLaunch const launch{
-      p, mask.masks, key_bits, lse, delta, partial == 0 ? nullptr : dk, partial == 0 ? nullptr : dv};
-  return {launch, gather, std::max(floats, mask.floats + portable::attention_backward_workspace(p))};
+BackwardLaunch take_launch(AttentionBackwardParams const& p, Arena& arena, int* redo, Rows const& rows) {
+  BackwardLaunch a{p, take_masks(p, arena, redo), nullptr, rows.lse, rows.delta, nullptr, nullptr};
+  a.key_bits = arena.take<uint4>(p.batch * a.masks.query_tiles * a.masks.key_tiles * kTile);
+  if (p.query_heads != p.key_heads) {
+    a.dk = arena.take<float>(p.batch * p.query_heads * p.keys * p.dim);
+    a.dv = arena.take<float>(p.batch * p.query_heads * p.keys * p.dim);
+  }
+  return a;
 }
 
 template <class Traits>
@@ -74,45 +67,57 @@ Status launch_backward(BackwardLaunch const& a, void* stream) {
                                          {&maps.dk, keys(p, p.dk, kDim), kTileSide},
                                          {&maps.dv, keys(p, p.dv, kDim), kTileSide}});
   if (made != kOk) return made;
-  int64_t const pieces = kDim / portable::kElements,
-                rows = p.batch * a.masks.query_tiles * kTile * p.query_heads;
-  Status const stats =
-      launch(row_kernel<T, kDim>, portable::ceil_div(rows * pieces, portable::kThreads), portable::kThreads,
-             0, stream, a, const_cast<float*>(a.lse), const_cast<float*>(a.delta));
-  if (stats != kOk) return stats;
   Status const of_keys = launch_pass<BackwardTraits<T, kDim, true>>(a, maps, stream);
   if (of_keys != kOk) return of_keys;
   Status const of_queries = launch_pass<BackwardTraits<T, kDim, false>>(a, maps, stream);
   if (of_queries != kOk || a.dk == nullptr) return of_queries;
-  return launch(sum_parts<T, kDim>,
-                portable::ceil_div(p.batch * p.keys * p.key_heads * pieces, portable::kThreads),
-                portable::kThreads, 0, stream, a);
+  int64_t const pieces = p.batch * p.keys * p.key_heads * kDim / portable::kElements;
+  return launch(sum_parts<T, kDim>, portable::ceil_div(pieces, portable::kThreads), portable::kThreads, 0,
+                stream, a);
+}
+
+template <Dtype kDtype, int kDim>
+Status launch_rows(AttentionBackwardParams const& p, Rows const& rows, void* stream) {
+  int64_t const pieces = p.batch * p.query_heads * rows.tokens * kDim / portable::kElements;
+  return launch(row_kernel<Element<kDtype>, kDim>, portable::ceil_div(pieces, portable::kThreads),
+                portable::kThreads, 0, stream, p, rows.tokens, rows.lse, rows.delta);
 }
 
 }  // namespace
 
 Status attention_backward_supports(AttentionBackwardParams const& p) {
+  if (!fits_masks(p)) return "the Hopper kernels of the backward pass take S up to 64 topk";
   if (!tma_compatible(queries(p, p.dout, p.dim)))
     return "the Hopper kernels take a gradient of o with strides of multiples of 8 elements";
-  if (p.keys > 64 * p.topk) return "the Hopper kernels of the backward pass take S up to 64 topk";
   return attention_supports(p);
 }
 
+// The gathering kernels, if they run, take the place of all but the flag.
 int64_t attention_backward_workspace(AttentionBackwardParams const& p) {
-  return backward_parts(p, nullptr).floats;
+  Arena arena{nullptr};
+  int* const redo = arena.take<int>(1);
+  int64_t const gathering = arena.floats + portable::attention_backward_workspace(p);
+  take_launch(p, arena, redo, take_rows(p, arena));
+  return std::max(arena.floats, gathering);
 }
 
 Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* stream) {
-  Parts const parts = backward_parts(p, workspace);
-  BackwardLaunch const& a = parts.launch;
+  Arena arena{workspace};
+  int* const redo = arena.take<int>(1);
+  float* const rest = workspace + arena.floats;
+  Rows const rows = take_rows(p, arena);
+  BackwardLaunch const a = take_launch(p, arena, redo, rows);
+  if (Status const s = clear(redo, stream); s != kOk) return s;
   if (Status const s = make_masks(p, a.masks, stream); s != kOk) return s;
   Status const transposed =
       launch(transpose_kernel, p.batch * a.masks.query_tiles * a.masks.key_tiles, kTile, 0, stream, a.masks,
              reinterpret_cast<uint32_t*>(const_cast<uint4*>(a.key_bits)));
   if (transposed != kOk) return transposed;
-  Status const dense =
-      with_shape(p, [&](auto dtype, auto dim) { return launch_backward<dtype, dim>(a, stream); });
-  return dense != kOk ? dense : portable::attention_backward_if(p, parts.gather, stream, a.masks.redo);
+  Status const dense = with_shape(p, [&](auto dtype, auto dim) {
+    Status const stats = launch_rows<dtype, dim>(p, rows, stream);
+    return stats != kOk ? stats : launch_backward<dtype, dim>(a, stream);
+  });
+  return dense != kOk ? dense : portable::attention_backward_if(p, rest, stream, redo);
 }
 
 }  // namespace lt2::dsa::sm90

@@ -137,39 +137,24 @@ __device__ void store_gradient(float (&x)[Traits::kDim / 2], float factor, char*
   }
 }
 
-template <class Traits>
-__device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch const& a,
-                              BackwardMaps const& maps, BackwardUnit const& unit, int group, int thread) {
-  using T = typename Traits::T;
-  constexpr int kDim = Traits::kDim, kStages = Traits::kStages;
-  constexpr bool kKeys = Traits::kKeys;
-  int const warp = thread / kWarp, lane = thread % kWarp, row = 16 * warp + lane / 4;
-  float const scale = a.p.scale * portable::kLog2E;
-  uint64_t const stay_a = k_major(shared.a[group]), stay_b = k_major(shared.b[group]);
-  float row_lse[2], row_delta[2];
-  if constexpr (!kKeys) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int64_t const at =
-          ((int64_t{unit.row} * a.p.query_heads + unit.head) * a.masks.query_tiles + unit.tile) * kTile +
-          group * kTileSide + row + 8 * half;
-      row_lse[half] = a.lse[at];
-      row_delta[half] = a.delta[at];
-    }
-  }
-  float s[kStep / 2], dp[kStep / 2], sum[kDim / 2] = {}, values[kKeys ? kDim / 2 : 1] = {};
+// What a warpgroup computes: 64 rows a, b against 64 rows x, y. With kKeys a, b are keys and values.
+template <class T, int kDim, bool kKeys>
+struct Gradients {
+  float s[kStep / 2], dp[kStep / 2], sum[kDim / 2], values[kKeys ? kDim / 2 : 1];
   uint32_t weights[kStep / 4], slopes[kStep / 4];
 
-  // out = rows that stay, times rows that pass.
-  auto const start_product = [&](float (&out)[kStep / 2], uint64_t stay, char const* passing) {
+  static __device__ __forceinline__ void multiply(float (&out)[kStep / 2], uint64_t stay,
+                                                  char const* passing) {
     uint64_t const rows = k_major(passing);
     pin(out);
     wgmma_begin();
 #pragma unroll
     for (int j = 0; j < kDim / 16; ++j) wgmma<T, kStep>(out, stay + k_step(j), rows + k_step(j), j > 0);
     wgmma_commit();
-  };
-  auto const accumulate = [&](float (&to)[kDim / 2], uint32_t const(&factors)[kStep / 4], char const* rows) {
+  }
+
+  static __device__ __forceinline__ void accumulate(float (&to)[kDim / 2],
+                                                    uint32_t const (&factors)[kStep / 4], char const* rows) {
     uint64_t const b = row_major(rows);
     pin(to);
     wgmma_begin();
@@ -178,43 +163,42 @@ __device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch co
       wgmma<T, kDim, Major::MN>(to, factors + 4 * j, b + j * kRowStep, true);
     }
     wgmma_commit();
-  };
-  auto const step = [&](int u) {
-    int const stage = u % kStages;
-    shared.loaded[stage].wait((u / kStages) & 1);
-    start_product(s, stay_a, shared.x[stage]);
-    wgmma_wait<1>();  // the sums of the step before
+  }
+
+  // Adds to the sums, which are still under way on return. `previous` is called
+  // when those of the step before are complete. lse and delta are of the 64 rows that pass, or of the
+  // thread's two rows.
+  template <class F>
+  __device__ __forceinline__ void add(char const* a, char const* b, char const* x, char const* y,
+                                      uint32_t const (&bits)[2], float const* lse, float const* delta,
+                                      float scale, int lane, F const& previous) {
+    multiply(s, k_major(a), x);
+    wgmma_wait<1>();
     pin(sum);
     if constexpr (kKeys) pin(values);
-    if (u > 0 && lane == 0) shared.released[(u - 1) % kStages].arrive();
-    start_product(dp, stay_b, shared.y[stage]);
+    previous();
+    multiply(dp, k_major(b), y);
     wgmma_wait<1>();
     pin(s);
-    uint32_t bits[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      bits[half] = reinterpret_cast<uint32_t const*>(shared.mask[stage] + group * kTileSide + row +
-                                                     8 * half)[lane % 4] >>
-                   (u % 2 * 16);
-    }
+    auto const of = [&](float const* stats, int n, int half) {
+      if constexpr (kKeys) return *reinterpret_cast<float2 const*>(stats + 8 * n + 2 * (lane % 4));
+      return float2{stats[half], stats[half]};
+    };
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
-      float2 lse;
-      if constexpr (kKeys) lse = *reinterpret_cast<float2 const*>(shared.lse[stage] + 8 * n + 2 * (lane % 4));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * n + 2 * half + e];
-          float const p = exp2_fast(x * scale - (kKeys ? (e == 0 ? lse.x : lse.y) : row_lse[half]));
-          x = bits[half] & (1u << (2 * n + e)) ? p : 0.f;
-        }
+        float2 const l = of(lse, n, half);
+        int const i = 4 * n + 2 * half;
+        float const first = exp2_fast(s[i] * scale - l.x), second = exp2_fast(s[i + 1] * scale - l.y);
+        s[i] = bits[half] & (1u << (2 * n)) ? first : 0.f;
+        s[i + 1] = bits[half] & (1u << (2 * n + 1)) ? second : 0.f;
       }
     }
     pack_pairs<T>(weights, s);
     if constexpr (kKeys) {
       pin(weights);
-      accumulate(values, weights, shared.y[stage]);
+      accumulate(values, weights, y);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
@@ -222,33 +206,69 @@ __device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch co
     pin(dp);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
-      float2 delta;
-      if constexpr (kKeys)
-        delta = *reinterpret_cast<float2 const*>(shared.delta[stage] + 8 * n + 2 * (lane % 4));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float const first = kKeys ? delta.x : row_delta[half], second = kKeys ? delta.y : row_delta[half];
+        float2 const d = of(delta, n, half);
         int const i = 4 * n + 2 * half;
         float2 const p = unpack<T>(weights[i / 2]);
-        slopes[i / 2] = pack<T>(p.x * (dp[i] - first), p.y * (dp[i + 1] - second));
+        slopes[i / 2] = pack<T>(p.x * (dp[i] - d.x), p.y * (dp[i + 1] - d.y));
       }
     }
     pin(slopes);
-    accumulate(sum, slopes, shared.x[stage]);
-  };
+    accumulate(sum, slopes, x);
+  }
 
-  shared.stay.wait(0);
-  int const steps = 2 * shared.count;
-  if (steps > 0) {
-    for (int u = 0; u < steps; ++u) step(u);
+  __device__ __forceinline__ void finish() {
     wgmma_wait<0>();
     pin(sum);
     if constexpr (kKeys) pin(values);
   }
-  store_gradient<Traits>(sum, a.p.scale, shared.a[group], kKeys ? maps.dk : maps.dq, kKeys ? a.dk : nullptr,
+};
+
+template <class Traits>
+__device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch const& a,
+                              BackwardMaps const& maps, BackwardUnit const& unit, int group, int thread) {
+  constexpr int kDim = Traits::kDim, kStages = Traits::kStages;
+  constexpr bool kKeys = Traits::kKeys;
+  int const warp = thread / kWarp, lane = thread % kWarp, row = group * kTileSide + 16 * warp + lane / 4;
+  float const scale = a.p.scale * portable::kLog2E;
+  float row_lse[2], row_delta[2];
+  if constexpr (!kKeys) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int64_t const at =
+          ((int64_t{unit.row} * a.p.query_heads + unit.head) * a.masks.query_tiles + unit.tile) * kTile +
+          row + 8 * half;
+      row_lse[half] = a.lse[at];
+      row_delta[half] = a.delta[at];
+    }
+  }
+  Gradients<typename Traits::T, kDim, kKeys> g;
+#pragma unroll
+  for (float& x : g.sum) x = 0.f;
+#pragma unroll
+  for (float& x : g.values) x = 0.f;
+  shared.stay.wait(0);
+  int const steps = 2 * shared.count;
+  for (int u = 0; u < steps; ++u) {
+    int const stage = u % kStages;
+    shared.loaded[stage].wait((u / kStages) & 1);
+    uint32_t bits[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bits[half] =
+          reinterpret_cast<uint32_t const*>(shared.mask[stage] + row + 8 * half)[lane % 4] >> (u % 2 * 16);
+    }
+    g.add(shared.a[group], shared.b[group], shared.x[stage], shared.y[stage], bits,
+          kKeys ? shared.lse[stage] : row_lse, kKeys ? shared.delta[stage] : row_delta, scale, lane, [&] {
+            if (u > 0 && lane == 0) shared.released[(u - 1) % kStages].arrive();
+          });
+  }
+  g.finish();
+  store_gradient<Traits>(g.sum, a.p.scale, shared.a[group], kKeys ? maps.dk : maps.dq, kKeys ? a.dk : nullptr,
                          a, unit, group, thread);
   if constexpr (kKeys) {
-    store_gradient<Traits>(values, 1.f, shared.b[group], maps.dv, a.dv, a, unit, group, thread);
+    store_gradient<Traits>(g.values, 1.f, shared.b[group], maps.dv, a.dv, a, unit, group, thread);
   }
 }
 
@@ -257,7 +277,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(BackwardLaunch const a, __grid_constant__ BackwardMaps const maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
-  if (redo_everything(a.masks)) return;
+  if (is_idle(a.masks)) return;
   BackwardUnit const unit = BackwardUnit::of<Traits::kKeys>(a, blockIdx.x);
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
@@ -286,15 +306,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-// lse and delta = o . do - dlse of the launch, kDim / 8 lanes a query and head; queries that fill up the last
-// tile have no key.
+// lse and delta = o . do - dlse as in BackwardLaunch, kDim / 8 lanes a query and head; queries that fill up
+// the last tile have no key.
 template <class T, int kDim>
 __global__ void __launch_bounds__(portable::kThreads)
-    row_kernel(BackwardLaunch const a, float* lse, float* delta) {
+    row_kernel(AttentionBackwardParams const p, int64_t tokens, float* lse, float* delta) {
   constexpr int kLanes = kDim / portable::kElements, kGroups = portable::kThreads / kLanes;
-  AttentionBackwardParams const& p = a.p;
   int const lane = threadIdx.x % kLanes;
-  int64_t const tokens = a.masks.query_tiles * kTile, rows = p.batch * tokens * p.query_heads;
+  int64_t const rows = p.batch * tokens * p.query_heads;
   int64_t const i = int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
   int64_t const head = i % p.query_heads, token = i / p.query_heads % tokens,
                 row = i / p.query_heads / tokens;

@@ -23,27 +23,35 @@ Status launch_forward(ForwardLaunch const& a, void* stream) {
 }  // namespace
 
 int64_t attention_workspace(AttentionForwardParams const& p) {
-  return gathers(p) ? union_parts(p, nullptr).floats : mask_parts(p, nullptr).floats;
+  Arena arena{nullptr};
+  int* const redo = arena.take<int>(1);
+  if (gathers(p)) {
+    take_unions(p, arena);
+  } else {
+    take_masks(p, arena, redo);
+  }
+  return arena.floats;
 }
 
 Status attention(AttentionForwardParams const& p, float* workspace, void* stream) {
+  Arena arena{workspace};
+  int* const redo = arena.take<int>(1);
+  if (Status const s = clear(redo, stream); s != kOk) return s;
   bool const gather = gathers(p);
   ForwardLaunch a{p, {}, {}};
   if (gather) {
-    UnionParts const parts = union_parts(p, workspace);
-    a.unions = parts.unions;
-    a.masks.redo = parts.redo;
+    a.unions = take_unions(p, arena);
+    a.masks.redo = redo;
   } else {
-    a.masks = mask_parts(p, workspace).masks;
+    a.masks = take_masks(p, arena, redo);
   }
-  Status const selected =
-      gather ? make_unions(p, a.unions, a.masks.redo, stream) : make_masks(p, a.masks, stream);
+  Status const selected = gather ? make_unions(p, a.unions, redo, stream) : make_masks(p, a.masks, stream);
   if (selected != kOk) return selected;
   Status const done = with_shape(p, [&](auto dtype, auto dim) {
     return gather ? launch_forward<dtype, dim, true>(a, stream)
                   : launch_forward<dtype, dim, false>(a, stream);
   });
-  return done != kOk ? done : portable::attention_if(p, nullptr, stream, a.masks.redo);
+  return done != kOk ? done : portable::attention_if(p, nullptr, stream, redo);
 }
 
 }  // namespace lt2::dsa::sm90

@@ -36,8 +36,8 @@ struct ForwardMaps {
   CUtensorMap q, k, v, o;
 };
 
-// Then what this kernel computes is not used. One answer for all threads of the block.
-__device__ inline bool redo_everything(Masks const& masks) {
+// Whether what this kernel computes is of no use. One answer for all threads of the block.
+__device__ inline bool is_idle(Masks const& masks) {
   return __syncthreads_or(threadIdx.x == 0 && *static_cast<int volatile*>(masks.redo) != 0);
 }
 
@@ -115,6 +115,7 @@ __device__ void gather_forward(typename Traits::Shared& shared, ForwardLaunch co
   auto const key_of = [&](int i) { return i * kTile + thread < size ? list[i * kTile + thread] : -1; };
   auto const k = portable::row_of<T const>(a.p.k, unit.row, 0, unit.key_head);
   auto const v = portable::row_of<T const>(a.p.v, unit.row, 0, unit.key_head);
+  int const lane = thread % kWarp, first = thread - lane;
   int next = key_of(0);
   for (int i = 0; i < shared.count; ++i) {
     int const stage = i % kStages, parity = (i / kStages - 1) & 1, key = next;
@@ -124,11 +125,11 @@ __device__ void gather_forward(typename Traits::Shared& shared, ForwardLaunch co
       load_bytes(shared.mask[stage], unions.bits + unions.bits_of(tile, i), mask_bytes,
                  shared.k_loaded[stage]);
     }
-    gather_rows<Traits::kDim, Traits::kColumnBytes>(shared.k[stage], k, a.p.k.token, key, thread);
+    gather_rows<Traits::kDim, Traits::kColumnBytes>(shared.k[stage], first, k, a.p.k.token, key, lane);
     arrive_when_copied(shared.k_loaded[stage]);
     next = key_of(i + 1);
     if (i >= kStages) shared.v_released[stage].wait(parity);
-    gather_rows<Traits::kDim, Traits::kColumnBytes>(shared.v[stage], v, a.p.v.token, key, thread);
+    gather_rows<Traits::kDim, Traits::kColumnBytes>(shared.v[stage], first, v, a.p.v.token, key, lane);
     arrive_when_copied(shared.v_loaded[stage]);
   }
 }
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(ForwardLaunch const a, __grid_constant__ ForwardMaps const maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
-  if (redo_everything(a.masks)) return;
+  if (is_idle(a.masks)) return;
   ForwardUnit const unit = ForwardUnit::of<Traits::kGather>(a, blockIdx.x);
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
 #include <type_traits>
 
@@ -46,51 +45,52 @@ Status with_shape(AttentionParams const& p, F const& f) {
                                     : by_dim(std::integral_constant<Dtype, Dtype::kBFloat16>{});
 }
 
-struct MaskParts {
-  Masks masks;
-  int64_t floats;  // of workspace
+// Takes one part of a workspace after the other.
+struct Arena {
+  float* workspace;
+  int64_t floats = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    float* const part = workspace + floats;
+    floats += portable::ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 64;
+    return reinterpret_cast<T*>(part);
+  }
 };
-inline MaskParts mask_parts(AttentionParams const& p, float* workspace) {
+
+Status clear(int* redo, void* stream);
+
+inline Masks take_masks(AttentionParams const& p, Arena& arena, int* redo) {
   int64_t const query_tiles = portable::ceil_div(p.tokens, kTile);
   int64_t const key_tiles = portable::ceil_div(p.keys, kTile), tiles = p.batch * query_tiles * key_tiles;
-  int64_t const words = tiles * kTile * 4, flags = portable::ceil_div(tiles, 16) * 4;
-  auto* const used = reinterpret_cast<uint8_t*>(workspace + words);
-  return {{query_tiles, key_tiles, reinterpret_cast<uint4*>(workspace), used,
-           reinterpret_cast<int*>(workspace + words + flags)},
-          words + flags + 32};
+  auto* const bits = arena.take<uint4>(tiles * kTile);
+  return {query_tiles, key_tiles, bits, arena.take<uint8_t>(tiles), redo};
 }
+Status make_masks(AttentionParams const& p, Masks const& masks, void* stream);
 
-struct UnionParts {
-  Unions unions;
-  int* redo;
-  int64_t floats;
-};
-inline UnionParts union_parts(AttentionParams const& p, float* workspace) {
+inline Unions take_unions(AttentionParams const& p, Arena& arena) {
   int const queries = static_cast<int>(kTile / (p.query_heads / p.key_heads));
   int64_t const tiles = portable::ceil_div(p.tokens, queries), all = p.batch * tiles;
   int64_t const capacity = portable::ceil_div(std::min(p.keys, queries * p.topk), kTile) * kTile;
-  int64_t floats = 0;
-  auto const take = [&](int64_t count) {
-    float* const part = workspace + floats;
-    floats += portable::ceil_div(count, 64) * 64;
-    return part;
-  };
-  auto* const bits = reinterpret_cast<uint4*>(take(all * (capacity / kTile) * queries * 4));
-  auto* const list = reinterpret_cast<int32_t*>(take(all * capacity));
-  auto* const sizes = reinterpret_cast<int*>(take(all));
-  auto* const redo = reinterpret_cast<int*>(take(1));
-  return {{tiles, capacity, queries, sizes, list, bits}, redo, floats};
+  Unions unions{tiles, capacity, queries, arena.take<int>(all), arena.take<int32_t>(all * capacity), nullptr};
+  unions.bits = arena.take<uint4>(all * (capacity / kTile) * queries);
+  return unions;
 }
+Status make_unions(AttentionParams const& p, Unions const& unions, int* redo, void* stream);
 
 // Whether the forward pass goes through what queries select together, instead of through all tiles.
 inline bool gathers(AttentionParams const& p) {
   constexpr int64_t kSparse = 32;
   int64_t const heads = p.query_heads / p.key_heads;
-  if (getenv("LT2_DSA_UNION") != nullptr) return atoi(getenv("LT2_DSA_UNION"));  // XXX
   return heads <= kTileSide && kTile % heads == 0 && p.keys > kSparse * p.topk;
 }
 
-Status make_unions(AttentionParams const& p, Unions const& unions, int* redo, void* stream);
-Status make_masks(AttentionParams const& p, Masks const& masks, void* stream);
+// Whether to go through all tiles: a gather for each query alone reads topk keys for each query and key head,
+// a tile all keys for 128 queries of a query head. The bits of a query are no larger than two of its
+// selections.
+inline bool fits_masks(AttentionParams const& p) {
+  constexpr int64_t kSparsest = 64;
+  return p.keys <= kSparsest * p.topk;
+}
 
 }  // namespace lt2::dsa::sm90

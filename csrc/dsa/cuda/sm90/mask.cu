@@ -1,5 +1,3 @@
-#include <cstdlib>
-
 #include "common/cuda/overlap.cuh"
 #include "dsa/cuda/sm90/attention_launch.cuh"
 
@@ -36,9 +34,7 @@ __global__ void __launch_bounds__(portable::kThreads)
 }  // namespace
 
 Status attention_supports(AttentionParams const& p) {
-  // A gather reads topk keys for each query and key head, a tile all keys for 128 queries of a query head;
-  // the bits of a query are no larger than two of its selections.
-  constexpr int64_t kSparsest = 64, kFewest = 64;
+  constexpr int64_t kFewest = 64;
   if (p.dtype == Dtype::kFloat32) return "the Hopper kernels take bfloat16 and float16";
   if (p.dim != p.value_dim || (p.dim != 64 && p.dim != 128))
     return "the Hopper kernels take D = DV = 64 or 128";
@@ -46,18 +42,20 @@ Status attention_supports(AttentionParams const& p) {
   if (p.batch == 0 || p.keys == 0) return "the Hopper kernels take at least one key";
   if (p.tokens < kFewest || p.tokens > kMaxTiles * kTile || p.keys > kMaxTiles * kTile)
     return "the Hopper kernels take T from 64, T and S up to 2^17";
-  if (!gathers(p) && p.keys > kSparsest * p.topk) return "the Hopper kernels take S up to 64 topk";
+  if (!gathers(p) && !fits_masks(p)) return "the Hopper kernels take S up to 64 topk";
   for (TokenMajor const& x : {queries(p, p.q, p.dim), keys(p, p.k, p.dim), keys(p, p.v, p.dim)}) {
     if (!tma_compatible(x)) return "the Hopper kernels take q, k, v with strides of multiples of 8 elements";
   }
-  if (getenv("LT2_DSA_GATHER") != nullptr) return "forced";  // XXX experiment
   return runs_sm90_code() ? kOk : "the Hopper kernels need compute capability 9.0";
 }
 
+Status clear(int* redo, void* stream) {
+  return status(cudaMemsetAsync(redo, 0, sizeof(int), static_cast<cudaStream_t>(stream)));
+}
+
 Status make_masks(AttentionParams const& p, Masks const& masks, void* stream) {
-  auto* const flags = static_cast<void*>(masks.used);
-  size_t const bytes = reinterpret_cast<char*>(masks.redo + 1) - reinterpret_cast<char*>(masks.used);
-  Status const cleared = status(cudaMemsetAsync(flags, 0, bytes, static_cast<cudaStream_t>(stream)));
+  int64_t const tiles = p.batch * masks.query_tiles * masks.key_tiles;
+  Status const cleared = status(cudaMemsetAsync(masks.used, 0, tiles, static_cast<cudaStream_t>(stream)));
   if (cleared != kOk) return cleared;
   return launch(mask_kernel, p.batch * masks.query_tiles * kTile, portable::kThreads,
                 static_cast<int>(masks.key_tiles * sizeof(uint4)), stream, p, masks);

@@ -9,7 +9,7 @@ constexpr int kUnionThreads = 512, kUnionWarps = kUnionThreads / kWarp;
 // keys.
 __global__ void __launch_bounds__(kUnionThreads)
     union_kernel(AttentionParams const p, Unions const unions, int* redo) {
-  extern __shared__ uint32_t marks[];  // [words], then the ranks of the words' first keys [words]
+  extern __shared__ uint32_t marks[];  // [words], then ranks [words]
   __shared__ int warp_sums[kUnionWarps];
   int const words = static_cast<int>(portable::ceil_div(p.keys, kWarp)), thread = threadIdx.x;
   int const lane = thread % kWarp, warp = thread / kWarp;
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kUnionThreads)
     if (w < warp) rank += warp_sums[w];
     size += warp_sums[w];
   }
+  if (thread == 0) unions.sizes[tile] = size;
   int32_t* const keys = unions.keys + tile * unions.capacity;
   for (int i = first; i < last; ++i) {
     ranks[i] = rank;
     for (uint32_t left = marks[i]; left != 0; left &= left - 1) keys[rank++] = i * kWarp + __ffs(left) - 1;
   }
-  if (thread == 0) unions.sizes[tile] = size;
   uint4* const bits = unions.bits + unions.bits_of(tile, 0);
   for (int i = thread; i < (size + kTile - 1) / kTile * unions.queries; i += kUnionThreads) bits[i] = uint4{};
   __threadfence();
@@ -68,8 +68,6 @@ __global__ void __launch_bounds__(kUnionThreads)
 }  // namespace
 
 Status make_unions(AttentionParams const& p, Unions const& unions, int* redo, void* stream) {
-  Status const cleared = status(cudaMemsetAsync(redo, 0, sizeof(int), static_cast<cudaStream_t>(stream)));
-  if (cleared != kOk) return cleared;
   int const words = static_cast<int>(portable::ceil_div(p.keys, kWarp));
   return launch(union_kernel, p.batch * unions.tiles, kUnionThreads,
                 static_cast<int>(2 * words * sizeof(uint32_t)), stream, p, unions, redo);

@@ -23,20 +23,22 @@ struct Unions {
   }
 };
 
-// Copies 128 rows of kDim elements into a swizzled tile, kColumnBytes between its columns of 64 elements.
-// Thread i of a warpgroup has the number of row i of `rows`; negative: zeros.
+// A warp copies 32 rows of kDim elements into rows `first`.. of a swizzled tile, kColumnBytes between its
+// columns of 64 elements. Lane i has the number of row i of `rows`; negative: zeros.
 template <int kDim, int kColumnBytes, class T>
-__device__ __forceinline__ void gather_rows(char* tile, T const* rows, int64_t stride, int own, int thread) {
+__device__ __forceinline__ void gather_rows(char* tile, int first, T const* rows, int64_t stride, int own,
+                                            int lane) {
   constexpr int kChunks = kDim / 8, kRows = kWarp / kChunks;  // of 16 bytes in a row, rows of a copy
-  int const lane = thread % kWarp, chunk = lane % kChunks, first = thread / kWarp * kWarp + lane / kChunks;
+  int const chunk = lane % kChunks;
   uint32_t const column = shared_address(tile) + chunk / 8 * kColumnBytes;
-#pragma unroll
+#pragma unroll 4  // more would take more registers than a loader has
   for (int i = 0; i < kWarp / kRows; ++i) {
-    int const number = __shfl_sync(0xffffffffu, own, i * kRows + lane / kChunks), row = first + i * kRows;
+    int const row = i * kRows + lane / kChunks, number = __shfl_sync(0xffffffffu, own, row);
     T const* const from = rows + (number < 0 ? 0 : number) * stride + chunk * 8;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(column + tile_offset(row, chunk % 8)),
-                 "l"(__cvta_generic_to_global(from)), "r"(number < 0 ? 0 : 16)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(column + tile_offset(first + row, chunk % 8)),
+        "l"(__cvta_generic_to_global(from)), "r"(number < 0 ? 0 : 16)
+        : "memory");
   }
 }
 
