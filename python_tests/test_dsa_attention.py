@@ -298,8 +298,8 @@ def test_compiles_in_one_graph(device):
 
 WRONG = [
     ({"q": torch.zeros(1, 4, 2, 12)}, "q must have D a multiple of 8"),
-    ({"q": torch.zeros(1, 4, 3, 8)}, "q must have a multiple of k's 2 heads"),
-    ({"q": torch.zeros(1, 4, 8)}, r"q must have shape \[B, T, HQ, D\]"),
+    ({"q": torch.zeros(1, 4, 3, 8)}, r"q must have a multiple of k's heads \(2\)"),
+    ({"q": torch.zeros(1, 4, 8)}, "q must have 4 dimensions"),
     ({"q": torch.zeros(1, 4, 4, 8).half()}, "q must be float32 or bfloat16"),
     ({"k": torch.zeros(1, 4, 2, 16)}, r"k must have shape \[B, S, H, D\]"),
     ({"k": torch.zeros(1, 4, 2, 8).to(BF16)}, "k must have the dtype of q"),
@@ -307,12 +307,12 @@ WRONG = [
     ({"v": torch.zeros(1, 4, 2, 12)}, "v must have DV a multiple of 8"),
     ({"indices": torch.zeros(1, 4, 3)}, "indices must be int32"),
     ({"indices": torch.zeros(1, 5, 3, dtype=torch.int32)}, r"indices must have shape \[B, T, topk\]"),
-    ({"q_offset": torch.zeros(2, dtype=torch.int64)}, "q_offset must have one position"),
+    ({"q_offset": torch.zeros(2, dtype=torch.int64)}, r"q_offset must have shape \[N\] = \[1\], got \[2\]"),
 ]
 
 
 @pytest.mark.parametrize("wrong, message", WRONG, ids=[f"{next(iter(w))}-{i}" for i, (w, _) in enumerate(WRONG)])
 def test_wrong_arguments_are_named(wrong, message):
     x = inputs(1, 4, 4, 4, 2, 8, 8) | {"indices": torch.zeros(1, 4, 3, dtype=torch.int32)}
-    with pytest.raises(ValueError, match=f"dsa_attention: {message}"):
+    with pytest.raises((ValueError, RuntimeError), match=f"dsa_attention: {message}"):
         dsa_attention(**x | wrong)

@@ -33,7 +33,7 @@ from .config import LT2Config
 from .inputs import check_inputs
 from .loop_state import LoopState, Tokens
 from .loss import cross_entropy
-from .mixers import MIXERS, Mixer, Selection
+from .mixers import MIXERS, Mixer, Selection, State
 from .sampling import check_options, pick
 
 
@@ -81,12 +81,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
 
     def forward(
-        self,
-        h: Tensor,
-        tokens: Tokens,
-        window: int | None,
-        state: dict[str, Tensor] | None,
-        shared: Selection | None = None,
+        self, h: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
         y, selection = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
         h = h + self.mixer_post_norm(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -69,9 +70,12 @@ def check_dtypes(op: str, **tensors: Tensor) -> None:
         check(t.dtype == first.dtype, op, other, f"have the dtype of {name} ({first.dtype})", t.dtype)
 
 
-def fake(op: str, outputs: Callable[..., Any]) -> None:
-    """Register the function of the arguments of ``lt2::<op>`` that gives empty outputs."""
-    torch.library.register_fake(f"lt2::{op}")(outputs)
+def fake(op: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function of the arguments of ``lt2::<op>`` that gives empty outputs. The derivative of ``.._bwd`` is an
+    error."""
+    if op.endswith("_bwd"):
+        torch.library.register_autograd(f"lt2::{op}", functools.partial(_no_double_backward, op))
+    return torch.library.register_fake(f"lt2::{op}")
 
 
 def wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -80,10 +84,5 @@ def wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(g if n else None for g, n in zip((*grads, *[None] * (len(needed) - len(grads))), needed, strict=True))
 
 
-def no_double_backward(op: str) -> None:
-    """Register a clear error as the derivative of backward op ``lt2::<op>``."""
-
-    def backward(ctx: object, *grads: Tensor) -> NoReturn:
-        raise RuntimeError(f"lt2::{op}: double backward is not supported")
-
-    torch.library.register_autograd(f"lt2::{op}", backward)
+def _no_double_backward(op: str, ctx: object, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(f"lt2::{op}: double backward is not supported")

@@ -7,17 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    as_float,
-    autocast,
-    check,
-    check_dtypes,
-    check_slots,
-    fake,
-    inference_only,
-    no_double_backward,
-    wanted,
-)
+from ._common import as_float, autocast, check, check_dtypes, check_slots, fake, inference_only, wanted
 
 _fwd = torch.ops.lt2.causal_conv1d_fwd.default
 _bwd = torch.ops.lt2.causal_conv1d_bwd.default
@@ -122,7 +112,7 @@ def _check_inputs(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activ
     return activation is not None
 
 
-@torch.library.register_fake("lt2::causal_conv1d_fwd")
+@fake("causal_conv1d_fwd")
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     silu: bool, output_final_state: bool,
@@ -133,7 +123,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(shape)
 
 
-@torch.library.register_fake("lt2::causal_conv1d_bwd")
+@fake("causal_conv1d_bwd")
 def _(
     dy: Tensor, dfinal_state: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
     initial_state: Tensor | None, *options: Any,
@@ -143,7 +133,7 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_state
 
 
-fake("causal_conv1d_step_", lambda state, x, *_: x.new_empty(x.shape))
+fake("causal_conv1d_step_")(lambda state, x, *_: x.new_empty(x.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,4 +151,3 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
 
 
 torch.library.register_autograd("lt2::causal_conv1d_fwd", _backward, setup_context=_setup_context)
-no_double_backward("causal_conv1d_bwd")

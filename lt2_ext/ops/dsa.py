@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check, check_dtypes, checks_enabled, fake, no_double_backward, wanted
+from ._common import autocast, check, check_dtypes, checks_enabled, fake, wanted
 
 _indexer = torch.ops.lt2.lightning_indexer.default
 _fwd = torch.ops.lt2.dsa_attention_fwd.default
@@ -60,27 +60,18 @@ def lightning_indexer(
         keys within rounding of the threshold may be swapped.
 
     Raises:
-        ValueError: a wrong shape, dtype or activation.
-        RuntimeError: on the CPU, offsets that do not ascend within the tokens.
+        ValueError: a wrong dtype or activation.
+        RuntimeError: a wrong shape; on the CPU, offsets that do not ascend within the tokens.
     """
     op = "lightning_indexer"
     q_idx, k_idx = autocast(q_idx, q_idx, k_idx)
     check(activation in ("relu", None), op, "activation", 'be "relu" or None', repr(activation))
-    _check_dtype(op, "q_idx", q_idx)
-    check(q_idx.dim() == 4, op, "q_idx", "have shape [B, T, HI, DI]", list(q_idx.shape))
-    B, T, HI, DI = q_idx.shape
-    check(HI >= 1 and DI >= 8 and DI % 8 == 0, op, "q_idx", "have HI >= 1 and DI a multiple of 8", list(q_idx.shape))
-    check(k_idx.dim() == 3 and k_idx.shape[0] == B and k_idx.shape[2] == DI, op, "k_idx",
-          f"have shape [B, S, DI] = [{B}, S, {DI}]", list(k_idx.shape))  # fmt: skip
-    check(k_idx.dtype == q_idx.dtype, op, "k_idx", f"have the dtype of q_idx ({q_idx.dtype})", k_idx.dtype)
+    check_dtypes(op, q_idx=q_idx, k_idx=k_idx)
     if w_idx is not None:
-        check(list(w_idx.shape) == [B, T, HI], op, "w_idx", f"have shape [B, T, HI] = [{B}, {T}, {HI}]",
-              list(w_idx.shape))  # fmt: skip
         check(w_idx.is_floating_point(), op, "w_idx", "have a float dtype", w_idx.dtype)
         w_idx = w_idx.detach().float()
-    check(topk >= 1, op, "topk", "be at least 1", topk)
-    offset = _positions(op, "q_idx", q_idx, cu_seqlens, cu_seqlens_k, q_offset)
-    scale = DI**-0.5 if scale is None else scale
+    offset = _positions(op, q_idx, cu_seqlens, q_offset)
+    scale = (q_idx.shape[-1] or 1) ** -0.5 if scale is None else scale
     return _indexer(q_idx.detach(), k_idx.detach(), w_idx, cu_seqlens, cu_seqlens_k, offset, topk, scale,
                     activation is not None)  # fmt: skip
 
@@ -119,39 +110,18 @@ def dsa_attention(
         lse; gradients do not depend on the number of threads, nor on scheduling.
 
     Raises:
-        ValueError: a wrong shape or dtype; with checks on, a visible key named twice by one query.
-        RuntimeError: offsets that do not ascend within the tokens (on CUDA they are clamped to them); on CUDA, D or DV
-            above 256.
+        ValueError: a wrong dtype; with checks on, a visible key named twice by one query.
+        RuntimeError: a shape that the operator rejects; offsets that do not ascend within the tokens (on CUDA they are
+            clamped to them); on CUDA, D or DV above 256.
     """
     op = "dsa_attention"
     q, k, v = autocast(q, q, k, v)
-    _check_dtype(op, "q", q)
-    check(q.dim() == 4, op, "q", "have shape [B, T, HQ, D]", list(q.shape))
-    B, T, HQ, D = q.shape
-    check(D >= 8 and D % 8 == 0, op, "q", "have D a multiple of 8", list(q.shape))
-    check(k.dim() == 4 and k.shape[0] == B and k.shape[3] == D, op, "k", f"have shape [B, S, H, D] = [{B}, S, H, {D}]",
-          list(k.shape))  # fmt: skip
-    S, H = k.shape[1:3]
-    check(H >= 1 and HQ % H == 0, op, "q", f"have a multiple of k's {H} heads", list(q.shape))
-    check(v.dim() == 4 and v.shape[:3] == k.shape[:3], op, "v", f"have shape [B, S, H, DV] = [{B}, {S}, {H}, DV]",
-          list(v.shape))  # fmt: skip
-    check(v.shape[3] >= 8 and v.shape[3] % 8 == 0, op, "v", "have DV a multiple of 8", list(v.shape))
-    for name, t in (("k", k), ("v", v)):
-        check(t.dtype == q.dtype, op, name, f"have the dtype of q ({q.dtype})", t.dtype)
-    check(indices.dim() == 3 and indices.shape[:2] == q.shape[:2], op, "indices",
-          f"have shape [B, T, topk] = [{B}, {T}, topk]", list(indices.shape))  # fmt: skip
-    check(indices.dtype == torch.int32, op, "indices", "be int32", indices.dtype)
-    offset = _positions(op, "q", q, cu_seqlens, cu_seqlens_k, q_offset)
+    check_dtypes(op, q=q, k=k, v=v)
+    offset = _positions(op, q, cu_seqlens, q_offset)
     _check_unique(op, indices, k, cu_seqlens, cu_seqlens_k, offset)
-    scale = D**-0.5 if scale is None else scale
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale)
     return (o, lse) if return_lse else o
-
-
-def _check_dtype(op: str, argument: str, x: Tensor) -> None:
-    on_cpu = x.device.type == "cpu"
-    known = (torch.float32, torch.bfloat16) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
-    check(x.dtype in known, op, argument, f"be float32 or bfloat16{'' if on_cpu else ' or float16'}", x.dtype)
 
 
 def indexer_loss(
@@ -238,34 +208,18 @@ def _visible(
     return limits[..., None]
 
 
-def _positions(
-    op: str, argument: str, q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | int | None,
-) -> Tensor | None:
-    """Check who sees whom; ``q_offset`` as int64, one for each sequence."""
-    sequences = q.shape[0]
-    check(cu_seqlens is not None or cu_seqlens_k is None, op, "cu_seqlens_k", "come with cu_seqlens", "it alone")
-    if cu_seqlens is not None:
-        check(q.shape[0] == 1, op, argument, "have B = 1 with cu_seqlens", list(q.shape))
-        for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-            if offsets is None:
-                continue
-            check(offsets.dim() == 1 and offsets.shape[0] > 0, op, name, "have shape [N + 1]", list(offsets.shape))
-            check(offsets.dtype in (torch.int32, torch.int64), op, name, "be int32 or int64", offsets.dtype)
-            check(offsets.shape == cu_seqlens.shape, op, name, f"have the shape of cu_seqlens {list(cu_seqlens.shape)}",
-                  list(offsets.shape))  # fmt: skip
-        sequences = cu_seqlens.shape[0] - 1
+def _positions(op: str, q: Tensor, cu_seqlens: Tensor | None, q_offset: Tensor | int | None) -> Tensor | None:
+    """``q_offset`` as int64, one for each sequence."""
+    if isinstance(q_offset, int):
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return torch.full((sequences,), q_offset, dtype=torch.int64, device=q.device)
     if q_offset is None:
         return None
-    if not isinstance(q_offset, Tensor):
-        return torch.full((sequences,), q_offset, dtype=torch.int64, device=q.device)
-    check(list(q_offset.shape) == [sequences], op, "q_offset", f"have one position for each of {sequences} sequences",
-          list(q_offset.shape))  # fmt: skip
     check(q_offset.dtype in (torch.int32, torch.int64), op, "q_offset", "be int32 or int64", q_offset.dtype)
     return q_offset.to(torch.int64).contiguous()
 
 
-@torch.library.register_fake("lt2::lightning_indexer")
+@fake("lightning_indexer")
 def _(
     q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None, topk: int, scale: float, relu: bool,
@@ -273,23 +227,15 @@ def _(
     return q_idx.new_empty((q_idx.shape[0], q_idx.shape[1], topk), dtype=torch.int32)
 
 
-@torch.library.register_fake("lt2::dsa_attention_fwd")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@fake("dsa_attention_fwd")
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("lt2::dsa_attention_bwd")
-def _(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q_offset: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+fake("dsa_attention_bwd")(lambda dout, dlse, *rest: tuple(t.new_empty(t.shape) for t in rest[:3]))
 
 
-@torch.library.register_fake("lt2::indexer_loss_fwd")
+@fake("indexer_loss_fwd")
 def _(
     q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, q: Tensor, k: Tensor, lse: Tensor, indices: Tensor | None,
     cu_seqlens: Tensor | None, index_scale: float, attn_scale: float, gradients: bool,
@@ -301,7 +247,7 @@ def _(
     return loss, q_idx.new_empty(gradient(q_idx)), k_idx.new_empty(gradient(k_idx)), dw
 
 
-fake("indexer_loss_bwd", lambda dloss, *grads: tuple(map(torch.empty_like, grads)))
+fake("indexer_loss_bwd")(lambda dloss, *grads: tuple(map(torch.empty_like, grads)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -315,13 +261,10 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
     q, _, v = saved[:3]
     dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
-    grads = _bwd(dout, dlse, *saved, ctx.scale)
-    needed = ctx.needs_input_grad
-    return *(grad if needs else None for grad, needs in zip(grads, needed, strict=False)), *[None] * 5
+    return wanted(ctx, *_bwd(dout, dlse, *saved, ctx.scale))
 
 
 torch.library.register_autograd("lt2::dsa_attention_fwd", _backward, setup_context=_setup_context)
-no_double_backward("dsa_attention_bwd")
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -338,4 +281,3 @@ def _loss_backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | N
 
 
 torch.library.register_autograd("lt2::indexer_loss_fwd", _loss_backward, setup_context=_loss_setup)
-no_double_backward("indexer_loss_bwd")

@@ -7,18 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    as_float,
-    autocast,
-    check,
-    check_dtypes,
-    check_slots,
-    checks_enabled,
-    fake,
-    inference_only,
-    no_double_backward,
-    wanted,
-)
+from ._common import as_float, autocast, check, check_dtypes, check_slots, checks_enabled, fake, inference_only, wanted
 
 _fwd = torch.ops.lt2.gdn_fwd.default
 _bwd = torch.ops.lt2.gdn_bwd.default
@@ -95,24 +84,12 @@ def chunk_gated_delta_rule(
 
 
 def fused_recurrent_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, beta: Tensor | None = None, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated delta rule, token by token: for short sequences, and as a second opinion on the chunked form.
 
     Arguments, results, errors and gradients are those of :func:`chunk_gated_delta_rule`.
@@ -289,7 +266,7 @@ def _check_values(op: str, g: Tensor | None, tokens: int, cu_seqlens: Tensor | N
         check(valid, op, "cu_seqlens", f"not decrease and stay within 0..T = {tokens}", offsets)
 
 
-@torch.library.register_fake("lt2::gdn_fwd")
+@fake("gdn_fwd")
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, A_log: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
@@ -306,7 +283,7 @@ def _(
     return o, v.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("lt2::gdn_bwd")
+@fake("gdn_bwd")
 def _(
     dout: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
@@ -325,8 +302,8 @@ def _(
     )  # fmt: skip
 
 
-fake("gdn_step_", lambda state, q, k, v, *_: v.new_empty(v.shape))
-fake("gdn_decode_fused_", lambda state, conv_state, qkv, z, *_: z.new_empty(z.shape))
+fake("gdn_step_")(lambda state, q, k, v, *_: v.new_empty(v.shape))
+fake("gdn_decode_fused_")(lambda state, conv_state, qkv, z, *_: z.new_empty(z.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -349,4 +326,3 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tup
 
 
 torch.library.register_autograd("lt2::gdn_fwd", _backward, setup_context=_setup_context)
-no_double_backward("gdn_bwd")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check, fake, inference_only, no_double_backward, wanted
+from ._common import check, fake, inference_only, wanted
 
 _residual = torch.ops.lt2.loop_residual_fwd.default
 _residual_bwd = torch.ops.lt2.loop_residual_bwd.default
@@ -146,13 +146,13 @@ def _check_float(op: str, **vectors: Tensor) -> None:
         check(vector.is_floating_point(), op, name, "have a float dtype", vector.dtype)
 
 
-@torch.library.register_fake("lt2::loop_residual_rmsnorm_fwd")
+@fake("loop_residual_rmsnorm_fwd")
 def _(h: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = math.prod(h.shape[:-1])
     return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty((rows,), dtype=torch.float32)
 
 
-@torch.library.register_fake("lt2::loop_residual_rmsnorm_bwd")
+@fake("loop_residual_rmsnorm_bwd")
 def _(
     dh_out: Tensor, dnormed: Tensor, h_out: Tensor, rstd: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,11 +160,11 @@ def _(
     return dh, dh_in, rho.new_empty(rho.shape), weight.new_empty(weight.shape)
 
 
-fake("loop_residual_fwd", lambda h, h_in, rho: h.new_empty(h.shape))
-fake("loop_residual_bwd", lambda dout, h_in, rho: (h_in.new_empty(h_in.shape), rho.new_empty(rho.shape)))
-fake("loop_decode_attention", lambda q, k_cache, v_cache, *_: q.new_empty((*q.shape[:3], v_cache.shape[-1])))
-fake("loop_state_zero_", lambda state, slots: None)
-fake("loop_state_copy_", lambda state, src, dst: None)
+fake("loop_residual_fwd")(lambda h, h_in, rho: h.new_empty(h.shape))
+fake("loop_residual_bwd")(lambda dout, h_in, rho: (h_in.new_empty(h_in.shape), rho.new_empty(rho.shape)))
+fake("loop_decode_attention")(lambda q, k_cache, v_cache, *_: q.new_empty((*q.shape[:3], v_cache.shape[-1])))
+fake("loop_state_zero_")(lambda state, slots: None)
+fake("loop_state_copy_")(lambda state, src, dst: None)
 
 
 def _residual_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -189,5 +189,3 @@ torch.library.register_autograd("lt2::loop_residual_fwd", _residual_backward, se
 torch.library.register_autograd(
     "lt2::loop_residual_rmsnorm_fwd", _residual_rmsnorm_backward, setup_context=_residual_rmsnorm_setup
 )
-no_double_backward("loop_residual_bwd")
-no_double_backward("loop_residual_rmsnorm_bwd")

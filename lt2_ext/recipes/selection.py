@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "indexer never trained": SPARSE | {"index_loss_weight": 0.0},
     "full attention": SHAPE,
 }
-WARMUP = 0.3  # share of the time in which every key is attended to, in every run
+WARMUP = 0.3  # share of the steps in which every key is attended to, in every run
 MEASURED = 4  # windows that the selections are measured on, a few times a run
 
 
@@ -50,38 +50,39 @@ class Result:
     model: LT2
     history: list[stdlib_bytes.Step]
     bits: float
-    measured: list[tuple[float, Selections]] = field(default_factory=list)  # after so many seconds
+    measured: list[tuple[float, Selections]] = field(default_factory=list)  # after so many million bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lt2_ext.recipes.selection", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="training time of each of the four runs, default 60")
+    parser.add_argument("--steps", type=int, default=300, help="of each of the four runs, default 300")
     parser.add_argument("--plot", type=Path, default=Path("selection.png"), help="figure, default selection.png")
     args = parser.parse_args(argv)
     corpus, results = stdlib_bytes.load(windows=16), []
     for name, changes in RUNS.items():
-        results.append(run(name, changes, corpus, args.seconds))
+        results.append(run(name, changes, corpus, args.steps))
         print(describe(results[-1]), flush=True)
     draw(args.plot, results)
     print(f"Figure: {args.plot}")
     return 0
 
 
-def run(name: str, changes: dict[str, Any], corpus: stdlib_bytes.Corpus, seconds: float) -> Result:
+def run(name: str, changes: dict[str, Any], corpus: stdlib_bytes.Corpus, steps: int) -> Result:
     model = stdlib_bytes.new_model(**changes)
     windows = corpus.held_out[:MEASURED, : stdlib_bytes.LENGTH].long()
     measured: list[tuple[float, Selections]] = []
 
     def tick(step: stdlib_bytes.Step) -> None:
-        model.dense_warmup = step.seconds < WARMUP * seconds
-        if "dsa" in model.config.layer_types and step.seconds > len(measured) * seconds / 12:
-            measured.append((step.seconds, measure(model, windows)))
+        progress = step.tokens / (steps * stdlib_bytes.BATCH * stdlib_bytes.LENGTH)
+        model.dense_warmup = progress < WARMUP
+        if "dsa" in model.config.layer_types and progress > len(measured) / 12:
+            measured.append((step.tokens / 1e6, measure(model, windows)))
 
     model.dense_warmup = True
-    history = stdlib_bytes.train(model, corpus.train, seconds, tick)
+    history = stdlib_bytes.train(model, corpus.train, 0.0, tick, steps)
     model.dense_warmup = False
     if measured:
-        measured.append((history[-1].seconds, measure(model, windows)))
+        measured.append((history[-1].tokens / 1e6, measure(model, windows)))
     return Result(name, model, history, stdlib_bytes.bits_per_byte(model, corpus.held_out), measured)
 
 
@@ -171,9 +172,8 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         means = [sum(s.loss for s in r.history[j : j + keep]) / keep for j in range(0, len(steps) - keep + 1, keep)]
         left.plot(steps[keep - 1 :: keep], means, lw=1.2, label=f"{r.name} ({r.bits:.2f} held out)", color=f"C{i}")
         if r.measured:
-            seconds = [t for t, _ in r.measured]
             caught = [100 * sum(s.caught) / len(s.caught) for _, s in r.measured]
-            middle.plot(seconds, caught, "o-", ms=3, label=r.name, color=f"C{i}")
+            middle.plot([t for t, _ in r.measured], caught, "o-", ms=3, label=r.name, color=f"C{i}")
     first = results[0]
     for name, style in (("random", ":"), ("newest", "--")):
         label = {"random": "random indexer", "newest": f"newest {TOPK} keys"}[name]
@@ -181,7 +181,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
             [t for t, _ in first.measured], [100 * getattr(s, name) for _, s in first.measured],
             style, color="gray", label=f"{label} (in the first run)",
         )  # fmt: skip
-    middle.axvspan(0, WARMUP * first.history[-1].seconds, color="gray", alpha=0.12, label="dense warm-up")
+    middle.axvspan(0, WARMUP * first.history[-1].tokens / 1e6, color="gray", alpha=0.12, label="dense warm-up")
     overlap = first.measured[-1][1].overlap
     right.imshow(overlap, vmin=0, vmax=1, cmap="viridis")
     for i, row in enumerate(overlap):
@@ -191,7 +191,8 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     right.set_yticks(range(LOOPS), [f"loop {i + 1}" for i in range(LOOPS)])
     right.set(title="Keys in common, % (trained indexer)")
     left.set(title="Training on Python sources", xlabel="million bytes", ylabel="bits per byte", ylim=(1.5, 6))
-    middle.set(title=f"Attention on the selected {TOPK} keys, % of the best {TOPK}", xlabel="seconds", ylim=(0, 100))
+    middle.set(title=f"Attention on the selected {TOPK} keys, % of the best {TOPK}", ylim=(0, 100))
+    middle.set_xlabel("million bytes")
     for axis in (left, middle):
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.25)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ..loop_state import Tokens
 
 
+State = dict[str, Tensor]  # of one mixer, for all sequences
+
+
 class Selection(NamedTuple):
     """What an indexer selects by, and what it selects, for the loops that read the same.
 
@@ -39,17 +42,12 @@ class Mixer(nn.Module):
         """Set initial values of whatever is not a plain projection."""
         raise NotImplementedError
 
-    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> State:
         """Zeroed tensors ``[batch_size, ...]``, in the dtype and on the device of the weights."""
         raise NotImplementedError
 
     def forward(
-        self,
-        x: Tensor,
-        tokens: Tokens,
-        window: int | None,
-        state: dict[str, Tensor] | None,
-        shared: Selection | None = None,
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
         """x and the result ``[B, T, hidden_size]``; tokens: where they stand; state: what :meth:`new_state` made, to be
         read and advanced in place by T tokens, or None for whole sequences. Mixers that select keys return their

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer, Selection
+from ._mixer import Mixer, Selection, State
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -39,19 +39,14 @@ class Attention(Mixer):
         if self.gate_proj is not None:
             nn.init.zeros_(self.gate_proj.weight)  # the gate starts at 1/2 everywhere
 
-    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> State:
         """Keys and values by place; a window shorter than the sequence is a ring: place p in slot p % window."""
         slots = max_length if window is None else min(window, max_length)
         shape = (batch_size, slots, self.kv_heads, self.head_dim)
         return {"k": self.k_proj.weight.new_zeros(shape), "v": self.v_proj.weight.new_zeros(shape)}
 
     def forward(
-        self,
-        x: Tensor,
-        tokens: Tokens,
-        window: int | None,
-        state: dict[str, Tensor] | None,
-        shared: Selection | None = None,
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
         q, k, v = self.project(x, tokens)
         return self.output(mix(q, k, v, tokens, window, state), x), None
@@ -69,9 +64,7 @@ class Attention(Mixer):
         return self.o_proj(o if self.gate_proj is None else o * torch.sigmoid(self.gate_proj(x)))
 
 
-def mix(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor] | None
-) -> Tensor:
+def mix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: State | None) -> Tensor:
     """Attention of the tokens to each other and to what is in the state."""
     return attend(q, k, v, tokens, window, tokens.index) if state is None else stream(q, k, v, tokens, window, state)
 
@@ -82,7 +75,7 @@ def store(cache: Tensor, new: Tensor, tokens: Tokens) -> None:
     cache[tokens.rows, tokens.index[:, -slots:] % slots] = new[:, -slots:]
 
 
-def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: dict[str, Tensor]) -> Tensor:
+def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: State) -> Tensor:
     """Attention of new tokens to the state and to each other; their keys and values are added to the state."""
     count, slots = q.shape[1], state["k"].shape[1]
     ring = slots < tokens.max_length

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Selection
+from ._mixer import Selection, State
 from .attention import Attention, mix, rotate, store
 
 if TYPE_CHECKING:
@@ -35,17 +35,12 @@ class SparseAttention(Attention):
         self.index_k_proj = nn.Linear(d, self.index_dim, bias=False)
         self.index_weights_proj = nn.Linear(d, self.index_heads, bias=False)
 
-    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> State:
         state = super().new_state(batch_size, max_length, window)
         return {**state, "index_k": state["k"].new_zeros(batch_size, max_length, self.index_dim)}
 
     def forward(
-        self,
-        x: Tensor,
-        tokens: Tokens,
-        window: int | None,
-        state: dict[str, Tensor] | None,
-        shared: Selection | None = None,
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
     ) -> tuple[Tensor, Selection]:
         q, k, v = self.project(x, tokens)
         index = self.index(x.detach(), tokens) if shared is None else shared
@@ -111,14 +106,12 @@ def attend_to(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) 
 
 @torch.no_grad()
 def denominators(q: Tensor, k: Tensor, tokens: Tokens) -> Tensor:
-    """lse ``[B, T, heads]`` of attention to all that each token sees; infinite for padding, which has no weights."""
-    parts = []
-    for begin in range(0, q.shape[1], BLOCK):
-        index = tokens.index[:, begin : begin + BLOCK, None]
-        first = torch.minimum(tokens.first[:, begin : begin + BLOCK, None], index)
-        seen = (tokens.index[:, None] <= index) & (tokens.index[:, None] >= first)
-        queries = q[:, begin : begin + BLOCK].unflatten(2, (k.shape[2], -1))
-        logits = torch.einsum("bthgd,bshd->bthgs", queries, k).float() * q.shape[-1] ** -0.5
-        parts.append(logits.masked_fill(~seen[:, :, None, None], -torch.inf).logsumexp(-1).flatten(2))
+    """lse ``[B, T, heads]`` of attention to all that each token sees; infinite for padding, which sees nothing."""
+    parts, places = [], tokens.index[:, None]
+    for part in torch.arange(q.shape[1], device=q.device).split(BLOCK):
+        seen = (places <= tokens.index[:, part, None]) & (places >= tokens.first[:, part, None])
+        logits = torch.einsum("bthgd,bshd->bthgs", q[:, part].unflatten(2, (k.shape[2], -1)), k).float()
+        logits = (logits * q.shape[-1] ** -0.5).masked_fill(~seen[:, :, None, None], -torch.inf)
+        parts.append(logits.logsumexp(-1).flatten(2))
     lse = torch.cat(parts, 1)
-    return lse if tokens.pads is None else lse.masked_fill(tokens.pads[..., None], torch.inf)
+    return lse.masked_fill(lse == -torch.inf, torch.inf)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer, Selection
+from ._mixer import Mixer, Selection, State
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -57,7 +57,7 @@ class GatedDeltaNet(Mixer):
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
             step += torch.log(-torch.expm1(-step))  # softplus(dt_bias) is the step: the inverse is x + log(1 - e^-x)
 
-    def new_state(self, batch_size: int, max_length: int, window: int | None) -> dict[str, Tensor]:
+    def new_state(self, batch_size: int, max_length: int, window: int | None) -> State:
         matrix = (batch_size, self.value_heads, self.key_dim, self.value_dim)
         return {
             "matrix": self.A_log.new_zeros(matrix),
@@ -65,12 +65,7 @@ class GatedDeltaNet(Mixer):
         }
 
     def forward(
-        self,
-        x: Tensor,
-        tokens: Tokens,
-        window: int | None,
-        state: dict[str, Tensor] | None,
-        shared: Selection | None = None,
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
