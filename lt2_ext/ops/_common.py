@@ -71,7 +71,7 @@ def check_dtypes(op: str, **tensors: Tensor) -> None:
 
 
 def fake(op: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function of the arguments of ``lt2::<op>`` that gives empty outputs. The derivative of ``.._bwd`` is an
+    """Register a function of the arguments of ``lt2::<op>`` that gives empty outputs. A derivative of ``.._bwd`` is an
     error."""
     if op.endswith("_bwd"):
         torch.library.register_autograd(f"lt2::{op}", functools.partial(_no_double_backward, op))
