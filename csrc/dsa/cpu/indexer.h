@@ -2,10 +2,6 @@
 // query keeps its candidates. A score is the same sum in the same order wherever its query and key lie.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "common/cpu/gemm.h"
 #include "dsa/cpu/kernels.h"
 
