@@ -106,10 +106,15 @@ __device__ inline void load_bytes(void* to, void const* from, uint32_t bytes, Ba
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&loaded))
       : "memory");
 }
-__device__ inline void store_bytes(void* to, void const* from, uint32_t bytes) {
+// By the threads for which `mine` holds, without a branch: wgmma may be under way.
+__device__ inline void store_bytes(void* to, void const* from, uint32_t bytes, bool mine = true) {
   asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
-      "r"(shared_address(from)), "r"(bytes)
+      "{\n"
+      ".reg .pred mine;\n"
+      "setp.ne.b32 mine, %3, 0;\n"
+      "@mine cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "}\n" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes), "r"(static_cast<int>(mine))
       : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

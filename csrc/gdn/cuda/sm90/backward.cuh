@@ -134,8 +134,16 @@ __device__ __forceinline__ void request_tiles(char* tiles, CUtensorMap const& ma
   }
 }
 
-// The bits of a nonnegative float order as it does.
-__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+template <int kCount>
+__device__ __forceinline__ void scale_all(float (&x)[kCount], float factor) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] *= factor;
+}
+
+// Of a power of two, without the call that a division is.
+__device__ __forceinline__ float inverse(float power) {
+  return __int_as_float((254 << 23) - __float_as_int(power));
+}
 
 // A power of two that brings what is as large as `largest` (bits) below 2^15, and its inverse.
 struct Scale {
@@ -144,7 +152,7 @@ struct Scale {
   __device__ explicit Scale(uint32_t largest) {
     int const exponent = largest == 0 ? 127 : min(268 - static_cast<int>(largest >> 23), 253);
     factor = __int_as_float(exponent << 23);
-    unit = __int_as_float((254 - exponent) << 23);
+    unit = inverse(factor);
   }
 };
 
@@ -181,9 +189,10 @@ __device__ __forceinline__ void stage_values(uint32_t const (&x)[kChunk / 4], ch
   }
 }
 
+// By adding to the pointer, so that the compiler still knows that it is shared memory.
 template <class Shared>
 __device__ __forceinline__ Shared& aligned_shared(char* dynamic) {
-  return *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) / 1024 * 1024);
+  return *reinterpret_cast<Shared*>(dynamic + (1023 & -shared_address(dynamic)));
 }
 
 }  // namespace lt2::gdn::sm90::backward_pass

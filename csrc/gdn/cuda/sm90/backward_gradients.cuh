@@ -50,6 +50,10 @@ struct GradientTraits {
     float dbeta[kChunk];
     float through[kGroups * 4];
     float q_dots[kGroups][kChunk], k_dots[kGroups][kChunk];
+    struct {
+      TileTokens tokens;  // none: there is no more work
+      int qk_head;
+    } work[kKeyStages];
     Barrier keys_loaded[kKeyStages], keys_released[kKeyStages];
     Barrier slice_loaded[kSliceStages], slice_released[kSliceStages];
   };
@@ -62,24 +66,21 @@ inline constexpr int kWorkersBarrier = 1;
 // f(chunk, its number, query/key head) for all work of this block.
 template <class F>
 __device__ void for_work(GradientLaunch const& a, F const& f) {
-  int64_t const items = a.chunk_numbers * a.p.heads;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+  int const items = static_cast<int>(a.chunk_numbers) * a.p.heads;  // prepare_kernel has more blocks
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     portable::Chunk const chunk = portable::find_chunk(a.p, item / a.p.heads);
-    if (chunk.tokens > 0) f(chunk_tokens(chunk), item / a.p.heads, static_cast<int>(item % a.p.heads));
+    if (chunk.tokens > 0) f(chunk_tokens(chunk), item / a.p.heads, item % a.p.heads);
   }
 }
 
 // A ring's position: slot and parity of the barriers.
 template <int kStages>
 struct Ring {
-  int slot = 0, parity = 0;
+  int count = 0;
 
-  __device__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
+  __device__ int slot() const { return count % kStages; }
+  __device__ int parity() const { return count / kStages & 1; }
+  __device__ void advance() { ++count; }
 };
 
 // One thread.
@@ -92,20 +93,21 @@ __device__ void load_work(typename Traits::Shared& shared, GradientLaunch const&
   Ring<Traits::kSliceStages> ring;
   int scalars = 0;
   for_work(a, [&](TileTokens const& c, int64_t number, int qk_head) {
-    Barrier& keys_loaded = shared.keys_loaded[keys.slot];
-    shared.keys_released[keys.slot].wait(keys.parity ^ 1);
+    Barrier& keys_loaded = shared.keys_loaded[keys.slot()];
+    shared.keys_released[keys.slot()].wait(keys.parity() ^ 1);
+    shared.work[keys.slot()] = {c, qk_head};
     keys_loaded.arrive_expecting(sizeof(typename Traits::Keys));
-    request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot].k, maps.k, 0, qk_head, c, keys_loaded);
-    request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot].q, maps.q, 0, qk_head, c, keys_loaded);
+    request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot()].k, maps.k, 0, qk_head, c, keys_loaded);
+    request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot()].q, maps.q, 0, qk_head, c, keys_loaded);
     keys.advance();
     for (int h = 0; h < heads; ++h) {
       int const head = qk_head * heads + h;
       int64_t const index = number * a.p.value_heads + head;
       for (int slice = 0; slice < slices; ++slice) {
-        typename Traits::Slice& to = shared.slices[ring.slot];
-        Barrier& loaded = shared.slice_loaded[ring.slot];
+        typename Traits::Slice& to = shared.slices[ring.slot()];
+        Barrier& loaded = shared.slice_loaded[ring.slot()];
         int64_t const from = index * slices + slice;
-        shared.slice_released[ring.slot].wait(ring.parity ^ 1);
+        shared.slice_released[ring.slot()].wait(ring.parity() ^ 1);
         loaded.arrive_expecting(Traits::Slice::kBytes + (slice == 0 ? kScalarBytes : 0));
         load_bytes(&to.forward, reinterpret_cast<SliceRecord<Traits::kKeyTiles> const*>(a.w.forward) + from,
                    kSliceBytes<Traits::kKeyTiles>, loaded);
@@ -119,16 +121,20 @@ __device__ void load_work(typename Traits::Shared& shared, GradientLaunch const&
       scalars = scalars + 1 == Traits::kScalarStages ? 0 : scalars + 1;
     }
   });
+  shared.keys_released[keys.slot()].wait(keys.parity() ^ 1);
+  shared.work[keys.slot()].tokens.count = 0;
+  shared.keys_loaded[keys.slot()].arrive();
 }
 
 // f(row, column, element) for pairs of columns of [64 x kN] accumulators.
 template <int kN, class F>
 __device__ __forceinline__ void for_pairs(int warp, int lane, F const& f) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int n = 0; n < kN / 8; ++n) {
 #pragma unroll
-    for (int n = 0; n < kN / 8; ++n)
+    for (int half = 0; half < 2; ++half) {
       f(half, warp * 16 + lane / 4 + 8 * half, 8 * n + 2 * (lane % 4), 4 * n + 2 * half);
+    }
   }
 }
 
@@ -168,16 +174,10 @@ __device__ __forceinline__ void convert(uint4& x, float factor) {
   half(x.w);
 }
 
-// What 1 stands for in the accumulators of a slice.
+// What 1 stands for in a slice's operands; in the accumulators it is a product of two.
 struct Units {
-  float dq, dk, written, pairs;
+  float state, dstate, r, rho, dout, left;
 };
-
-template <int kCount>
-__device__ __forceinline__ void scale_all(float (&x)[kCount], float factor) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] *= factor;
-}
 
 // dg and dbeta of a chunk, by one warp: lane l has tokens 2 l and 2 l + 1.
 template <class Traits>
@@ -190,7 +190,8 @@ __device__ void store_scalars(typename Traits::Shared const& shared, ChunkScalar
       if (i >= c.count) continue;
       float x = shared.dbeta[i];
       if (p.beta_sigmoid) {
-        float const b = sigmoid(*portable::token_row<float const>(p.beta, c.row, c.begin + i, head));
+        float const raw = *portable::token_row<float const>(p.beta, c.row, c.begin + i, head);
+        float const b = __fdividef(1.f, 1.f + expf(-raw));  // without the call that a division is
         x *= b * (1.f - b) * (p.neg_eigval ? 2.f : 1.f);
       }
       *portable::token_row<float>(p.dbeta, c.row, c.begin + i, head) = x;
@@ -258,13 +259,14 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
   Ring<Traits::kKeyStages> keys;
   Ring<Traits::kSliceStages> ring;
   int scalar_slot = 0;
-  float* const partial =
-      a.w.partial + (int64_t{blockIdx.x} * Traits::kGroups + group) * (kN * kWarpgroup) + own_thread;
 
-  for_work(a, [&](TileTokens const& c, int64_t, int qk_head) {
-    char* const k = shared.keys[keys.slot].k;
-    char* const q = shared.keys[keys.slot].q;
-    shared.keys_loaded[keys.slot].wait(keys.parity);
+  for (;; keys.advance()) {
+    char* const k = shared.keys[keys.slot()].k;
+    char* const q = shared.keys[keys.slot()].q;
+    shared.keys_loaded[keys.slot()].wait(keys.parity());
+    TileTokens const& c = shared.work[keys.slot()].tokens;
+    int const qk_head = shared.work[keys.slot()].qk_head;
+    if (c.count == 0) break;
     if (c.count < kChunk) {
       if (group == 0) {
         clear_tail<kKeyTiles>(k, c.count, own_thread);
@@ -280,8 +282,8 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
       Units units;
       for (int slice = 0; slice < slices; ++slice) {
         int const thread = forget(own_thread), lane = thread % 32;
-        typename Traits::Slice& x = shared.slices[ring.slot];
-        shared.slice_loaded[ring.slot].wait(ring.parity);
+        typename Traits::Slice& x = shared.slices[ring.slot()];
+        shared.slice_loaded[ring.slot()].wait(ring.parity());
         // dO in fp16 as well, the rows that follow the sequence zero.
         float const state_unit = x.forward.units[kStateUnit], dstate_unit = x.reverse.units[kStateUnit];
         float const r_unit = x.forward.units[kTokenUnit], rho_unit = x.reverse.units[kTokenUnit];
@@ -291,19 +293,19 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
           if (e / 8 >= c.count) {
             *y = uint4{};
           } else {
-            convert<T>(*y, 1.f / dout_unit);
+            convert<T>(*y, inverse(dout_unit));
           }
         }
         fence_async_shared();
-        Units const now{dout_unit * state_unit, rho_unit * state_unit, r_unit * dstate_unit,
-                        (group == 0 ? dout_unit : rho_unit) * r_unit};
+        float const left_unit = group == 0 ? dout_unit : rho_unit;
         if (slice > 0) {
-          scale_all(dq, units.dq / now.dq);
-          scale_all(dk, units.dk / now.dk);
-          scale_all(written, units.written / now.written);
-          scale_all(pairs, units.pairs / now.pairs);
+          float const by_state = units.state * inverse(state_unit), by_r = units.r * inverse(r_unit);
+          scale_all(dq, units.dout * inverse(dout_unit) * by_state);
+          scale_all(dk, units.rho * inverse(rho_unit) * by_state);
+          scale_all(written, by_r * (units.dstate * inverse(dstate_unit)));
+          scale_all(pairs, units.left * inverse(left_unit) * by_r);
         }
-        units = now;
+        units = {state_unit, dstate_unit, r_unit, rho_unit, dout_unit, left_unit};
         named_barrier(kWorkersBarrier, Traits::kWorkers);
         uint64_t const dout = k_major(x.dout), rho = k_major(x.reverse.tokens), r = k_major(x.forward.tokens);
         uint64_t const state = row_major(x.forward.state + tile) + first_step;
@@ -336,7 +338,7 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
         pin(dk);
         pin(written);
         pin(pairs);
-        if (lane == 0) shared.slice_released[ring.slot].arrive();
+        if (lane == 0) shared.slice_released[ring.slot()].arrive();
         ring.advance();
       }
 
@@ -346,8 +348,9 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
       for_pairs<kN>(warp, lane, [&](int half, int row, int column, int i) {
         float2 const q2 = tile_pair<T>(q + tile, row, first + column),
                      k2 = tile_pair<T>(k + tile, row, first + column);
-        float const b = s.strength[row], q_in = s.q_in[row] * units.dq, k_in = -s.k_in[row] * b * units.dk,
-                    k_out = s.k_out[row] * b * units.written;
+        float const b = s.strength[row], q_in = s.q_in[row] * units.dout * units.state,
+                    k_in = -s.k_in[row] * b * units.rho * units.state,
+                    k_out = s.k_out[row] * b * units.r * units.dstate;
         dq[i] *= q_in;
         dq[i + 1] *= q_in;
         dk[i] *= k_in;
@@ -370,28 +373,43 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
         }
       }
       if (group < 2) {
+        int const again = forget(own_thread), warp = again / 32, lane = again % 32;
         float products[kChunk / 2];  // of q and k, or of k and k
         multiply_rows<T, Traits::kKeyDim>(products, group == 0 ? q : k, k);
-        float rows[2] = {}, columns[kChunk / 4] = {};
-        for_pairs<kChunk>(warp, lane, [&](int half, int row, int column, int i) {
-          float const g = s.log2_decay[row];
-          float const factor =
-              units.pairs * (group == 0 ? a.p.scale * s.q_norm[row] : -s.strength[row] * s.k_norm[row]);
+        float rows[2] = {}, columns[kChunk / 4] = {}, diagonal[2], factor[2], g[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const row = warp * 16 + lane / 4 + 8 * half;
+          g[half] = s.log2_decay[row];
+          factor[half] = units.left * units.r *
+                         (group == 0 ? a.p.scale * s.q_norm[row] : -s.strength[row] * s.k_norm[row]);
+        }
+        int const last = group == 0 ? 0 : -1;  // column that a row sees, relative to it
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n) {
+          int const column = 8 * n + 2 * (lane % 4);
           float2 const gs = pair_at(s.log2_decay, column), b = pair_at(s.strength, column),
                        norm = pair_at(s.k_norm, column);
+          float const by_column[2] = {b.x * norm.x, b.y * norm.y};
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            int const col = column + j;
-            bool const earlier = row > col;
-            if (group == 1 && row == col) shared.dbeta[row] = units.pairs * pairs[i + j];
-            float const decay =
-                earlier || (group == 0 && row == col) ? exp2_fast(g - (j == 0 ? gs.x : gs.y)) : 0.f;
-            pairs[i + j] *= factor * decay * (j == 0 ? b.x * norm.x : b.y * norm.y);
-            float const crossing = earlier ? pairs[i + j] * products[i + j] : 0.f;
-            rows[half] += crossing;
-            columns[i / 4 * 2 + j] += crossing;
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              int const i = 4 * n + 2 * half + j, ahead = column + j - (warp * 16 + lane / 4 + 8 * half);
+              if (ahead == 0) diagonal[half] = pairs[i];
+              float const decay = ahead <= last ? exp2_fast(g[half] - (j == 0 ? gs.x : gs.y)) : 0.f;
+              pairs[i] *= factor[half] * decay * by_column[j];
+              float const crossing = ahead < 0 ? pairs[i] * products[i] : 0.f;
+              rows[half] += crossing;
+              columns[2 * n + j] += crossing;
+            }
           }
-        });
+        }
+        // The lane that has the diagonal element of a row.
+        if (group == 1 && lane % 4 == lane / 8) {
+          shared.dbeta[warp * 16 + lane / 4] = units.left * units.r * diagonal[0];
+          shared.dbeta[warp * 16 + lane / 4 + 8] = units.left * units.r * diagonal[1];
+        }
         put_rows<T, kChunk>(pairs, group == 0 ? shared.dscores : shared.dgram, 0, warp, lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -429,6 +447,8 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
       pin(dq);
       pin(dk);
       // The sum over the value heads of a query/key head; each thread reads what it wrote.
+      float* const partial =
+          a.w.partial + (int64_t{blockIdx.x} * Traits::kGroups + group) * (kN * kWarpgroup) + own_thread;
       if (h > 0) {
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) {
@@ -502,12 +522,11 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
         }
         fence_async_shared();
         __syncwarp();
-        if (lane == 0) shared.keys_released[keys.slot].arrive();
+        if (lane == 0) shared.keys_released[keys.slot()].arrive();
       }
       scalar_slot = scalar_slot + 1 == Traits::kScalarStages ? 0 : scalar_slot + 1;
     }
-    keys.advance();
-  });
+  }
 }
 
 template <class Traits>

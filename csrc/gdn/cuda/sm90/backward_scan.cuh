@@ -177,11 +177,11 @@ struct Staging {
 
  private:
   __device__ void publish_largest(int i, uint32_t x) const {
-    x = __reduce_max_sync(0xffffffffu, x);
-    if (thread % 32 == 0) largest[4 * i + thread / 32] = x;
+    largest[4 * i + thread / 32] =
+        __reduce_max_sync(0xffffffffu, x);  // all lanes: no branch while wgmma is under way
   }
   __device__ void synchronize() const {
-    if (thread == 0) wait_stores_read();
+    wait_stores_read();
     named_barrier(barrier, kWarpgroup);
   }
   __device__ Scale scale(int i) const {
@@ -190,22 +190,21 @@ struct Staging {
   }
 };
 
+// The bits of nonnegative floats order as they do.
 template <int kCount>
 __device__ __forceinline__ uint32_t largest_of(float const (&x)[kCount]) {
-  uint32_t largest = 0;
+  float largest[2] = {};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) largest = max(largest, magnitude(x[i]));
-  return largest;
+  for (int i = 0; i < kCount; ++i) largest[i % 2] = fmaxf(largest[i % 2], fabsf(x[i]));
+  return __float_as_uint(fmaxf(largest[0], largest[1]));
 }
 template <class T, int kCount>
 __device__ __forceinline__ uint32_t largest_of(uint32_t const (&x)[kCount]) {
-  uint32_t largest = 0;
+  uint32_t largest = 0;  // pairs of elements without sign
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    float2 const y = unpack<T>(x[i]);
-    largest = max(largest, max(magnitude(y.x), magnitude(y.y)));
-  }
-  return largest;
+  for (int i = 0; i < kCount; ++i) largest = __vmaxu2(largest, x[i] & 0x7fff7fffu);
+  float2 const y = unpack<T>(largest);
+  return __float_as_uint(fmaxf(y.x, y.y));
 }
 
 // Fragments [values x tokens] of a tile [tokens x values].
@@ -303,7 +302,8 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     Scale const state_scale = staging.acquire(largest_of(s));
     staging.put_state(s, state_scale.factor, warp, lane);
     staging.publish();
-    if (thread == 0) store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes);
+    store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes, thread == 0);
+    scale_all(s, scalars.decay);
     uint32_t fragments[kChunk / 4], rest[kChunk / 4];  // v, then b o Y, and what its rounding leaves
     load_values(fragments, stage.values[slice], warp, lane);
     wgmma_wait<0>();
@@ -323,9 +323,6 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
       multiply_negative_n<T, Major::K>(r, fragments, rest, k_major(stage.negative_n));
       wgmma_commit();
     }
-    float const decay = scalars.decay;
-#pragma unroll
-    for (int j = 0; j < kKeyDim / 2; ++j) s[j] *= decay;
     wgmma_wait<0>();
     pin(r);
     uint32_t left[kChunk / 4];  // e^(G_last - G) b o r
@@ -348,13 +345,13 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     pack_all<__half>(fragments, r, token_scale.factor);
     stage_values(fragments, staging.tiles, warp, lane);
     staging.publish();
+    store_bytes(out.tokens, staging.tiles, kTileBytes, thread == 0);
+    wgmma_wait<0>();
+    pin(s);
     if (thread == 0) {
-      store_bytes(out.tokens, staging.tiles, kTileBytes);
       out.units[kStateUnit] = state_scale.unit;
       out.units[kTokenUnit] = token_scale.unit;
     }
-    wgmma_wait<0>();
-    pin(s);
     if (lane == 0) shared.released[slot].arrive();
   }
   if (thread == 0) wait_stores_read();
@@ -390,6 +387,8 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
         a.w.reverse)[((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head) * value_slices +
                      column / kTileSide];
     uint32_t state[kKeyDim / 4];
+    wgmma_wait<0>();  // of nothing: tells ptxas, which does not see it across the loop's edge
+    pin(ds);
     pack_all<T>(state, ds);
     shared.loaded[slot].wait((i / kStages) & 1);
     if (c.count < kChunk) {
@@ -420,7 +419,8 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     staging.acquire(largest_of(ds), largest_of<T>(dout), state_scale, dout_scale);
     staging.put_state(ds, state_scale.factor, warp, lane);
     staging.publish();
-    if (thread == 0) store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes);
+    store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes, thread == 0);
+    scale_all(ds, scalars.decay);
     wgmma_wait<0>();
     pin(kds);
     pin(du);
@@ -431,9 +431,6 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
       du[j + 1] += to_end.y * kds[j + 1];
       pack_exactly<T>(b.x * du[j], b.y * du[j + 1], fragments[j / 2], rest[j / 2]);
     });
-    float const decay = scalars.decay;
-#pragma unroll
-    for (int j = 0; j < kKeyDim / 2; ++j) ds[j] *= decay;
     for_tokens(lane, [&](int token, int j) {
       float2 const in = pair_at(scalars.q_in, token), x = unpack<T>(dout[j / 2]);
       dout[j / 2] = pack<T>(in.x * x.x, in.y * x.y);
@@ -478,19 +475,19 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     stage_values(rho, staging.tiles, warp, lane);
     stage_values(fragments, staging.tiles + kTileBytes, warp, lane);
     staging.publish();
-    if (thread == 0) {
-      store_bytes(out.tokens, staging.tiles, kTileBytes);
-      out.units[kStateUnit] = state_scale.unit;
-      out.units[kTokenUnit] = token_scale.unit;
-      out.units[kDoutUnit] = dout_scale.unit;
-    }
+    store_bytes(out.tokens, staging.tiles, kTileBytes, thread == 0);
+    wgmma_wait<0>();
+    pin(ds);
     if (c.count < kChunk) {
       store_rows<T>(staging.tiles + kTileBytes, a.p.dv, c, unit.head, column, thread);
     } else if (thread == 0) {
       store_tile(maps.dv, staging.tiles + kTileBytes, column, unit.head, c.begin, c.row);
     }
-    wgmma_wait<0>();
-    pin(ds);
+    if (thread == 0) {
+      out.units[kStateUnit] = state_scale.unit;
+      out.units[kTokenUnit] = token_scale.unit;
+      out.units[kDoutUnit] = dout_scale.unit;
+    }
     if (lane == 0) shared.released[slot].arrive();
   }
   if (a.p.dinitial_state != nullptr) {
