@@ -14,14 +14,17 @@ struct PrepareTraits {
   static constexpr int kKeyDim = kKeyDim_, kKeyTiles = key_tiles(kKeyDim);
   static constexpr int kThreads = kWarpgroup;
 
+  // k and q; then, over k, the matrix of N and, over q's end, P.
   static constexpr int kOperandBytes = 2 * kKeyTiles * kTileBytes;
+  static constexpr int kMatrixBytes = kChunk * kInverseRow * sizeof(float);
+  static constexpr int kSpace =
+      kOperandBytes > kMatrixBytes + kTileBytes ? kOperandBytes : kMatrixBytes + kTileBytes;
+  static_assert(kSpace == kOperandBytes || kSpace - kTileBytes >= kOperandBytes);
 
   struct Shared {
-    union {
-      alignas(1024) char operands[kOperandBytes];  // k, q
-      float matrix[kChunk * kInverseRow];          // once both products are in registers
-    };
-    ChunkRecord<T> record;
+    alignas(1024) char space[kSpace];
+    char negative_n[kInverseParts<T> * kTileBytes];
+    ChunkScalars scalars;
     Barrier loaded;
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
@@ -262,7 +265,7 @@ __device__ void store_scores(float (&qk)[kChunk / 2], ChunkScalars const& s, flo
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 3)
+__global__ void __launch_bounds__(Traits::kThreads, 4)
     prepare_kernel(__grid_constant__ Inputs const p, __grid_constant__ BackwardMaps const maps,
                    BackwardWorkspace const w) {
   using T = typename Traits::T;
@@ -273,9 +276,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 3)
   portable::Chunk const chunk = portable::find_chunk(p, blockIdx.x / p.value_heads);
   if (chunk.tokens == 0) return;
   TileTokens const c = chunk_tokens(chunk);
-  char* const k = shared.operands;
-  char* const q = shared.operands + Traits::kOperandBytes / 2;
-  ChunkScalars& s = shared.record.scalars;
+  char* const k = shared.space;
+  char* const q = shared.space + Traits::kOperandBytes / 2;
+  char* const scores = shared.space + Traits::kSpace - kTileBytes;
+  auto* const matrix = reinterpret_cast<float*>(shared.space);
+  ChunkScalars& s = shared.scalars;
 
   if (thread == 0) {
     shared.loaded.init(1);
@@ -308,17 +313,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 3)
 
   float d[kChunk / 2];
   multiply_rows<T, Traits::kKeyDim>(d, q, k);
-  store_scores<T>(d, s, p.scale, shared.record.scores, warp, lane);
+  __syncthreads();
+  store_scores<T>(d, s, p.scale, scores, warp, lane);
   multiply_rows<T, Traits::kKeyDim>(d, k, k);
   __syncthreads();
-  store_gram(d, s.k_norm, shared.matrix, warp, lane);
+  store_gram(d, s.k_norm, matrix, warp, lane);
   __syncthreads();
-  substitute(shared.matrix, s.strength, thread);
-  store_negative<T>(shared.matrix, s, shared.record.negative_n, thread);
+  substitute(matrix, s.strength, thread);
+  store_negative<T>(matrix, s, shared.negative_n, thread);
   fence_async_shared();
   __syncthreads();
   if (thread == 0) {
-    store_bytes(w.record<T>(blockIdx.x), &shared.record, kMatrixBytes<T> + kScalarBytes);
+    ChunkRecord<T>& record = *w.record<T>(blockIdx.x);
+    store_bytes(record.negative_n, shared.negative_n, sizeof(record.negative_n));
+    store_bytes(record.scores, scores, kTileBytes);
+    store_bytes(&record.scalars, &s, kScalarBytes);
     wait_stores_read();
   }
 }
