@@ -118,6 +118,11 @@ __device__ inline void store_bytes(void* to, void const* from, uint32_t bytes, b
       : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// At most kPending of this thread's stores are not in global memory yet.
+template <int kPending>
+__device__ inline void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // This thread's stores have read shared memory.
 __device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

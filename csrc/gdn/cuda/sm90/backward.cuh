@@ -82,11 +82,20 @@ struct BackwardWorkspace {
   char* reverse;   // [index, V / 64] SliceRecord
   float* partial;  // [block of gradients, 2, 64, K padded]: sums of dq and dk over value heads
 
+  // Of gradients that follow the scan: how many pieces of work are taken; then [2, N, HV, V / 64], how many
+  // chunks the scan forward, and in reverse, has left. Zeroed by prepare_kernel.
+  int* progress;
+
   template <class T>
   __device__ ChunkRecord<T>* record(int64_t index) const {
     return reinterpret_cast<ChunkRecord<T>*>(records) + index;
   }
 };
+
+// Of the chunks done in one direction: `state` is in [N, HV].
+__device__ inline int64_t progress_index(Inputs const& p, bool reverse, int64_t state, int slice) {
+  return 1 + ((reverse ? p.sequences * p.value_heads : 0) + state) * (p.value_dim / kTileSide) + slice;
+}
 
 // H100 and H200 have as many; elsewhere only the balance of work suffers.
 inline constexpr int kMultiprocessors = 132;
@@ -110,9 +119,20 @@ BackwardWorkspace backward_layout(BackwardParams const& p, char* base, int64_t* 
     w.partial =
         reinterpret_cast<float*>(take(kMultiprocessors * tiles * 2 * kTileSide * kTileSide * sizeof(float)));
   }
+  w.progress = reinterpret_cast<int*>(take((1 + 2 * p.sequences * p.value_heads * (p.value_dim / kTileSide)) *
+                                               int64_t{sizeof(int)} / 16 * 16 +
+                                           16));
   *bytes = next - base;
   return w;
 }
+
+struct BackwardLaunch {
+  BackwardParams p;
+  BackwardWorkspace w;
+  int slice_groups;      // blocks of the scan that share a sequence and value head
+  int chunk_numbers;     // fits: prepare_kernel has a block for each
+  unsigned first_block;  // of those that compute gradients
+};
 
 struct BackwardMaps {
   CUtensorMap q, k, v, dout, dv;

@@ -11,15 +11,9 @@
 // the first one also dP, the second dM. One thread loads: slices of 64 value columns, kSliceStages ahead.
 #pragma once
 
-#include "gdn/cuda/sm90/backward.cuh"
+#include "gdn/cuda/sm90/backward_scan.cuh"
 
 namespace lt2::gdn::sm90::backward_pass {
-
-struct GradientLaunch {
-  BackwardParams p;
-  BackwardWorkspace w;
-  int64_t chunk_numbers;
-};
 
 template <class T_, int kKeyDim_>
 struct GradientTraits {
@@ -28,7 +22,7 @@ struct GradientTraits {
   static constexpr int kGroups = kKeyTiles > 2 ? kKeyTiles : 2;     // warpgroups that compute
   static constexpr int kColumns = kKeyTiles == 1 ? 32 : kTileSide;  // of each, padded with zeros
   static constexpr int kWorkers = kGroups * kWarpgroup, kThreads = kWorkers + kWarpgroup;
-  static constexpr int kLoadRegisters = 24, kWorkRegisters = 240;
+  static constexpr int kLoadRegisters = 40, kWorkRegisters = 232;
   static constexpr int kKeyStages = kKeyTiles > 2 ? 1 : 2, kSliceStages = 2;
   static constexpr int kScalarStages = kSliceStages + 1;  // value heads that can be under way
 
@@ -63,14 +57,68 @@ struct GradientTraits {
 
 inline constexpr int kWorkersBarrier = 1;
 
-// f(chunk, its number, query/key head) for all work of this block.
-template <class F>
-__device__ void for_work(GradientLaunch const& a, F const& f) {
-  int const items = static_cast<int>(a.chunk_numbers) * a.p.heads;  // prepare_kernel has more blocks
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    portable::Chunk const chunk = portable::find_chunk(a.p, item / a.p.heads);
-    if (chunk.tokens > 0) f(chunk_tokens(chunk), item / a.p.heads, item % a.p.heads);
+// A chunk: whose it is and which.
+struct Place {
+  TileTokens tokens;  // none: no chunk has this number
+  int64_t sequence;
+  int chunk, chunks;
+};
+
+__device__ inline Place find_place(Inputs const& p, int64_t number) {
+  int64_t low = 0, high = p.sequences;
+  while (high - low > 1) {
+    int64_t const middle = (low + high) / 2;
+    (portable::first_chunk(p, middle) <= number ? low : high) = middle;
   }
+  portable::Sequence const s = portable::sequence(p, low);
+  int const chunks = static_cast<int>((s.length + kChunk - 1) / kChunk);
+  int64_t const chunk = number - portable::first_chunk(p, low);
+  if (chunk < 0 || chunk >= chunks) return {{0, 0, 0}, 0, 0, 0};
+  int const offset = static_cast<int>(chunk) * kChunk;
+  return {{static_cast<int>(s.row), static_cast<int>(s.begin) + offset,
+           min(static_cast<int>(s.length) - offset, kChunk)},
+          low,
+          static_cast<int>(chunk),
+          chunks};
+}
+
+// f(place, chunk number, query/key head) for all work of this block. Behind a running scan the blocks take
+// what is next, from the middle of the sequences outwards: that is the order in which both directions have
+// passed.
+template <bool kFollows, class F>
+__device__ void for_work(BackwardLaunch const& a, F const& f) {
+  int const H = a.p.heads;
+  if constexpr (kFollows) {
+    bool const dense = a.p.cu_seqlens == nullptr;
+    int const chunks = static_cast<int>(dense ? portable::ceil_div(a.p.tokens, kChunk) : a.chunk_numbers);
+    int const units = dense ? static_cast<int>(a.p.sequences) * H : H;
+    for (;;) {
+      int const taken = atomicAdd(a.w.progress, 1);
+      if (taken >= chunks * units) return;
+      int const step = taken / units, unit = taken % units;
+      int const chunk = step % 2 == 0 ? chunks / 2 + step / 2 : chunks / 2 - (step + 1) / 2;
+      int64_t const number = dense ? portable::first_chunk(a.p, unit / H) + chunk : chunk;
+      Place const place = find_place(a.p, number);
+      if (place.tokens.count > 0) f(place, number, unit % H);
+    }
+  } else {
+    int const items = static_cast<int>(a.chunk_numbers) * H;  // prepare_kernel has more blocks
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      Place const place = find_place(a.p, item / H);
+      if (place.tokens.count > 0) f(place, item / H, item % H);
+    }
+  }
+}
+
+// Until the scan has left `chunks` chunks; then what it left may be copied.
+__device__ inline void await_chunks(int const* announced, int chunks) {
+  for (;;) {
+    int now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(announced) : "memory");
+    if (now >= chunks) break;
+    __nanosleep(500);
+  }
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // A ring's position: slot and parity of the barriers.
@@ -84,15 +132,16 @@ struct Ring {
 };
 
 // One thread.
-template <class Traits>
-__device__ void load_work(typename Traits::Shared& shared, GradientLaunch const& a,
+template <class Traits, bool kFollows>
+__device__ void load_work(typename Traits::Shared& shared, BackwardLaunch const& a,
                           BackwardMaps const& maps) {
   using T = typename Traits::T;
   int const heads = a.p.value_heads / a.p.heads, slices = a.p.value_dim / kTileSide;
   Ring<Traits::kKeyStages> keys;
   Ring<Traits::kSliceStages> ring;
   int scalars = 0;
-  for_work(a, [&](TileTokens const& c, int64_t number, int qk_head) {
+  for_work<kFollows>(a, [&](Place const& place, int64_t number, int qk_head) {
+    TileTokens const& c = place.tokens;
     Barrier& keys_loaded = shared.keys_loaded[keys.slot()];
     shared.keys_released[keys.slot()].wait(keys.parity() ^ 1);
     shared.work[keys.slot()] = {c, qk_head};
@@ -100,22 +149,28 @@ __device__ void load_work(typename Traits::Shared& shared, GradientLaunch const&
     request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot()].k, maps.k, 0, qk_head, c, keys_loaded);
     request_tiles<Traits::kKeyTiles>(shared.keys[keys.slot()].q, maps.q, 0, qk_head, c, keys_loaded);
     keys.advance();
-    for (int h = 0; h < heads; ++h) {
-      int const head = qk_head * heads + h;
-      int64_t const index = number * a.p.value_heads + head;
-      for (int slice = 0; slice < slices; ++slice) {
+    // Slices of the value heads follow each other, in what the scan left and in what it announces.
+    using Record = SliceRecord<Traits::kKeyTiles>;
+    int64_t const index = number * a.p.value_heads + qk_head * heads;
+    auto const* forward = reinterpret_cast<Record const*>(a.w.forward) + index * slices;
+    auto const* record = a.w.record<T>(index);
+    int const* announced =
+        a.w.progress + progress_index(a.p, false, place.sequence * a.p.value_heads + qk_head * heads, 0);
+    for (int head = qk_head * heads; head < (qk_head + 1) * heads; ++head, ++record) {
+      for (int slice = 0; slice < slices; ++slice, ++forward, ++announced) {
         typename Traits::Slice& to = shared.slices[ring.slot()];
         Barrier& loaded = shared.slice_loaded[ring.slot()];
-        int64_t const from = index * slices + slice;
         shared.slice_released[ring.slot()].wait(ring.parity() ^ 1);
+        if constexpr (kFollows) {
+          await_chunks(announced, place.chunk + 1);
+          await_chunks(announced + a.p.sequences * a.p.value_heads * slices, place.chunks - place.chunk);
+        }
         loaded.arrive_expecting(Traits::Slice::kBytes + (slice == 0 ? kScalarBytes : 0));
-        load_bytes(&to.forward, reinterpret_cast<SliceRecord<Traits::kKeyTiles> const*>(a.w.forward) + from,
-                   kSliceBytes<Traits::kKeyTiles>, loaded);
-        load_bytes(&to.reverse, reinterpret_cast<SliceRecord<Traits::kKeyTiles> const*>(a.w.reverse) + from,
+        load_bytes(&to.forward, forward, kSliceBytes<Traits::kKeyTiles>, loaded);
+        load_bytes(&to.reverse, reinterpret_cast<char const*>(forward) + (a.w.reverse - a.w.forward),
                    kSliceBytes<Traits::kKeyTiles>, loaded);
         request_tiles<1>(to.dout, maps.dout, slice * kTileSide, head, c, loaded);
-        if (slice == 0)
-          load_bytes(&shared.scalars[scalars], &a.w.record<T>(index)->scalars, kScalarBytes, loaded);
+        if (slice == 0) load_bytes(&shared.scalars[scalars], &record->scalars, kScalarBytes, loaded);
         ring.advance();
       }
       scalars = scalars + 1 == Traits::kScalarStages ? 0 : scalars + 1;
@@ -248,7 +303,7 @@ __device__ __forceinline__ int forget(int x) {
 
 // Warpgroup `group` of those that compute.
 template <class Traits>
-__device__ void compute_work(typename Traits::Shared& shared, GradientLaunch const& a, int group,
+__device__ void compute_work(typename Traits::Shared& shared, BackwardLaunch const& a, int group,
                              int const own_thread) {
   using T = typename Traits::T;
   constexpr int kKeyTiles = Traits::kKeyTiles, kN = Traits::kColumns;
@@ -448,7 +503,8 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
       pin(dk);
       // The sum over the value heads of a query/key head; each thread reads what it wrote.
       float* const partial =
-          a.w.partial + (int64_t{blockIdx.x} * Traits::kGroups + group) * (kN * kWarpgroup) + own_thread;
+          a.w.partial +
+          ((int64_t{blockIdx.x} - a.first_block) * Traits::kGroups + group) * (kN * kWarpgroup) + own_thread;
       if (h > 0) {
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) {
@@ -529,10 +585,8 @@ __device__ void compute_work(typename Traits::Shared& shared, GradientLaunch con
   }
 }
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    gradient_kernel(__grid_constant__ GradientLaunch const a, __grid_constant__ BackwardMaps const maps) {
-  extern __shared__ char dynamic_shared[];
+template <class Traits, bool kFollows>
+__device__ void compute_gradients(char* dynamic_shared, BackwardLaunch const& a, BackwardMaps const& maps) {
   auto& shared = aligned_shared<typename Traits::Shared>(dynamic_shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kKeyStages; ++i) {
@@ -549,11 +603,38 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == Traits::kGroups) {
     shrink_registers<Traits::kLoadRegisters>();
-    if (thread == 0) load_work<Traits>(shared, a, maps);
+    if (thread == 0) load_work<Traits, kFollows>(shared, a, maps);
     return;
   }
   grow_registers<Traits::kWorkRegisters>();
   compute_work<Traits>(shared, a, group, thread);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    gradient_kernel(__grid_constant__ BackwardLaunch const a, __grid_constant__ BackwardMaps const maps) {
+  extern __shared__ char dynamic_shared[];
+  compute_gradients<Traits, false>(dynamic_shared, a, maps);
+}
+
+// The scan in the first blocks of a grid, gradients in the others, chunk by chunk as both directions have
+// passed. The scan waits for nobody, and its blocks are there first.
+template <class Scan, class Gradients>
+__global__ void __launch_bounds__(Gradients::kThreads, 1)
+    followed_scan_kernel(__grid_constant__ BackwardLaunch const a,
+                         __grid_constant__ BackwardMaps const maps) {
+  static_assert(Gradients::kThreads >= Scan::kThreads);
+  extern __shared__ char dynamic_shared[];
+  if (blockIdx.x >= a.first_block) {
+    compute_gradients<Gradients, true>(dynamic_shared, a, maps);
+    return;
+  }
+  ScanUnit const unit = scan_unit(a, Scan::kSlices * kTileSide);
+  if (unit.reverse) {
+    scan<Scan, typename Scan::ReverseStage, true>(dynamic_shared, a, maps, unit);
+  } else {
+    scan<Scan, typename Scan::ForwardStage, true>(dynamic_shared, a, maps, unit);
+  }
 }
 
 }  // namespace lt2::gdn::sm90::backward_pass

@@ -29,6 +29,10 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
   int64_t bytes;
   BackwardWorkspace const w = backward_layout<T>(p, reinterpret_cast<char*>(workspace), &bytes);
   int64_t const numbers = portable::chunk_numbers(p), chunks = numbers * p.value_heads;
+  auto const work = [&](int64_t slice_groups, int64_t first_block) {
+    return BackwardLaunch{p, w, static_cast<int>(slice_groups), static_cast<int>(numbers),
+                          static_cast<unsigned>(first_block)};
+  };
 
   using Prepare = PrepareTraits<T, kKeyDim>;
   if (Status const status = launch(prepare_kernel<Prepare>, chunks, Prepare::kThreads, Prepare::kSharedBytes,
@@ -36,24 +40,32 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
       status != kOk) {
     return status;
   }
+  using Gradients = GradientTraits<T, kKeyDim>;
+  int64_t const items = numbers * p.heads,
+                gradient_blocks = items < kMultiprocessors ? items : kMultiprocessors;
+  int64_t const slices = 2 * p.sequences * p.value_heads * (p.value_dim / kTileSide);
+  if (slices <= kMultiprocessors) {
+    // One slice a block, all of them at once: a chain that leaves room for the gradients to follow.
+    using Scan = ScanTraits<T, kKeyDim, 1>;
+    constexpr int kBytes =
+        Scan::kSharedBytes > Gradients::kSharedBytes ? Scan::kSharedBytes : Gradients::kSharedBytes;
+    return launch(followed_scan_kernel<Scan, Gradients>, slices + gradient_blocks, Gradients::kThreads,
+                  kBytes, stream, work(p.value_dim / kTileSide, slices), maps);
+  }
   auto const scan = [&](auto traits) {
     using Traits = decltype(traits);
     int const groups = p.value_dim / (Traits::kSlices * kTileSide);
-    return launch(scan_kernel<Traits>, 2 * p.sequences * p.value_heads * groups, Traits::kThreads,
-                  Traits::kSharedBytes, stream, ScanLaunch{p, w, groups}, maps);
+    return launch(scan_kernel<Traits>, slices / Traits::kSlices, Traits::kThreads, Traits::kSharedBytes,
+                  stream, work(groups, 0), maps);
   };
-  // A block of two slices loads keys and matrices once for both; one slice in each of twice the blocks is
-  // faster while there are multiprocessors to fill.
-  int64_t const slices = 2 * p.sequences * p.value_heads * (p.value_dim / kTileSide);
-  bool const pairs = p.value_dim % (2 * kTileSide) == 0 && slices > kMultiprocessors;
+  // Two slices in a block load keys and matrices once for both.
+  bool const pairs = p.value_dim % (2 * kTileSide) == 0;
   if (Status const status = pairs ? scan(ScanTraits<T, kKeyDim, 2>{}) : scan(ScanTraits<T, kKeyDim, 1>{});
       status != kOk) {
     return status;
   }
-  using Gradients = GradientTraits<T, kKeyDim>;
-  int64_t const items = numbers * p.heads;
-  return launch(gradient_kernel<Gradients>, items < kMultiprocessors ? items : kMultiprocessors,
-                Gradients::kThreads, Gradients::kSharedBytes, stream, GradientLaunch{p, w, numbers}, maps);
+  return launch(gradient_kernel<Gradients>, gradient_blocks, Gradients::kThreads, Gradients::kSharedBytes,
+                stream, work(0, 0), maps);
 }
 
 }  // namespace lt2::gdn::sm90

@@ -274,6 +274,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
   int const thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32;
   int const head = static_cast<int>(blockIdx.x % p.value_heads), qk_head = head / (p.value_heads / p.heads);
   portable::Chunk const chunk = portable::find_chunk(p, blockIdx.x / p.value_heads);
+  // There are at least N HV blocks.
+  int const slices = p.value_dim / kTileSide;
+  int64_t const flags = 1 + 2 * p.sequences * p.value_heads * slices;
+  for (int i = thread; i < 2 * slices + 1; i += Traits::kThreads) {
+    int64_t const flag = int64_t{blockIdx.x} * (2 * slices + 1) + i;
+    if (flag < flags) w.progress[flag] = 0;
+  }
   if (chunk.tokens == 0) return;
   TileTokens const c = chunk_tokens(chunk);
   char* const k = shared.space;

@@ -14,12 +14,6 @@ namespace lt2::gdn::sm90::backward_pass {
 
 inline constexpr int kStateBarrier = 8;  // of all state warpgroups; 1 + slice is of one
 
-struct ScanLaunch {
-  BackwardParams p;
-  BackwardWorkspace w;
-  int slice_groups;
-};
-
 template <class T_, int kKeyDim_, int kSlices_>
 struct ScanTraits {
   using T = T_;
@@ -55,6 +49,7 @@ struct ScanTraits {
     Stage stages[kStages<Stage>];
     char staging[kSlices][kStagingTiles * kTileBytes];
     alignas(16) uint32_t largest[kSlices][8];
+    int done[kSlices];  // chunks of which all is in global memory
     Barrier loaded[kStages<Stage>], released[kStages<Stage>];
   };
   static constexpr int kSharedBytes =
@@ -77,7 +72,7 @@ struct ScanUnit {
   }
 };
 
-__device__ inline ScanUnit scan_unit(ScanLaunch const& a, int columns) {
+__device__ inline ScanUnit scan_unit(BackwardLaunch const& a, int columns) {
   unsigned block = blockIdx.x;
   bool const reverse = block % 2;
   block /= 2;
@@ -101,7 +96,7 @@ __device__ inline ScanUnit scan_unit(ScanLaunch const& a, int columns) {
 
 // One thread.
 template <class Traits, class Stage>
-__device__ void load_chunks(typename Traits::template Shared<Stage>& shared, ScanLaunch const& a,
+__device__ void load_chunks(typename Traits::template Shared<Stage>& shared, BackwardLaunch const& a,
                             BackwardMaps const& maps, ScanUnit const& unit) {
   using T = typename Traits::T;
   constexpr int kStages = Traits::template kStages<Stage>;
@@ -254,9 +249,34 @@ __device__ __forceinline__ void multiply_negative_n(float (&d)[kChunk / 2],
   }
 }
 
+// Chunks that are in global memory, from the thread that had them copied to the one that tells other blocks.
+__device__ __forceinline__ void publish_done(int& done, int chunks) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(&done)), "r"(chunks)
+               : "memory");
+}
+// One thread, until all `chunks` are done: a fence of the whole GPU takes longer than a state warpgroup can
+// wait.
+__device__ inline void announce_done(int const& done, int chunks, int* announced) {
+  for (int last = 0; last < chunks;) {
+    int now;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+                 : "=r"(now)
+                 : "r"(shared_address(&done))
+                 : "memory");
+    if (now == last) {
+      __nanosleep(100);
+      continue;
+    }
+    last = now;
+    asm volatile("fence.proxy.async;" ::: "memory");
+    __threadfence();
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(announced), "r"(last) : "memory");
+  }
+}
+
 template <class Traits>
 __device__ void scan_forward(typename Traits::template Shared<typename Traits::ForwardStage>& shared,
-                             ScanLaunch const& a, ScanUnit const& unit, int slice, int thread) {
+                             BackwardLaunch const& a, ScanUnit const& unit, int slice, int thread) {
   using T = typename Traits::T;
   using Stage = typename Traits::ForwardStage;
   constexpr int kKeyDim = Traits::kKeyDim, kStages = Traits::template kStages<Stage>;
@@ -341,6 +361,8 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
       }
       wgmma_commit();
     }
+    wait_stores<1>();  // all but the state: what chunks before left is there
+    if (thread == 0) publish_done(shared.done[slice], i);
     Scale const token_scale = staging.acquire(largest_of(r));
     pack_all<__half>(fragments, r, token_scale.factor);
     stage_values(fragments, staging.tiles, warp, lane);
@@ -354,13 +376,14 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     }
     if (lane == 0) shared.released[slot].arrive();
   }
-  if (thread == 0) wait_stores_read();
+  wait_stores<0>();
+  if (thread == 0) publish_done(shared.done[slice], unit.chunks);
 }
 
 template <class Traits>
 __device__ void scan_reverse(typename Traits::template Shared<typename Traits::ReverseStage>& shared,
-                             ScanLaunch const& a, BackwardMaps const& maps, ScanUnit const& unit, int slice,
-                             int thread) {
+                             BackwardLaunch const& a, BackwardMaps const& maps, ScanUnit const& unit,
+                             int slice, int thread) {
   using T = typename Traits::T;
   using Stage = typename Traits::ReverseStage;
   constexpr int kKeyDim = Traits::kKeyDim, kStages = Traits::template kStages<Stage>;
@@ -470,6 +493,8 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
       }
       wgmma_commit();
     }
+    wait_stores<1>();
+    if (thread == 0) publish_done(shared.done[slice], i);
     Scale const token_scale = staging.acquire(largest_of(du));
     pack_all<__half>(rho, du, token_scale.factor);
     stage_values(rho, staging.tiles, warp, lane);
@@ -494,11 +519,12 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     store_state<kKeyDim>(ds, a.p.dinitial_state + state_offset, a.p.state_v_first, a.p.value_dim, column,
                          thread);
   }
-  if (thread == 0) wait_stores_read();
+  wait_stores<0>();
+  if (thread == 0) publish_done(shared.done[slice], unit.chunks);
 }
 
-template <class Traits, class Stage>
-__device__ void scan(char* dynamic_shared, ScanLaunch const& a, BackwardMaps const& maps,
+template <class Traits, class Stage, bool kFollowed>
+__device__ void scan(char* dynamic_shared, BackwardLaunch const& a, BackwardMaps const& maps,
                      ScanUnit const& unit) {
   constexpr int kStages = Traits::template kStages<Stage>;
   auto& shared = aligned_shared<typename Traits::template Shared<Stage>>(dynamic_shared);
@@ -507,16 +533,25 @@ __device__ void scan(char* dynamic_shared, ScanLaunch const& a, BackwardMaps con
       shared.loaded[i].init(1);
       shared.released[i].init(Traits::kSlices * 4);
     }
+    for (int& done : shared.done) done = 0;
     fence_barrier_init();
   }
   __syncthreads();
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
-  if (group == Traits::kSlices) {
-    if constexpr (Traits::kSlices > 1) shrink_registers<Traits::kLoadRegisters>();
-    if (thread == 0) load_chunks<Traits, Stage>(shared, a, maps, unit);
+  constexpr bool kMovesRegisters = kFollowed || Traits::kSlices > 1;
+  if (group >= Traits::kSlices) {
+    if constexpr (kMovesRegisters) shrink_registers<Traits::kLoadRegisters>();
+    int const helper = group == Traits::kSlices ? thread : -1;
+    if (helper == 0) load_chunks<Traits, Stage>(shared, a, maps, unit);
+    if (kFollowed && helper > 0 && helper % 32 == 0 && helper / 32 <= Traits::kSlices) {
+      int const slice = helper / 32 - 1;
+      announce_done(
+          shared.done[slice], unit.chunks,
+          a.w.progress + progress_index(a.p, unit.reverse, unit.state, unit.column / kTileSide + slice));
+    }
     return;
   }
-  if constexpr (Traits::kSlices > 1) grow_registers<Traits::kStateRegisters>();
+  if constexpr (kMovesRegisters) grow_registers<Traits::kStateRegisters>();
   if constexpr (std::is_same_v<Stage, typename Traits::ReverseStage>) {
     scan_reverse<Traits>(shared, a, maps, unit, group, thread);
   } else {
@@ -526,13 +561,13 @@ __device__ void scan(char* dynamic_shared, ScanLaunch const& a, BackwardMaps con
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    scan_kernel(__grid_constant__ ScanLaunch const a, __grid_constant__ BackwardMaps const maps) {
+    scan_kernel(__grid_constant__ BackwardLaunch const a, __grid_constant__ BackwardMaps const maps) {
   extern __shared__ char dynamic_shared[];
   ScanUnit const unit = scan_unit(a, Traits::kSlices * kTileSide);
   if (unit.reverse) {
-    scan<Traits, typename Traits::ReverseStage>(dynamic_shared, a, maps, unit);
+    scan<Traits, typename Traits::ReverseStage, false>(dynamic_shared, a, maps, unit);
   } else {
-    scan<Traits, typename Traits::ForwardStage>(dynamic_shared, a, maps, unit);
+    scan<Traits, typename Traits::ForwardStage, false>(dynamic_shared, a, maps, unit);
   }
 }
 
