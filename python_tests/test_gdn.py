@@ -181,6 +181,16 @@ def test_sizes(device, K, V, H, HV, dtype):
         check_against_oracle(op, x)
 
 
+@both_dtypes
+@pytest.mark.parametrize("K, V", [(64, 64), (96, 128), (128, 128), (192, 192)])
+def test_l2norm_of_wide_keys(device, K, V, dtype):
+    """Rows of several tiles, and a tail that is followed by another sequence."""
+    x = gdn_inputs(T=200, H=2, HV=2, K=K, V=V, sequences=2, dtype=dtype, device=device)
+    x["q"], x["k"] = 3 * x["q"], x["k"] / 2
+    offsets = torch.tensor([0, 70, 200], device=device)
+    check_against_oracle(chunk_gated_delta_rule, x, cu_seqlens=offsets, use_qk_l2norm_in_kernel=True)
+
+
 VARLEN = {
     "one": [0, 70],
     "empty_first": [0, 0, 70],

@@ -98,24 +98,24 @@ __device__ inline void scan_gates(Inputs const& p, int count, int head, int i, T
   s.strength[i] = i < count ? y : 0.f;
 }
 
-// One row of q or k, kTiles x 64 elements, kQkBytes apart; `row` counts from the start of the tile's 128.
-template <int kTiles>
+// One row of q or k, kTiles x 64 elements, kStride bytes apart; `row` counts from the start of a tile.
+template <int kTiles, int kStride = kQkBytes>
 __device__ void clear_row(char* qk, int row) {
 #pragma unroll 1
   for (int i = 0; i < kTiles * 8; ++i) {
-    *reinterpret_cast<uint4*>(qk + i / 8 * kQkBytes + tile_offset(row, i % 8)) = uint4{};
+    *reinterpret_cast<uint4*>(qk + i / 8 * kStride + tile_offset(row, i % 8)) = uint4{};
   }
 }
 
 // 1 / |row| as the l2norm has it.
-template <class T, int kTiles>
+template <class T, int kTiles, int kStride = kQkBytes>
 __device__ float row_norm(char const* qk, int row) {
   float sum[2] = {};
 #pragma unroll 1
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll 4
     for (int chunk = 0; chunk < 8; ++chunk) {
-      uint4 const x = *reinterpret_cast<uint4 const*>(qk + tile * kQkBytes + tile_offset(row, chunk));
+      uint4 const x = *reinterpret_cast<uint4 const*>(qk + tile * kStride + tile_offset(row, chunk));
       for (uint32_t const word : {x.x, x.y, x.z, x.w}) {
         float2 const e = unpack<T>(word);
         sum[0] += e.x * e.x;
