@@ -191,6 +191,18 @@ def test_l2norm_of_wide_keys(device, K, V, dtype):
     check_against_oracle(chunk_gated_delta_rule, x, cu_seqlens=offsets, use_qk_l2norm_in_kernel=True)
 
 
+@pytest.mark.cuda
+def test_new_thread_finds_memory_allocated():
+    """A thread whose first use of CUDA is the operator: nothing has made a context current for it."""
+    x = gdn_inputs(T=128, K=64, V=64, dtype=BF16, device="cuda")
+    with torch.no_grad():
+        expected, _ = chunk_gated_delta_rule(**x)
+        torch.empty(64 << 20, device="cuda")  # cached: the operator's outputs come from there
+        with ThreadPoolExecutor(1) as pool:
+            o, _ = pool.submit(lambda: torch.no_grad()(chunk_gated_delta_rule)(**x)).result()
+    assert torch.equal(o, expected)
+
+
 VARLEN = {
     "one": [0, 70],
     "empty_first": [0, 0, 70],

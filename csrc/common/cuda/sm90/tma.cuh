@@ -56,12 +56,23 @@ inline EncodeTiled encode_tiled() {
   return f;
 }
 
+// The driver's functions want a current context. A thread that has only asked the runtime for memory that was
+// there already, as one of autograd's may, has none yet.
+inline bool bind_context() {
+  thread_local bool const bound = [] {
+    int device;
+    return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+  }();
+  return bound;
+}
+
 // For tiles of `tile_tokens` x `tile_heads` rows, heads of a token next to each other. Coordinates of the map
 // are (element, head, token, batch); what is outside reads as zero and is not written.
 inline Status make_tensor_map(CUtensorMap* map, TokenMajor const& x, Dtype dtype, int tile_tokens,
                               int tile_heads = 1) {
   EncodeTiled const encode = encode_tiled();
   if (encode == nullptr) return "the CUDA driver is too old for tensor maps (CUDA 12 is needed)";
+  if (!bind_context()) return "no CUDA device can be made current for tensor maps";
   auto const stride = [](int64_t size, int64_t elements) -> cuuint64_t {
     return size <= 1 ? 16 : elements * 2;
   };
