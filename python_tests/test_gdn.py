@@ -203,6 +203,27 @@ def test_new_thread_finds_memory_allocated():
     assert torch.equal(o, expected)
 
 
+@pytest.mark.cuda
+def test_large_batch_is_its_rows():
+    """The Hopper backward takes a large batch in parts, in one workspace."""
+    x = gdn_inputs(B=3, T=1030, H=64, HV=128, K=64, V=64, dtype=BF16, device="cuda")
+    cotangents = cotangents_for(x)
+    whole = with_gradients(chunk_gated_delta_rule, x, cotangents)
+    for i in range(3):
+        row, row_cotangents = ({n: t[i : i + 1] for n, t in tensors.items()} for tensors in (x, cotangents))
+        for name, t in with_gradients(chunk_gated_delta_rule, row, row_cotangents).items():
+            if name not in cotangents:  # how the forward pass is cut depends on the batch
+                assert torch.equal(t, whole[name][i : i + 1]), f"{name} of row {i}"
+
+
+@both_dtypes
+def test_gradient_of_a_state_that_decays_away(device, dtype):
+    """Nothing but what is left of the initial state after e^-60 makes this gradient."""
+    x = gdn_inputs(T=80, H=1, K=64, V=64, dtype=dtype, beta="1", device=device)
+    cotangents = {"final_state": cotangents_for(x)["final_state"]}
+    check_against_oracle(chunk_gated_delta_rule, x, cotangents)
+
+
 VARLEN = {
     "one": [0, 70],
     "empty_first": [0, 0, 70],

@@ -17,22 +17,18 @@ namespace lt2::gdn::sm90::backward_pass {
 
 inline constexpr int kChunk = kTileSide;
 
-// d [64 x 64] = A B^T over kKeyDim, both k_major tiles.
-template <class T, int kKeyDim>
-__device__ __forceinline__ void multiply_rows(float (&d)[kTileSide / 2], char const* a, char const* b) {
+// d [64 x 2 kCount] = A B^T over kKeyDim, both k_major tiles; B's rows from a multiple of 8 on.
+template <class T, int kKeyDim, int kCount>
+__device__ __forceinline__ void multiply_rows(float (&d)[kCount], char const* a, char const* b) {
   uint64_t const da = k_major(a), db = k_major(b);
   pin(d);
   wgmma_begin();
 #pragma unroll
-  for (int k = 0; k < kKeyDim / 16; ++k) wgmma<T, kTileSide>(d, da + k_step(k), db + k_step(k), k > 0);
+  for (int k = 0; k < kKeyDim / 16; ++k) wgmma<T, 2 * kCount>(d, da + k_step(k), db + k_step(k), k > 0);
   wgmma_commit();
   wgmma_wait<0>();
   pin(d);
 }
-// -N is kept to fp16's precision or better: one fp16, or a pair of bf16 that add up to it.
-template <class T>
-inline constexpr int kInverseParts = std::is_same_v<T, __half> ? 1 : 2;
-
 // One value per token of the chunk.
 struct alignas(16) ChunkScalars {
   float log2_decay[kChunk];              // G / ln 2
@@ -45,50 +41,50 @@ struct alignas(16) ChunkScalars {
 };
 
 // Prepared of a chunk and value head. Tiles are as wgmma reads them: copies are contiguous.
-template <class T>
 struct ChunkRecord {
-  alignas(1024) char negative_n[kInverseParts<T> * kTileBytes];  // -N: high parts, then low parts
-  char scores[kTileBytes];                                       // P
+  alignas(
+      1024) char negative_n[2 * kTileBytes];  // -N as a pair of bf16 that add up to it: high, then low parts
+  char scores[kTileBytes];                    // P, in T
   ChunkScalars scalars;
 };
-inline constexpr uint32_t kScalarBytes = sizeof(ChunkScalars);
-template <class T>
-inline constexpr uint32_t kMatrixBytes = (kInverseParts<T> + 1) * kTileBytes;
+inline constexpr uint32_t kScalarBytes = sizeof(ChunkScalars), kRecordBytes = 3 * kTileBytes + kScalarBytes;
 
 __host__ __device__ constexpr int key_tiles(int key_dim) { return (key_dim + kTileSide - 1) / kTileSide; }
 
-// What a scan leaves of a chunk, value head and 64 value columns: fp16 times a unit (a power of two),
+// What the scans leave of a chunk, value head and 64 value columns: fp16 times a unit (a power of two),
 // whatever T is. The gradients of decays and writing strengths are sums in which much cancels, and bf16 is
-// not enough for what they are of.
-enum Unit { kStateUnit, kTokenUnit, kDoutUnit, kUnits = 4 };
+// not enough for what they are of. rho lies where dV will be.
 template <int kKeyTiles>
-struct SliceRecord {
-  alignas(1024) char state[kKeyTiles *
-                           kTileBytes];  // S^T before the chunk (dS^T after it): tiles of 64 value rows
-  char tokens[kTileBytes];               // r (rho) [token, value]
-  float units[kUnits];
+struct ForwardRecord {
+  char state[kKeyTiles * kTileBytes];  // S^T before the chunk: tiles of 64 value rows
+  char r[kTileBytes];                  // [token, value]
 };
-constexpr int64_t slice_record_bytes(int64_t key_tiles) { return (key_tiles + 1) * kTileBytes + 1024; }
-static_assert(sizeof(SliceRecord<1>) == slice_record_bytes(1) &&
-              sizeof(SliceRecord<3>) == slice_record_bytes(3));
 template <int kKeyTiles>
-inline constexpr uint32_t kSliceBytes =
-    (kKeyTiles + 1) * kTileBytes + kUnits * sizeof(float);  // without the padding
+struct ReverseRecord {
+  char dstate[kKeyTiles * kTileBytes];  // dS^T after the chunk
+};
+struct alignas(16) ForwardUnits {
+  float state, r;
+};
+struct alignas(16) ReverseUnits {
+  float dstate, rho, dout;
+};
 
 // All of it in units of chunk numbers x value heads: chunk number c and head h have index c HV + h.
 struct BackwardWorkspace {
-  char* records;   // [index] ChunkRecord
-  char* forward;   // [index, V / 64] SliceRecord
-  char* reverse;   // [index, V / 64] SliceRecord
-  float* partial;  // [block of gradients, 2, 64, K padded]: sums of dq and dk over value heads
+  char* records;                // [index] ChunkRecord
+  char* forward;                // [index, V / 64] ForwardRecord
+  char* reverse;                // [index, V / 64] ReverseRecord
+  ForwardUnits* forward_units;  // [index, V / 64]
+  ReverseUnits* reverse_units;  // [index, V / 64]
+  float* partial;               // [block of gradients, 2, 64, K padded]: sums of dq and dk over value heads
 
   // Of gradients that follow the scan: how many pieces of work are taken; then [2, N, HV, V / 64], how many
   // chunks the scan forward, and in reverse, has left. Zeroed by prepare_kernel.
   int* progress;
 
-  template <class T>
-  __device__ ChunkRecord<T>* record(int64_t index) const {
-    return reinterpret_cast<ChunkRecord<T>*>(records) + index;
+  __device__ ChunkRecord* record(int64_t index) const {
+    return reinterpret_cast<ChunkRecord*>(records) + index;
   }
 };
 
@@ -100,8 +96,7 @@ __device__ inline int64_t progress_index(Inputs const& p, bool reverse, int64_t 
 // H100 and H200 have as many; elsewhere only the balance of work suffers.
 inline constexpr int kMultiprocessors = 132;
 
-template <class T>
-BackwardWorkspace backward_layout(BackwardParams const& p, char* base, int64_t* bytes) {
+inline BackwardWorkspace backward_layout(BackwardParams const& p, char* base, int64_t* bytes) {
   char* next = base;
   auto const take = [&](int64_t size) {
     char* const piece = next;
@@ -109,11 +104,13 @@ BackwardWorkspace backward_layout(BackwardParams const& p, char* base, int64_t* 
     return piece;
   };
   int64_t const chunks = portable::chunk_numbers(p) * p.value_heads, tiles = key_tiles(p.key_dim);
-  int64_t const slices = chunks * (p.value_dim / kTileSide) * slice_record_bytes(tiles);
+  int64_t const slices = chunks * (p.value_dim / kTileSide);
   BackwardWorkspace w;
-  w.records = take(chunks * sizeof(ChunkRecord<T>));
-  w.forward = take(slices);
-  w.reverse = take(slices);
+  w.records = take(chunks * sizeof(ChunkRecord));
+  w.forward = take(slices * (tiles + 1) * kTileBytes);
+  w.reverse = take(slices * tiles * kTileBytes);
+  w.forward_units = reinterpret_cast<ForwardUnits*>(take(slices * sizeof(ForwardUnits)));
+  w.reverse_units = reinterpret_cast<ReverseUnits*>(take(slices * sizeof(ReverseUnits)));
   w.partial = nullptr;
   if (p.value_heads > p.heads) {
     w.partial =
@@ -176,6 +173,14 @@ struct Scale {
   }
 };
 
+template <int kCount>
+__device__ __forceinline__ uint32_t largest_of(float const (&x)[kCount]) {
+  float largest[2] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest[i % 2] = fmaxf(largest[i % 2], fabsf(x[i]));
+  return __float_as_uint(fmaxf(largest[0], largest[1]));
+}
+
 __device__ __forceinline__ float2 pair_at(float const* x, int i) {
   return *reinterpret_cast<float2 const*>(x + i);
 }
@@ -184,17 +189,21 @@ __device__ inline TileTokens chunk_tokens(portable::Chunk const& c) {
   return {static_cast<int>(c.row), static_cast<int>(c.begin), c.tokens};
 }
 
+// Where lane `lane` finds its row of the matrices of accumulators whose columns begin at `first` in a tile;
+// 8 n columns further it is at address ^ n << 4, n even.
+__device__ __forceinline__ uint32_t row_address(char const* tile, int first, int warp, int lane) {
+  return shared_address(tile) + tile_offset(warp * 16 + lane % 16, first / 8 + lane / 16);
+}
+
 // Rows of accumulators to columns [first, first + kN) of a tile.
 template <class T, int kN>
 __device__ __forceinline__ void put_rows(float const (&x)[kN / 2], char* tile, int first, int warp,
                                          int lane) {
-  uint32_t const address = shared_address(tile);
-  int const row = warp * 16 + lane % 16;
+  uint32_t const address = row_address(tile, first, warp, lane);
 #pragma unroll
   for (int n = 0; n < kN / 8; n += 2) {
-    store_matrices(address + tile_offset(row, first / 8 + n + lane / 16), pack<T>(x[4 * n], x[4 * n + 1]),
-                   pack<T>(x[4 * n + 2], x[4 * n + 3]), pack<T>(x[4 * n + 4], x[4 * n + 5]),
-                   pack<T>(x[4 * n + 6], x[4 * n + 7]));
+    store_matrices(address ^ n << 4, pack<T>(x[4 * n], x[4 * n + 1]), pack<T>(x[4 * n + 2], x[4 * n + 3]),
+                   pack<T>(x[4 * n + 4], x[4 * n + 5]), pack<T>(x[4 * n + 6], x[4 * n + 7]));
   }
 }
 

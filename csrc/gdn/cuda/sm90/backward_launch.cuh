@@ -27,7 +27,7 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
       return status;
   }
   int64_t bytes;
-  BackwardWorkspace const w = backward_layout<T>(p, reinterpret_cast<char*>(workspace), &bytes);
+  BackwardWorkspace const w = backward_layout(p, reinterpret_cast<char*>(workspace), &bytes);
   int64_t const numbers = portable::chunk_numbers(p), chunks = numbers * p.value_heads;
   auto const work = [&](int64_t slice_groups, int64_t first_block) {
     return BackwardLaunch{p, w, static_cast<int>(slice_groups), static_cast<int>(numbers),
@@ -40,16 +40,17 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
       status != kOk) {
     return status;
   }
-  using Gradients = GradientTraits<T, kKeyDim>;
+  using Gradients = GradientTraits<T, kKeyDim, false>;
   int64_t const items = numbers * p.heads,
                 gradient_blocks = items < kMultiprocessors ? items : kMultiprocessors;
   int64_t const slices = 2 * p.sequences * p.value_heads * (p.value_dim / kTileSide);
   if (slices <= kMultiprocessors) {
     // One slice a block, all of them at once: a chain that leaves room for the gradients to follow.
     using Scan = ScanTraits<T, kKeyDim, 1>;
+    using Following = GradientTraits<T, kKeyDim, true>;
     constexpr int kBytes =
-        Scan::kSharedBytes > Gradients::kSharedBytes ? Scan::kSharedBytes : Gradients::kSharedBytes;
-    return launch(followed_scan_kernel<Scan, Gradients>, slices + gradient_blocks, Gradients::kThreads,
+        Scan::kSharedBytes > Following::kSharedBytes ? Scan::kSharedBytes : Following::kSharedBytes;
+    return launch(followed_scan_kernel<Scan, Following>, slices + gradient_blocks, Following::kThreads,
                   kBytes, stream, work(p.value_dim / kTileSide, slices), maps);
   }
   auto const scan = [&](auto traits) {

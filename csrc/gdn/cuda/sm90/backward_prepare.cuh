@@ -23,7 +23,7 @@ struct PrepareTraits {
 
   struct Shared {
     alignas(1024) char space[kSpace];
-    char negative_n[kInverseParts<T> * kTileBytes];
+    char negative_n[2 * kTileBytes];
     ChunkScalars scalars;
     Barrier loaded;
   };
@@ -210,36 +210,27 @@ __device__ inline void substitute(float* m, float const* strength, int thread) {
   join_blocks<32>(m, strength, warp / 2 * 16, warp % 2 * 16, lane, synchronize);
 }
 
-// -N with the gate, to k_major tiles: high parts, then low parts.
-template <class T>
-__device__ void store_negative(float const* m, ChunkScalars const& s, char* tiles, int thread) {
+// -N with the gate, to k_major tiles: high parts, then low parts. In bf16 whatever T is: where much decays in
+// a chunk, N and what it multiplies in reverse have the range of floats.
+__device__ inline void store_negative(float const* m, ChunkScalars const& s, char* tiles, int thread) {
   int const row = thread % kChunk, first = thread / kChunk * 32;
   float const decay = s.log2_decay[row];
 #pragma unroll
   for (int c = 0; c < 32; c += 8) {
-    float x[8];
+    Split x[4];
 #pragma unroll
-    for (int j = 0; j < 8; j += 4) {
-      int const col = first + c + j;
+    for (int j = 0; j < 4; j += 2) {
+      int const col = first + c + 2 * j;
       float4 const n = *reinterpret_cast<float4 const*>(m + row * kInverseRow + col);
       float4 const g = *reinterpret_cast<float4 const*>(s.log2_decay + col);
-      x[j] = col < row ? -exp2_fast(decay - g.x) * n.x : 0.f;
-      x[j + 1] = col + 1 < row ? -exp2_fast(decay - g.y) * n.y : 0.f;
-      x[j + 2] = col + 2 < row ? -exp2_fast(decay - g.z) * n.z : 0.f;
-      x[j + 3] = col + 3 < row ? -exp2_fast(decay - g.w) * n.w : 0.f;
-    }
-    uint32_t high[4], low[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      high[j] = pack<T>(x[2 * j], x[2 * j + 1]);
-      float2 const h = unpack<T>(high[j]);
-      low[j] = pack<T>(x[2 * j] - h.x, x[2 * j + 1] - h.y);
+      x[j] = split(col < row ? -exp2_fast(decay - g.x) * n.x : 0.f,
+                   col + 1 < row ? -exp2_fast(decay - g.y) * n.y : 0.f);
+      x[j + 1] = split(col + 2 < row ? -exp2_fast(decay - g.z) * n.z : 0.f,
+                       col + 3 < row ? -exp2_fast(decay - g.w) * n.w : 0.f);
     }
     int const offset = tile_offset(row, (first + c) / 8);
-    *reinterpret_cast<uint4*>(tiles + offset) = {high[0], high[1], high[2], high[3]};
-    if constexpr (kInverseParts<T> == 2) {
-      *reinterpret_cast<uint4*>(tiles + kTileBytes + offset) = {low[0], low[1], low[2], low[3]};
-    }
+    *reinterpret_cast<uint4*>(tiles + offset) = {x[0].high, x[1].high, x[2].high, x[3].high};
+    *reinterpret_cast<uint4*>(tiles + kTileBytes + offset) = {x[0].low, x[1].low, x[2].low, x[3].low};
   }
 }
 
@@ -328,11 +319,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
   store_gram(d, s.k_norm, matrix, warp, lane);
   __syncthreads();
   substitute(matrix, s.strength, thread);
-  store_negative<T>(matrix, s, shared.negative_n, thread);
+  store_negative(matrix, s, shared.negative_n, thread);
   fence_async_shared();
   __syncthreads();
   if (thread == 0) {
-    ChunkRecord<T>& record = *w.record<T>(blockIdx.x);
+    ChunkRecord& record = *w.record(blockIdx.x);
     store_bytes(record.negative_n, shared.negative_n, sizeof(record.negative_n));
     store_bytes(record.scores, scores, kTileBytes);
     store_bytes(&record.scalars, &s, kScalarBytes);

@@ -5,7 +5,7 @@
 //   forward: r = Y - N (b o Y), Y = V - e^G K S       S <- e^(G_last) S + (e^(G_last - G) K)^T (b o r)
 //   reverse: dU = P^T dO + e^(G_last - G) K dS        rho = dU - N^T (b o dU)      dV = b o rho
 //            dS <- e^(G_last) dS + scale (e^G Q)^T dO - (e^G K)^T dV
-// Each chunk leaves S before it and r, dS after it and rho.
+// Each chunk leaves S before it and r, dS after it and rho (in the place of dV).
 #pragma once
 
 #include "gdn/cuda/sm90/backward.cuh"
@@ -21,23 +21,23 @@ struct ScanTraits {
   static constexpr int kStateThreads = kSlices * kWarpgroup, kThreads = kStateThreads + kWarpgroup;
   // With two slices, registers a thread: of 168 at launch the loader's warpgroup gives up what the others
   // need.
-  static constexpr int kLoadRegisters = 24, kStateRegisters = 240;
+  static constexpr int kLoadRegisters = kSlices == 1 ? 56 : 24, kStateRegisters = 240;
 
   // Of a stage, everything but the values comes by the copy engine from q, k and the chunk's record.
   struct ForwardStage {
     alignas(1024) char k[kKeyTiles * kTileBytes];
     char values[kSlices][kTileBytes];  // v
-    char negative_n[kInverseParts<T> * kTileBytes];
+    char negative_n[2 * kTileBytes];
     ChunkScalars scalars;
   };
   struct ReverseStage {
     alignas(1024) char k[kKeyTiles * kTileBytes];
     char q[kKeyTiles * kTileBytes];
     char values[kSlices][kTileBytes];  // dO
-    ChunkRecord<T> record;
+    ChunkRecord record;
   };
-  // A state on its way out, then r, or rho and dV.
-  static constexpr int kStagingTiles = kKeyTiles > 2 ? kKeyTiles : 2;
+  // A state on its way out, then r or rho.
+  static constexpr int kStagingTiles = kKeyTiles;
   static constexpr int kStagingBytes = kSlices * kStagingTiles * kTileBytes;
   static constexpr int kRoom = 227 * 1024 - 2048 - kStagingBytes;
   template <class Stage>
@@ -107,21 +107,20 @@ __device__ void load_chunks(typename Traits::template Shared<Stage>& shared, Bac
     Stage& stage = shared.stages[slot];
     Barrier& loaded = shared.loaded[slot];
     TileTokens const c = unit.chunk(i);
-    ChunkRecord<T> const* const record =
-        a.w.record<T>((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head);
+    ChunkRecord const* const record =
+        a.w.record((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head);
     if (i >= kStages) shared.released[slot].wait((i / kStages - 1) & 1);
     if constexpr (kReverse) {
-      loaded.arrive_expecting(2 * kKeyBytes + Traits::kSlices * kTileBytes + kMatrixBytes<T> + kScalarBytes);
+      loaded.arrive_expecting(2 * kKeyBytes + Traits::kSlices * kTileBytes + kRecordBytes);
       request_tiles<Traits::kKeyTiles>(stage.k, maps.k, 0, unit.qk_head, c, loaded);
-      load_bytes(&stage.record, record, kMatrixBytes<T> + kScalarBytes, loaded);
+      load_bytes(&stage.record, record, kRecordBytes, loaded);
       request_tiles<Traits::kSlices>(stage.values[0], maps.dout, unit.column, unit.head, c, loaded);
       request_tiles<Traits::kKeyTiles>(stage.q, maps.q, 0, unit.qk_head, c, loaded);
     } else {
-      loaded.arrive_expecting(kKeyBytes + Traits::kSlices * kTileBytes + kMatrixBytes<T> - kTileBytes +
-                              kScalarBytes);
+      loaded.arrive_expecting(kKeyBytes + Traits::kSlices * kTileBytes + 2 * kTileBytes + kScalarBytes);
       request_tiles<Traits::kKeyTiles>(stage.k, maps.k, 0, unit.qk_head, c, loaded);
       request_tiles<Traits::kSlices>(stage.values[0], maps.v, unit.column, unit.head, c, loaded);
-      load_bytes(stage.negative_n, record->negative_n, kMatrixBytes<T> - kTileBytes, loaded);
+      load_bytes(stage.negative_n, record->negative_n, 2 * kTileBytes, loaded);
       load_bytes(&stage.scalars, &record->scalars, kScalarBytes, loaded);
     }
   }
@@ -186,13 +185,6 @@ struct Staging {
 };
 
 // The bits of nonnegative floats order as they do.
-template <int kCount>
-__device__ __forceinline__ uint32_t largest_of(float const (&x)[kCount]) {
-  float largest[2] = {};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) largest[i % 2] = fmaxf(largest[i % 2], fabsf(x[i]));
-  return __float_as_uint(fmaxf(largest[0], largest[1]));
-}
 template <class T, int kCount>
 __device__ __forceinline__ uint32_t largest_of(uint32_t const (&x)[kCount]) {
   uint32_t largest = 0;  // pairs of elements without sign
@@ -224,29 +216,32 @@ __device__ __forceinline__ void for_tokens(int lane, F const& f) {
   }
 }
 
-// The two elements, and what is left of them after rounding.
-template <class T>
-__device__ __forceinline__ void pack_exactly(float x, float y, uint32_t& high, uint32_t& low) {
-  high = pack<T>(x, y);
-  float2 const rounded = unpack<T>(high);
-  low = pack<T>(x - rounded.x, y - rounded.y);
-}
-
-// d -= (high + low) N^T, or N for kMajor = MN. Where N is one fp16, `low` is below its precision.
-template <class T, Major kMajor>
-__device__ __forceinline__ void multiply_negative_n(float (&d)[kChunk / 2],
-                                                    uint32_t const (&high)[kChunk / 4],
-                                                    uint32_t const (&low)[kChunk / 4], uint64_t n) {
-  auto const step = [](int j) { return kMajor == Major::K ? k_step(j) : j * kRowStep; };
+// y [values x tokens] -> y - N (b o y), or y - N^T (b o y) for kMajor = MN, both factors pairs of bf16.
+// `meanwhile` awaits the product, and may do something first.
+template <Major kMajor, class F>
+__device__ __forceinline__ void subtract_n(float (&y)[kChunk / 2], ChunkScalars const& s, uint64_t negative_n,
+                                           int lane, F const& meanwhile) {
+  uint32_t high[kChunk / 4], low[kChunk / 4];
+  for_tokens(lane, [&](int token, int j) {
+    float2 const b = pair_at(s.strength, token);
+    Split const x = split(b.x * y[j], b.y * y[j + 1]);
+    high[j / 2] = x.high;
+    low[j / 2] = x.low;
+  });
+  pin(high);
+  pin(low);
+  pin(y);
+  wgmma_begin();
 #pragma unroll
-  for (int j = 0; j < kChunk / 16; ++j) wgmma<T, kChunk, kMajor>(d, high + 4 * j, n + step(j), true);
-  if constexpr (kInverseParts<T> == 2) {
-#pragma unroll
-    for (int j = 0; j < kChunk / 16; ++j) {
-      wgmma<T, kChunk, kMajor>(d, high + 4 * j, n + (kTileBytes >> 4) + step(j), true);
-      wgmma<T, kChunk, kMajor>(d, low + 4 * j, n + step(j), true);
-    }
+  for (int j = 0; j < kChunk / 16; ++j) {
+    uint64_t const n = negative_n + (kMajor == Major::K ? k_step(j) : j * kRowStep);
+    wgmma<__nv_bfloat16, kChunk, kMajor>(y, high + 4 * j, n, true);
+    wgmma<__nv_bfloat16, kChunk, kMajor>(y, high + 4 * j, n + (kTileBytes >> 4), true);
+    wgmma<__nv_bfloat16, kChunk, kMajor>(y, low + 4 * j, n, true);
   }
+  wgmma_commit();
+  meanwhile();
+  pin(y);
 }
 
 // Chunks that are in global memory, from the thread that had them copied to the one that tells other blocks.
@@ -298,9 +293,9 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     Stage& stage = shared.stages[slot];
     ChunkScalars const& scalars = stage.scalars;
     int const count = unit.chunk(i).count;
-    auto& out = reinterpret_cast<SliceRecord<Traits::kKeyTiles>*>(
-        a.w.forward)[((unit.first_chunk + i) * a.p.value_heads + unit.head) * value_slices +
-                     column / kTileSide];
+    int64_t const at =
+        ((unit.first_chunk + i) * a.p.value_heads + unit.head) * value_slices + column / kTileSide;
+    auto& out = reinterpret_cast<ForwardRecord<Traits::kKeyTiles>*>(a.w.forward)[at];
     uint32_t state[kKeyDim / 4];
     pack_all<T>(state, s);
     shared.loaded[slot].wait((i / kStages) & 1);
@@ -324,27 +319,16 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     staging.publish();
     store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes, thread == 0);
     scale_all(s, scalars.decay);
-    uint32_t fragments[kChunk / 4], rest[kChunk / 4];  // v, then b o Y, and what its rounding leaves
+    uint32_t fragments[kChunk / 4];  // v, later r
     load_values(fragments, stage.values[slice], warp, lane);
     wgmma_wait<0>();
     pin(r);
     for_tokens(lane, [&](int token, int j) {
-      float2 const in = pair_at(scalars.k_in, token), b = pair_at(scalars.strength, token);
-      float2 const v = unpack<T>(fragments[j / 2]);
+      float2 const in = pair_at(scalars.k_in, token), v = unpack<T>(fragments[j / 2]);
       r[j] = v.x - in.x * r[j];
       r[j + 1] = v.y - in.y * r[j + 1];
-      pack_exactly<T>(b.x * r[j], b.y * r[j + 1], fragments[j / 2], rest[j / 2]);
     });
-    {
-      pin(fragments);
-      pin(rest);
-      pin(r);
-      wgmma_begin();
-      multiply_negative_n<T, Major::K>(r, fragments, rest, k_major(stage.negative_n));
-      wgmma_commit();
-    }
-    wgmma_wait<0>();
-    pin(r);
+    subtract_n<Major::K>(r, scalars, k_major(stage.negative_n), lane, [] { wgmma_wait<0>(); });
     uint32_t left[kChunk / 4];  // e^(G_last - G) b o r
     for_tokens(lane, [&](int token, int j) {
       float2 const to_end = pair_at(scalars.k_out, token), b = pair_at(scalars.strength, token);
@@ -367,13 +351,10 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     pack_all<__half>(fragments, r, token_scale.factor);
     stage_values(fragments, staging.tiles, warp, lane);
     staging.publish();
-    store_bytes(out.tokens, staging.tiles, kTileBytes, thread == 0);
+    store_bytes(out.r, staging.tiles, kTileBytes, thread == 0);
     wgmma_wait<0>();
     pin(s);
-    if (thread == 0) {
-      out.units[kStateUnit] = state_scale.unit;
-      out.units[kTokenUnit] = token_scale.unit;
-    }
+    if (thread == 0) a.w.forward_units[at] = {state_scale.unit, token_scale.unit};
     if (lane == 0) shared.released[slot].arrive();
   }
   wait_stores<0>();
@@ -406,13 +387,22 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     Stage& stage = shared.stages[slot];
     ChunkScalars const& scalars = stage.record.scalars;
     TileTokens const c = unit.chunk(i);
-    auto& out = reinterpret_cast<SliceRecord<Traits::kKeyTiles>*>(
-        a.w.reverse)[((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head) * value_slices +
-                     column / kTileSide];
-    uint32_t state[kKeyDim / 4];
+    int64_t const at = ((unit.first_chunk + unit.place(i)) * a.p.value_heads + unit.head) * value_slices +
+                       column / kTileSide;
+    auto& out = reinterpret_cast<ReverseRecord<Traits::kKeyTiles>*>(a.w.reverse)[at];
+    // K dS is where most of the error of dbeta comes from: bf16 in two parts.
+    constexpr int kParts = std::is_same_v<T, __half> ? 1 : 2;
+    uint32_t state[kParts][kKeyDim / 4];
     wgmma_wait<0>();  // of nothing: tells ptxas, which does not see it across the loop's edge
     pin(ds);
-    pack_all<T>(state, ds);
+    pack_all<T>(state[0], ds);
+    if constexpr (kParts == 2) {
+#pragma unroll
+      for (int j = 0; j < kKeyDim / 4; ++j) {
+        float2 const high = unpack<T>(state[0][j]);
+        state[1][j] = pack<T>(ds[2 * j] - high.x, ds[2 * j + 1] - high.y);
+      }
+    }
     shared.loaded[slot].wait((i / kStages) & 1);
     if (c.count < kChunk) {
       clear_tail<Traits::kKeyTiles>(stage.k, c.count, thread);
@@ -425,13 +415,18 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     float kds[kChunk / 2], du[kChunk / 2];
     {
       uint64_t const k = k_major(stage.k), scores = row_major(stage.record.scores);
-      pin(state);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) pin(state[part]);
       pin(dout);
       pin(kds);
       pin(du);
       wgmma_begin();
 #pragma unroll
-      for (int j = 0; j < kKeyDim / 16; ++j) wgmma<T, kChunk>(kds, state + 4 * j, k + k_step(j), j > 0);
+      for (int j = 0; j < kKeyDim / 16; ++j) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          wgmma<T, kChunk>(kds, state[part] + 4 * j, k + k_step(j), j + part > 0);
+      }
 #pragma unroll
       for (int j = 0; j < kChunk / 16; ++j) {
         wgmma<T, kChunk, Major::MN>(du, dout + 4 * j, scores + j * kRowStep, j > 0);
@@ -442,46 +437,35 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     staging.acquire(largest_of(ds), largest_of<T>(dout), state_scale, dout_scale);
     staging.put_state(ds, state_scale.factor, warp, lane);
     staging.publish();
-    store_bytes(out.state, staging.tiles, Traits::kKeyTiles * kTileBytes, thread == 0);
+    store_bytes(out.dstate, staging.tiles, Traits::kKeyTiles * kTileBytes, thread == 0);
     scale_all(ds, scalars.decay);
     wgmma_wait<0>();
     pin(kds);
     pin(du);
-    uint32_t fragments[kChunk / 4], rest[kChunk / 4];  // b o dU, and what its rounding leaves
     for_tokens(lane, [&](int token, int j) {
-      float2 const to_end = pair_at(scalars.k_out, token), b = pair_at(scalars.strength, token);
+      float2 const to_end = pair_at(scalars.k_out, token);
       du[j] += to_end.x * kds[j];
       du[j + 1] += to_end.y * kds[j + 1];
-      pack_exactly<T>(b.x * du[j], b.y * du[j + 1], fragments[j / 2], rest[j / 2]);
     });
     for_tokens(lane, [&](int token, int j) {
       float2 const in = pair_at(scalars.q_in, token), x = unpack<T>(dout[j / 2]);
       dout[j / 2] = pack<T>(in.x * x.x, in.y * x.y);
     });
-    {
+    pin(dout);
+    pin(ds);
+    subtract_n<Major::MN>(du, scalars, row_major(stage.record.negative_n), lane, [&] {
       uint64_t const q = row_major(stage.q);
-      pin(fragments);
-      pin(rest);
-      pin(dout);
-      pin(du);
-      pin(ds);
-      wgmma_begin();
-      multiply_negative_n<T, Major::MN>(du, fragments, rest, row_major(stage.record.negative_n));
-      wgmma_commit();
 #pragma unroll
       for (int j = 0; j < kChunk / 16; ++j) {
         wgmma<T, kKeyDim, Major::MN>(ds, dout + 4 * j, q + j * kRowStep, true);
       }
       wgmma_commit();
-    }
-    wgmma_wait<1>();
-    pin(du);
+      wgmma_wait<1>();
+    });
     uint32_t rho[kChunk / 4], left[kChunk / 4];  // left: -e^G dV
     for_tokens(lane, [&](int token, int j) {
       float2 const in = pair_at(scalars.k_in, token), b = pair_at(scalars.strength, token);
-      float const x = b.x * du[j], y = b.y * du[j + 1];
-      left[j / 2] = pack<T>(-in.x * x, -in.y * y);
-      fragments[j / 2] = pack<T>(x, y);
+      left[j / 2] = pack<T>(-in.x * (b.x * du[j]), -in.y * (b.y * du[j + 1]));
     });
     {
       uint64_t const k = row_major(stage.k);
@@ -498,21 +482,16 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
     Scale const token_scale = staging.acquire(largest_of(du));
     pack_all<__half>(rho, du, token_scale.factor);
     stage_values(rho, staging.tiles, warp, lane);
-    stage_values(fragments, staging.tiles + kTileBytes, warp, lane);
     staging.publish();
-    store_bytes(out.tokens, staging.tiles, kTileBytes, thread == 0);
     wgmma_wait<0>();
     pin(ds);
     if (c.count < kChunk) {
-      store_rows<T>(staging.tiles + kTileBytes, a.p.dv, c, unit.head, column, thread);
+      store_rows<T>(staging.tiles, a.p.dv, c, unit.head, column, thread);
+      asm volatile("fence.proxy.async;" ::: "memory");  // gradients that follow load it by the copy engine
     } else if (thread == 0) {
-      store_tile(maps.dv, staging.tiles + kTileBytes, column, unit.head, c.begin, c.row);
+      store_tile(maps.dv, staging.tiles, column, unit.head, c.begin, c.row);
     }
-    if (thread == 0) {
-      out.units[kStateUnit] = state_scale.unit;
-      out.units[kTokenUnit] = token_scale.unit;
-      out.units[kDoutUnit] = dout_scale.unit;
-    }
+    if (thread == 0) a.w.reverse_units[at] = {state_scale.unit, token_scale.unit, dout_scale.unit};
     if (lane == 0) shared.released[slot].arrive();
   }
   if (a.p.dinitial_state != nullptr) {
@@ -520,6 +499,7 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
                          thread);
   }
   wait_stores<0>();
+  named_barrier(staging.barrier, kWarpgroup);  // all threads have stored their rows
   if (thread == 0) publish_done(shared.done[slice], unit.chunks);
 }
 
@@ -540,7 +520,7 @@ __device__ void scan(char* dynamic_shared, BackwardLaunch const& a, BackwardMaps
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   constexpr bool kMovesRegisters = kFollowed || Traits::kSlices > 1;
   if (group >= Traits::kSlices) {
-    if constexpr (kMovesRegisters) shrink_registers<Traits::kLoadRegisters>();
+    if (kMovesRegisters && group < blockDim.x / kWarpgroup) shrink_registers<Traits::kLoadRegisters>();
     int const helper = group == Traits::kSlices ? thread : -1;
     if (helper == 0) load_chunks<Traits, Stage>(shared, a, maps, unit);
     if (kFollowed && helper > 0 && helper % 32 == 0 && helper / 32 <= Traits::kSlices) {

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common/cuda/launch.cuh"
 #include "gdn/cuda/portable/gradients.cuh"
 #include "gdn/cuda/sm90/backward.cuh"
@@ -60,6 +62,31 @@ Status launch_by_key_dim(ForwardParams const& p, float* workspace, void* stream)
   }
 }
 
+// Rows of the batch that the backward pass takes at a time, so that its workspace does not grow with the
+// batch: what fills the multiprocessors with slices of both scans, and is long enough for a launch not to
+// matter.
+int64_t backward_rows(BackwardParams const& p) {
+  if (p.cu_seqlens != nullptr) return p.batch;
+  constexpr int64_t kLeast = 1 << 16;  // tokens x heads
+  int64_t const slices = 2 * p.value_heads * (p.value_dim / kTileSide);
+  return std::min(p.batch, std::max(backward_pass::kMultiprocessors / slices,
+                                    portable::ceil_div(kLeast, p.tokens * p.value_heads)));
+}
+
+BackwardParams rows_of(BackwardParams p, int64_t first, int64_t count) {
+  auto const skip = [&](Strided& x, int64_t element_bytes) {
+    if (x.data != nullptr) x.data = static_cast<char*>(x.data) + first * x.batch * element_bytes;
+  };
+  for (Strided* x : {&p.q, &p.k, &p.v, &p.dout, &p.dq, &p.dk, &p.dv}) skip(*x, 2);
+  for (Strided* x : {&p.g, &p.beta, &p.dg, &p.dbeta}) skip(*x, sizeof(float));
+  int64_t const state = first * p.value_heads * p.key_dim * p.value_dim;
+  if (p.initial_state != nullptr) p.initial_state += state;
+  if (p.dfinal_state != nullptr) p.dfinal_state += state;
+  if (p.dinitial_state != nullptr) p.dinitial_state += state;
+  p.batch = p.sequences = count;
+  return p;
+}
+
 }  // namespace
 
 Status supports(ForwardParams const& p) {
@@ -88,19 +115,22 @@ Status supports_backward(BackwardParams const& p) {
 
 int64_t backward_workspace(BackwardParams const& p) {
   int64_t bytes;
-  if (p.dtype == Dtype::kFloat16) {
-    backward_pass::backward_layout<__half>(p, nullptr, &bytes);
-  } else {
-    backward_pass::backward_layout<__nv_bfloat16>(p, nullptr, &bytes);
-  }
+  BackwardParams const rows = p.cu_seqlens == nullptr ? rows_of(p, 0, backward_rows(p)) : p;
+  backward_pass::backward_layout(rows, nullptr, &bytes);
   return bytes / static_cast<int64_t>(sizeof(float));
 }
 
 Status backward(BackwardParams const& p, float* workspace, void* stream) {
-  Status const gradients = p.dtype == Dtype::kFloat16
-                               ? launch_by_key_dim<Dtype::kFloat16>(p, workspace, stream)
-                               : launch_by_key_dim<Dtype::kBFloat16>(p, workspace, stream);
-  if (gradients != kOk || p.A_log == nullptr) return gradients;
+  int64_t const rows = backward_rows(p);
+  for (int64_t first = 0; first < p.batch; first += rows) {
+    BackwardParams const part =
+        p.cu_seqlens == nullptr ? rows_of(p, first, std::min(rows, p.batch - first)) : p;
+    Status const gradients = p.dtype == Dtype::kFloat16
+                                 ? launch_by_key_dim<Dtype::kFloat16>(part, workspace, stream)
+                                 : launch_by_key_dim<Dtype::kBFloat16>(part, workspace, stream);
+    if (gradients != kOk) return gradients;
+  }
+  if (p.A_log == nullptr) return kOk;
   return launch(portable::gate_gradients, p.sequences * p.value_heads, portable::kGradientThreads, 0, stream,
                 p);
 }
