@@ -2,6 +2,19 @@
 
 namespace lt2::dsa::portable {
 
+extern template Status launch_attention<Dtype::kBFloat16>(AttentionForwardParams const&, float*, void*,
+                                                          int const*);
+extern template Status launch_attention<Dtype::kFloat16>(AttentionForwardParams const&, float*, void*,
+                                                         int const*);
+extern template Status launch_attention<Dtype::kFloat32>(AttentionForwardParams const&, float*, void*,
+                                                         int const*);
+extern template Status launch_attention_backward<Dtype::kBFloat16>(AttentionBackwardParams const&, float*,
+                                                                   void*, int const*);
+extern template Status launch_attention_backward<Dtype::kFloat16>(AttentionBackwardParams const&, float*,
+                                                                  void*, int const*);
+extern template Status launch_attention_backward<Dtype::kFloat32>(AttentionBackwardParams const&, float*,
+                                                                  void*, int const*);
+
 Status attention_if(AttentionForwardParams const& p, float* workspace, void* stream, int const* condition) {
   switch (p.dtype) {
     case Dtype::kBFloat16:

@@ -32,7 +32,8 @@ template <class T, int kLanes, int kHeads>
 __global__ void __launch_bounds__(kThreads)
     query_gradients(AttentionBackwardParams const p, Cut const cut, float const* delta, int64_t units,
                     int const* condition) {
-  constexpr int kGroups = kThreads / kLanes, kBatch = sizeof(T) == 4 ? 1 : 2, kRow = kLanes * kElements;
+  constexpr int kGroups = kThreads / kLanes, kBatch = sizeof(T) == 4 || kLanes == 32 ? 1 : 2,
+                kRow = kLanes * kElements;
   __shared__ float scratch[kGroups * kHeads * kRow];
   if (skipped(condition)) return;
   int const group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;

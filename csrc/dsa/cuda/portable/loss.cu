@@ -1,6 +1,11 @@
 #include "dsa/cuda/portable/loss_launch.cuh"
 
 namespace lt2::dsa::portable {
+
+extern template Status launch_loss<Dtype::kBFloat16>(LossParams const&, float*, float*, void*);
+extern template Status launch_loss<Dtype::kFloat16>(LossParams const&, float*, float*, void*);
+extern template Status launch_loss<Dtype::kFloat32>(LossParams const&, float*, float*, void*);
+
 namespace {
 
 constexpr int64_t kMaxDim = 256, kMaxShared = 99 << 10;  // bytes that every GPU since sm_80 has for a block
