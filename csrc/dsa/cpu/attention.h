@@ -166,11 +166,11 @@ struct Arena {
 // The queries of a block and what they select.
 struct Block {
   int count;
-  Selection selected[kBlockQueries];
+  Selection selected[kAttendQueries];
 
   Block(AttentionParams const& p, Document const& document, int64_t first, int32_t* keys) {
     int64_t const left = document.queries - first;
-    count = static_cast<int>(left < kBlockQueries ? left : kBlockQueries);
+    count = static_cast<int>(left < kAttendQueries ? left : kAttendQueries);
     for (int i = 0; i < count; ++i) {
       selected[i] = Selection(p, document, first + i, keys + i * padded(p.topk));
     }
@@ -181,7 +181,7 @@ struct Block {
   template <class F>
   void tiles(int64_t keys, F const& f) const {
     constexpr int64_t kSpan = 256;
-    int64_t next[kBlockQueries] = {};
+    int64_t next[kAttendQueries] = {};
     for (int64_t end = kSpan; end < keys + kSpan; end += kSpan) {
       for (int i = 0; i < count; ++i) {
         auto const& s = selected[i];
@@ -197,11 +197,11 @@ void attend_block(AttentionForwardParams const& p, Document const& document, int
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
   int64_t const width = padded(p.topk);
   Arena arena{workspace};
-  float* const q = arena.take(kBlockQueries * G * D);
-  float* const o = arena.take(kBlockQueries * G * DV);
-  float* const scores = arena.take(kBlockQueries * G * width);
+  float* const q = arena.take(kAttendQueries * G * D);
+  float* const o = arena.take(kAttendQueries * G * DV);
+  float* const scores = arena.take(kAttendQueries * G * width);
   float* const tile = arena.take(kLanes * (D > DV ? D : DV));
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kBlockQueries * width)));
+  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
   Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
   for (int64_t r = 0; r < block.count * G; ++r) {
     widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
@@ -242,14 +242,14 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
   int64_t const width = padded(p.topk);
   Arena arena{workspace};
-  float* const q = arena.take(kBlockQueries * G * D);
-  float* const dq = arena.take(kBlockQueries * G * D);
-  float* const dout = arena.take(kBlockQueries * G * DV);
-  float* const probability = arena.take(kBlockQueries * G * width);
-  float* const gradient = arena.take(kBlockQueries * G * width);  // of the probability, then of the score
+  float* const q = arena.take(kAttendQueries * G * D);
+  float* const dq = arena.take(kAttendQueries * G * D);
+  float* const dout = arena.take(kAttendQueries * G * DV);
+  float* const probability = arena.take(kAttendQueries * G * width);
+  float* const gradient = arena.take(kAttendQueries * G * width);  // of the probability, then of the score
   float* const k_tile = arena.take(kLanes * D);
   float* const v_tile = arena.take(kLanes * DV);
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kBlockQueries * width)));
+  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
   Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
   for (int64_t r = 0; r < block.count * G; ++r) {
     widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);

@@ -82,7 +82,7 @@ template <class F>
 void accumulate(AttentionBackwardParams& p, float* workspace, ThreadPool const& pool, F const& f) {
   p.splits = splits(p);
   auto const list = documents(p);
-  auto const queries = blocks(list, &Document::queries, kBlockQueries);
+  auto const queries = blocks(list, &Document::queries, kAttendQueries);
   int64_t const heads = p.batch * p.key_heads, size = partial_size(p);
   // Part i of a head takes every splits-th block of queries, so that all see many keys and few.
   pool.items(heads * p.splits, [&](int64_t item, int lane) {
@@ -92,7 +92,7 @@ void accumulate(AttentionBackwardParams& p, float* workspace, ThreadPool const& 
     int64_t count = 0;
     for (auto const [n, i] : queries) {
       if (list[n].row != row || count++ % p.splits != item % p.splits) continue;
-      f(list[n], i * kBlockQueries, head, partial, lane);
+      f(list[n], i * kAttendQueries, head, partial, lane);
     }
   });
   int64_t const spans = (p.keys + kReducedKeys - 1) / kReducedKeys;
@@ -157,11 +157,11 @@ void attention(AttentionForwardParams const& p, float* workspace, ThreadPool con
   zero_outside(p, p.o, p.query_heads * p.value_dim);
   fill_outside(p, p.lse, p.query_heads, -std::numeric_limits<float>::infinity());
   auto const list = documents(p);
-  auto const queries = blocks(list, &Document::queries, kBlockQueries);
+  auto const queries = blocks(list, &Document::queries, kAttendQueries);
   int64_t const count = static_cast<int64_t>(queries.size());
   pool.items(count * p.key_heads, [&](int64_t item, int lane) {
     auto const [n, i] = queries[item % count];
-    kernels().attend(p, list[n], i * kBlockQueries, item / count, workspace + lane * attend_workspace(p));
+    kernels().attend(p, list[n], i * kAttendQueries, item / count, workspace + lane * attend_workspace(p));
   });
 }
 
@@ -192,10 +192,10 @@ float indexer_loss(LossParams const& params, float* workspace, ThreadPool const&
   }
   fill_outside(p, p.losses, 1, 0.f);
   if (!p.gradients) {
-    auto const queries = blocks(list, &Document::queries, kBlockQueries);
+    auto const queries = blocks(list, &Document::queries, kAttendQueries);
     pool.items(static_cast<int64_t>(queries.size()), [&](int64_t item, int lane) {
       auto const [n, i] = queries[item];
-      kernels().loss(p, list[n], i * kBlockQueries, nullptr, workspace + lane * loss_lane(p));
+      kernels().loss(p, list[n], i * kAttendQueries, nullptr, workspace + lane * loss_lane(p));
     });
   } else {
     auto keys = index_keys(p);

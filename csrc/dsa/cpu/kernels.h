@@ -37,18 +37,19 @@ constexpr int kRowMultiple = 16;   // rows of keys and values are padded to it i
 constexpr int kReducedKeys = 128;  // keys [first, first + kReducedKeys) are one item of reduce()
 
 static inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+constexpr int kAttendQueries = 64;  // of attention and loss: so many read a key while it is in the cache
 // Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices; two
 // tiles.
 static inline int64_t attend_workspace(AttentionParams const& p) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
-  return kBlockQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk)) + kRowMultiple * (D + DV);
+  return kAttendQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk)) + kRowMultiple * (D + DV);
 }
 
 // Floats of one thread: for each query q, index q dq dw, target and score of each key, indices; a tile,
 // factors.
 static inline int64_t loss_lane(LossParams const& p) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DI = padded(p.index_dim);
-  return kBlockQueries * (G * D + p.index_heads * (2 * DI + 2) + 3 * padded(p.topk)) +
+  return kAttendQueries * (G * D + p.index_heads * (2 * DI + 2) + 3 * padded(p.topk)) +
          kRowMultiple * (D + DI + p.index_heads);
 }
 
@@ -58,7 +59,7 @@ struct Kernels {
   void (*select)(IndexerParams const& p, Document const& document, int64_t first, float const* packed,
                  float* workspace);
 
-  // Query heads of one key head, queries [first, first + kBlockQueries) of the document.
+  // Query heads of one key head, queries [first, first + kAttendQueries) of the document.
   void (*attend)(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
                  float* workspace);
   // Also adds the dk and dv of these queries to partial [S, padded(D) + padded(DV)].
@@ -67,7 +68,7 @@ struct Kernels {
   // dk and dv out of the partials [splits, S, ..] of one key head, added in order.
   void (*reduce)(AttentionBackwardParams const& p, int64_t row, int64_t head, int64_t first, float* partials);
 
-  // Losses of queries [first, first + kBlockQueries); with partial [S, padded(DI)] also their gradients.
+  // Losses of queries [first, first + kAttendQueries); with partial [S, padded(DI)] also their gradients.
   void (*loss)(LossParams const& p, Document const& document, int64_t first, float* partial,
                float* workspace);
 };

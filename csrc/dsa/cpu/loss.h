@@ -16,16 +16,16 @@ void loss_block(LossParams const& p, Document const& document, int64_t first, fl
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim);
   int64_t const HI = p.index_heads, DI = padded(p.index_dim), width = padded(p.topk);
   Arena arena{workspace};
-  float* const q = arena.take(kBlockQueries * G * D);
-  float* const index_q = arena.take(kBlockQueries * HI * DI);
-  float* const dq = arena.take(kBlockQueries * HI * DI);
-  float* const weights = arena.take(kBlockQueries * HI);
-  float* const dweights = arena.take(kBlockQueries * HI);
-  float* const target = arena.take(kBlockQueries * width);
-  float* const scores = arena.take(kBlockQueries * width);  // then their gradient
+  float* const q = arena.take(kAttendQueries * G * D);
+  float* const index_q = arena.take(kAttendQueries * HI * DI);
+  float* const dq = arena.take(kAttendQueries * HI * DI);
+  float* const weights = arena.take(kAttendQueries * HI);
+  float* const dweights = arena.take(kAttendQueries * HI);
+  float* const target = arena.take(kAttendQueries * width);
+  float* const scores = arena.take(kAttendQueries * width);  // then their gradient
   float* const tile = arena.take(kLanes * (D > DI ? D : DI));
   float* const factors = arena.take(kLanes * HI);
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kBlockQueries * width)));
+  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
 
   int64_t const row = document.row * p.tokens + document.query + first;
   for (int64_t head = 0; head < p.key_heads; ++head) {
