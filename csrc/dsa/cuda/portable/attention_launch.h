@@ -1,4 +1,5 @@
-// One translation unit per element type. With a condition the kernels do nothing where it is zero when they run.
+// One translation unit per element type. With a condition the kernels do nothing where it is zero when they
+// run.
 #pragma once
 
 #include "dsa/dsa.h"
