@@ -23,7 +23,7 @@ def verdict(status: int, tally: Tally) -> str:
     import torch
 
     import lt2_ext
-    from lt2_ext.doctor import describe_archs
+    from lt2_ext.recipes.doctor import describe_archs
 
     info = lt2_ext.build_info()
     if not info["cuda_archs"]:

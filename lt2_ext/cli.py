@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {  # name: (module with a main(argv), what it does)
-    "doctor": ("lt2_ext.doctor", "check this installation: versions, instruction set, GPU, a test of every operator"),
+    "doctor": ("lt2_ext.recipes.doctor", "check this installation: versions, instruction set, GPU, every operator"),
     "demo": ("lt2_ext.recipes.demo", "four facts about LT2 and a small training run, about 3 minutes"),
     "plan": ("lt2_ext.recipes.plan", "parameters, FLOPs and state of a model, before it runs"),
     "train": ("lt2_ext.recipes.train", "train a model on text"),

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lt2_ext import cli, doctor, ops
+from lt2_ext import cli, ops
+from lt2_ext.recipes import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, build_info, ops
-from .reference import causal_conv1d as conv_reference
-from .reference import dsa as dsa_reference
-from .reference import gdn as gdn_reference
-from .reference import loop_state as loop_reference
-from .testing import TOLERANCE, gdn_inputs, rel_err
+from lt2_ext import __version__, build_info, ops
+from lt2_ext.reference import causal_conv1d as conv_reference
+from lt2_ext.reference import dsa as dsa_reference
+from lt2_ext.reference import gdn as gdn_reference
+from lt2_ext.reference import loop_state as loop_reference
+from lt2_ext.testing import TOLERANCE, gdn_inputs, rel_err
 
 LIMIT = TOLERANCE[torch.float32]["out"][0]
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source tree)"
