@@ -12,7 +12,7 @@ import peers
 import report
 import run as bench
 import timing
-from suites import Case, causal_conv1d, dsa, gdn, loop_state
+from suites import Case, causal_conv1d, dsa, gdn, loop_state, model
 
 from lt2_ext.testing import TOLERANCE
 
@@ -49,6 +49,12 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
         loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
         loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),
+        model.decode_case("demo", 2, 40, F32, CPU),
+        model.decode_case("sparse", 1, 40, BF16, CPU),
+        model.prefill_case("demo", 20, F32, CPU),
+        model.prefill_case("sparse", 20, F32, CPU),
+        model.train_case("demo", 20, F32, CPU),
+        model.train_case("sparse", 20, F32, CPU),
     ],
     ids=lambda case: f"{case.op} {case.shape}",
 )

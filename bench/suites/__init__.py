@@ -32,6 +32,8 @@ class Case:
     oracle: Forward  # float64 outputs on the same (rounded) inputs
     peers: Mapping[str, Build] = field(default_factory=dict)  # keys: a name in peers.PEERS, perhaps followed by " ..."
     graph: bool = False  # on CUDA in a graph, as in a decode loop: eager, it would be the launch that is timed
+    eager: bool = False  # never captured in a graph by the clock: what is compared decides that for itself
+    tolerance: float | None = None  # of every output; None: the table's
     headline: bool = False  # ours and the peers get every round, whatever it takes
     compared: Callable[[Tensors, Tensors], Tensors] | None = None  # what to check of (inputs, outputs); None: outputs
     checked: Callable[[], Tensors] | None = None  # smaller inputs for the oracle, where ``inputs`` are too large for it

@@ -62,6 +62,9 @@ def plan(name: str, changes: Sequence[str], context: int | None) -> int:
         print(f"  {row.mixer:<14}{row.loops:<8}{row.layers:>6}{sizes}")
     print(f"  {'all':<50}{in_units(sum(r.nbytes * r.count for r in costs), 'B'):>12}")
     gigabytes = f"{in_units(BYTES_PER_PARAMETER * total, 'B')} in training (fp32, gradients, AdamW)"
+    weights, memory = decode_bytes(model.to(torch.bfloat16), length)
+    print(f"a step of decoding moves at least {in_units(weights, 'B')} of weights, which every loop reads,", end=" ")
+    print(f"and {in_units(memory, 'B')} of state for each sequence")
     print(f"weights: {in_units(2 * total, 'B')} in bf16, {gigabytes}, activations not counted")
     if run is not None:
         t = run.train
@@ -172,6 +175,20 @@ def state_costs(model: LT2, length: int) -> list[StateCost]:
         name = layer.mixer if layer.window is None else f"{layer.mixer}:{layer.window}"
         costs.append(StateCost(name, words, len(numbers) // len(loops), nbytes, len(numbers)))
     return costs
+
+
+def decode_bytes(model: LT2, context: int) -> tuple[int, int]:
+    """Least traffic with the memory of a decode step after ``context`` tokens: of weights, and of the state of each
+    sequence. A matrix state and its window are read and written, of keys and values those are read that are seen."""
+    blocks = sum(p.nbytes for block in model.layers for p in block.parameters())
+    head = model.config.vocab_size * model.config.hidden_size * model.embed_tokens.weight.itemsize
+    memory = 0.0
+    for loop in model.new_state(1, context).layers:
+        for block, tensors in zip(model.layers, loop, strict=True):
+            seen = min(block.mixer.topk / context, 1) if isinstance(block.mixer, SparseAttention) else 1
+            parts = {"k": seen, "v": seen, "index_k": 1}
+            memory += sum(tensor.nbytes * parts.get(name, 2) for name, tensor in tensors.items())
+    return model.config.loop_count * blocks + head, round(memory)
 
 
 def in_units(number: float, unit: str) -> str:

@@ -1,0 +1,233 @@
+"""Whole models with random weights: a decode step at a context, a prefill, a training step. The floor of a step is what
+``lt2 plan`` counts. The plain implementation (``plain_model``) runs the same weights eagerly with growing caches."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from plain_model import Cache, DeltaRule, PlainModel, fla_rule, reference_rule, torch_step
+from torch import Tensor
+from torch.nn import functional as F
+
+from lt2_ext.models import LT2, LoopState, LT2Config
+from lt2_ext.models.presets import preset
+from lt2_ext.recipes.plan import decode_bytes, forward_flops, train_flops
+
+from . import NAMES, Call, Case, Tensors
+
+F32, BF16 = torch.float32, torch.bfloat16
+FULL_GDN = {"num_attention_heads": 8, "layer_pattern": "interleaved:4:1:gdn:full"}
+# 1.1M parameters, the Full+GDN decoder of the demo; 100M parameters.
+DEMO: dict[str, Any] = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+DEMO["layer_pattern"] = "interleaved:3:1:gdn:full"
+MODELS: dict[str, dict[str, Any]] = {
+    "demo": DEMO,
+    "sparse": {**DEMO, "layer_pattern": "interleaved:1:1:gdn:dsa", "index_topk": 16},  # small enough for a test
+    "100m": {"vocab_size": 24576, "hidden_size": 1024, "num_hidden_layers": 5, **FULL_GDN},
+}
+# A step of L layers in bf16 rounds the residual stream 2 L loops times: at random weights this is what plain torch
+# shows as well. fp32: the same, from 1e-5 of one operator.
+TOLERANCE = {F32: 1e-4, BF16: 5e-2}
+CHECKED = 96  # tokens of context where the outputs are compared
+STD = 0.1  # of the random memory of a context that nobody read
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    if device.type == "cpu":
+        rows = [("demo", F32), ("100m", F32)] if quick else [("demo", F32), ("100m", F32), ("100m", BF16)]
+        return [decode_case(name, 1, 2048, dtype, device) for name, dtype in rows]
+    names = ("lt2-1.3b-full-gdn", "lt2-1.3b-gdn-dsa", "lt2-1.3b-full")
+    shapes = [(1, 8192), (8, 32768)] if quick else [(1, 8192), (1, 32768), (8, 8192), (8, 32768)]
+    steps = {name: [decode_case(name, *shape, BF16, device) for shape in shapes] for name in names}
+    whole = {n: [prefill_case(n, 8192, BF16, device), train_case(n, 4096, BF16, device)] for n in names[:2]}
+    return [case for name in names for case in steps[name] + whole.get(name, [])]
+
+
+@lru_cache(maxsize=1)  # the cases of a model follow each other, and there is room for one of the large ones
+def build(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
+    torch.manual_seed(0)
+    config = LT2Config(**MODELS[name]) if name in MODELS else preset(name)
+    with device:
+        return LT2(config).to(dtype)
+
+
+def meta(name: str) -> LT2:
+    with torch.device("meta"):
+        return LT2(LT2Config(**MODELS[name]) if name in MODELS else preset(name))
+
+
+def decode_case(name: str, B: int, context: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """One token for each of B sequences, after ``context`` tokens each."""
+
+    def inputs(context: int = context) -> Tensors:
+        return {"ids": torch.arange(B, device=device)[:, None], "past": torch.empty(context, device="meta")}
+
+    sketch = meta(name)
+    weights, memory = decode_bytes(sketch.to(dtype), context)
+    return Case(
+        op="decode step",
+        shape=f"{name} B={B} context={context} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=B * forward_flops(sketch, context + 1),
+        moved=weights + B * memory,
+        inputs=inputs,
+        ours=lambda x: step_ours(build(name, dtype, device), x),
+        torch=lambda x: step_plain(build(name, dtype, device), x, torch_step),
+        peers={"fla": lambda x: step_plain(build(name, dtype, device), x, fla_rule)},
+        oracle=lambda x: step_plain(build(name, dtype, device), x, torch_step, torch.float64)(),
+        checked=lambda: inputs(min(CHECKED, context)),
+        tolerance=TOLERANCE[dtype],
+        eager=True,
+    )
+
+
+def remembered(model: LT2, x: Tensors) -> LoopState:
+    """A state as if every sequence had ``past`` tokens, of random numbers."""
+    past = len(x["past"])
+    state = model.new_state(len(x["ids"]), past + 1)
+    random = torch.Generator(x["ids"].device).manual_seed(0)
+    for tensors in (layer for loop in state.layers for layer in loop):
+        for tensor in tensors.values():
+            tensor.normal_(std=STD, generator=random)
+    state.advance(past)
+    return state
+
+
+@torch.no_grad()
+def step_ours(model: LT2, x: Tensors) -> Call:
+    """The token again and again, so that the context stays what it is; on CUDA one graph."""
+    state = remembered(model, x)
+
+    @torch.no_grad()
+    def step() -> Tensors:
+        logits = model(x["ids"], state=state, logits_to_keep=1)
+        state.advance(-1)
+        return {"o": logits}
+
+    if x["ids"].device.type == "cpu":
+        return step
+    step()  # allocates, and chooses matrix kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay() -> Tensors:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+@torch.no_grad()
+def step_plain(model: LT2, x: Tensors, delta_rule: DeltaRule, dtype: torch.dtype | None = None) -> Call:
+    """In another dtype: that model and its memory, cast."""
+    past = len(x["past"])
+    state = remembered(model, x)
+
+    def kept(name: str, t: Tensor) -> Tensor:
+        t = t[:, :past] if name in ("k", "v", "index_k") else t
+        return t if dtype is None else t.to(dtype)
+
+    caches: list[list[Cache]] = [[{n: kept(n, t) for n, t in c.items()} for c in loop] for loop in state.layers]
+    plain = PlainModel(model if dtype is None else copy.deepcopy(model).to(dtype), delta_rule)
+    return torch.no_grad()(lambda: {"o": plain(x["ids"], [[dict(c) for c in row] for row in caches], past, keep=1)})
+
+
+def sequence_inputs(T: int, device: torch.device) -> Tensors:
+    """Ids that every vocabulary has."""
+    return {"ids": torch.arange(T, device=device)[None] * 7 % 251}
+
+
+def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """One sequence from its start to the logits of its last token, with the memory that decoding goes on from."""
+    sketch = meta(name)
+    head = 2 * sketch.config.vocab_size * sketch.config.hidden_size
+
+    def ours(x: Tensors) -> Call:
+        model = build(name, dtype, device)
+        state = model.new_state(1, x["ids"].shape[1])
+
+        @torch.no_grad()
+        def call() -> Tensors:
+            state.reset()
+            return {"o": model(x["ids"], state=state, logits_to_keep=1)}
+
+        return call
+
+    def plain(x: Tensors, rule: DeltaRule, dtype_: torch.dtype = dtype) -> Call:
+        model = PlainModel(copy.deepcopy(build(name, dtype, device)).to(dtype_), rule)
+        return torch.no_grad()(lambda: {"o": model(x["ids"], keep=1)})
+
+    return Case(
+        op="prefill",
+        shape=f"{name} T={T} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=T * (train_flops(sketch, T) // 3 - head) + head,
+        moved=decode_bytes(sketch.to(dtype), T)[0],
+        inputs=lambda: sequence_inputs(T, device),
+        ours=ours,
+        torch=lambda x: plain(x, reference_rule),
+        peers={"fla": lambda x: plain(x, fla_rule)},
+        oracle=lambda x: plain(x, reference_rule, torch.float64)(),
+        checked=lambda: sequence_inputs(min(CHECKED, T), device),
+        tolerance=TOLERANCE[dtype],
+        eager=True,
+    )
+
+
+def train_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Loss and gradients of one sequence, every block computed again in the backward pass. The plain one does not train
+    its indexers."""
+    sketch = meta(name)
+
+    def ours(x: Tensors) -> Call:
+        model = build(name, dtype, device)
+        model.gradient_checkpointing = True
+
+        def call() -> Tensors:
+            model.zero_grad()
+            out = model(x["ids"], labels=x["ids"])
+            out.loss.backward()
+            extra = 0 if out.index_loss is None else model.config.index_loss_weight * out.index_loss.detach()
+            return {"o": out.loss.detach() - extra, **gradients(model)}
+
+        return call
+
+    def plain(x: Tensors, rule: DeltaRule, dtype_: torch.dtype = dtype) -> Call:
+        model = copy.deepcopy(build(name, dtype, device)).to(dtype_)
+        forward = PlainModel(model, rule, checkpointed=True)
+
+        def call() -> Tensors:
+            model.zero_grad()
+            logits = forward(x["ids"])[0, :-1]
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, F32)), x["ids"][0, 1:])
+            loss.backward()
+            return {"o": loss.detach(), **gradients(model)}
+
+        return call
+
+    return Case(
+        op="train step",
+        shape=f"{name} T={T} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=T * train_flops(sketch, T),
+        moved=3 * decode_bytes(sketch.to(dtype), T)[0],
+        inputs=lambda: sequence_inputs(T, device),
+        ours=ours,
+        torch=lambda x: plain(x, reference_rule),
+        peers={"fla": lambda x: plain(x, fla_rule)},
+        oracle=lambda x: plain(x, reference_rule, torch.float64)(),
+        checked=lambda: sequence_inputs(min(CHECKED, T), device),
+        tolerance=TOLERANCE[dtype],
+        eager=True,
+    )
+
+
+def gradients(model: LT2) -> Tensors:
+    """One that every loop and layer has a part in."""
+    assert model.rho is not None
+    assert model.rho.grad is not None
+    return {"drho": model.rho.grad}
