@@ -1,197 +1,13 @@
 #include "gdn/gdn.h"
 
-#include <cstdlib>
 #include <tuple>
 
-#include "bindings/tensor.h"
+#include "bindings/gdn_operands.h"
 
 namespace lt2 {
 namespace {
 
-using gdn::Strided;
-
 #define OP "lt2::gdn"
-
-constexpr int64_t kMaxKeyDim = 256;
-constexpr int64_t kMaxValueDim = 512;
-constexpr int64_t kMaxStepTokens = 8;
-
-void check_status(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
-
-void check_activation_dtype(Tensor const& x, char const* name) {
-  bool const half_ok = x.scalar_type() == ScalarType::Half && x.is_cuda();
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16 || half_ok,
-                  OP ": ", name, " must be float32 or bfloat16 (or float16 on CUDA), got ",
-                  dtype_name(x.scalar_type()));
-}
-
-void check_heads(Tensor const& q, Tensor const& k, Tensor const& v) {
-  LT2_CHECK_DIM(OP, q, 4);
-  LT2_CHECK_DIM(OP, v, 4);
-  int64_t const B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3), HV = v.size(2), V = v.size(3);
-  LT2_CHECK_SHAPE(OP, k, "[B, T, H, K]", B, T, H, K);
-  LT2_CHECK_SHAPE(OP, v, "[B, T, HV, V]", B, T, HV, V);
-  STD_TORCH_CHECK(H > 0 && HV > 0 && HV % H == 0, OP ": v must have a multiple of q's heads, got ", HV,
-                  " and ", H);
-  STD_TORCH_CHECK(K > 0 && K <= kMaxKeyDim, OP ": q must have K in 1..", kMaxKeyDim, ", got ", K);
-  STD_TORCH_CHECK(V > 0 && V <= kMaxValueDim, OP ": v must have V in 1..", kMaxValueDim, ", got ", V);
-  check_activation_dtype(q, "q");
-  LT2_CHECK_DTYPE(OP, k, q.scalar_type());
-  LT2_CHECK_DTYPE(OP, v, q.scalar_type());
-  LT2_CHECK_SAME_DEVICE(OP, k, q);
-  LT2_CHECK_SAME_DEVICE(OP, v, q);
-}
-
-void check_float32(OptionalTensor const& t, char const* name, char const* rule,
-                   std::initializer_list<int64_t> sizes, Tensor const& q) {
-  if (!t) return;
-  STD_TORCH_CHECK(has_shape(*t, sizes), OP ": ", name, " must have shape ", rule, " = ", shape_string(sizes),
-                  ", got ", shape_string(*t));
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, OP ": ", name, " must be float32, got ",
-                  dtype_name(t->scalar_type()));
-  STD_TORCH_CHECK(t->device() == q.device(), OP ": ", name, " and q must be on one device");
-}
-
-// Whether the sequences leave no token out.
-template <class Int>
-bool check_offsets(Int const* offsets, int64_t sequences, int64_t tokens) {
-  STD_TORCH_CHECK(offsets[0] >= 0, OP ": cu_seqlens must start at 0 or later, got ", offsets[0]);
-  for (int64_t n = 0; n < sequences; ++n) {
-    STD_TORCH_CHECK(offsets[n] <= offsets[n + 1], OP ": cu_seqlens must not decrease, got ", offsets[n],
-                    " before ", offsets[n + 1]);
-  }
-  STD_TORCH_CHECK(offsets[sequences] <= tokens, OP ": cu_seqlens must end at T = ", tokens,
-                  " or earlier, got ", offsets[sequences]);
-  return offsets[0] == 0 && offsets[sequences] == tokens;
-}
-
-// LT2_CUDA_KERNELS=portable leaves the kernels for one architecture aside, to test and to measure the
-// portable ones on it.
-bool portable_only() {
-  static bool const portable = [] {
-    char const* const kernels = std::getenv("LT2_CUDA_KERNELS");
-    if (kernels == nullptr) return false;
-    STD_TORCH_CHECK(std::string(kernels) == "portable", OP ": LT2_CUDA_KERNELS must be portable, got ",
-                    kernels);
-    return true;
-  }();
-  return portable;
-}
-
-Strided strided(Tensor const& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-Strided strided(OptionalTensor const& t) { return t ? strided(*t) : Strided{}; }
-
-OptionalTensor contiguous(OptionalTensor const& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-float* floats(Tensor const& t) {
-  return t.numel() == 0 ? nullptr : static_cast<float*>(t.mutable_data_ptr());
-}
-
-float const* floats(OptionalTensor const& t) {
-  return t ? static_cast<float const*>(t->const_data_ptr()) : nullptr;
-}
-
-// The checked arguments that forward and backward share; owns what `params` points to.
-struct Operands {
-  Tensor q, k, v;
-  OptionalTensor g, beta, A_log, dt_bias, initial_state, cu_seqlens;
-  gdn::Inputs params;
-  bool all_tokens_covered = true;  // by sequences, as far as the host knows
-
-  Operands(Tensor const& q_, Tensor const& k_, Tensor const& v_, OptionalTensor const& g_,
-           OptionalTensor const& beta_, OptionalTensor const& A_log_, OptionalTensor const& dt_bias_,
-           OptionalTensor const& initial_state_, OptionalTensor const& cu_seqlens_, double scale,
-           bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first)
-      : g(g_), beta(beta_) {
-    check_heads(q_, k_, v_);
-    q = with_unit_last_stride(q_);
-    k = with_unit_last_stride(k_);
-    v = with_unit_last_stride(v_);
-    int64_t const B = q.size(0), T = q.size(1), HV = v.size(2);
-    check_float32(g, "g", "[B, T, HV]", {B, T, HV}, q);
-    check_float32(beta, "beta", "[B, T, HV]", {B, T, HV}, q);
-    check_float32(A_log_, "A_log", "[HV]", {HV}, q);
-    check_float32(dt_bias_, "dt_bias", "[HV]", {HV}, q);
-    STD_TORCH_CHECK(!A_log_ || (g && dt_bias_), OP ": A_log must come with g and dt_bias");
-    A_log = contiguous(A_log_);
-    dt_bias = contiguous(dt_bias_);
-
-    int64_t const N = cu_seqlens_ ? check_cu_seqlens(*cu_seqlens_) : B;
-    check_float32(initial_state_, "initial_state", state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]",
-                  {N, HV, state_v_first ? v.size(3) : q.size(3), state_v_first ? q.size(3) : v.size(3)}, q);
-    initial_state = contiguous(initial_state_);
-
-    params.dtype = kernel_dtype(q);
-    params.batch = B;
-    params.tokens = T;
-    params.sequences = N;
-    params.heads = static_cast<int>(q.size(2));
-    params.value_heads = static_cast<int>(HV);
-    params.key_dim = static_cast<int>(q.size(3));
-    params.value_dim = static_cast<int>(v.size(3));
-    params.scale = static_cast<float>(scale);
-    params.qk_l2norm = use_qk_l2norm;
-    params.beta_sigmoid = use_beta_sigmoid;
-    params.neg_eigval = allow_neg_eigval;
-    params.state_v_first = state_v_first;
-    params.q = strided(q);
-    params.k = strided(k);
-    params.v = strided(v);
-    params.g = strided(g);
-    params.beta = strided(beta);
-    params.A_log = floats(A_log);
-    params.dt_bias = floats(dt_bias);
-    params.initial_state = floats(initial_state);
-    params.cu_seqlens = cu_seqlens ? cu_seqlens->const_data_ptr() : nullptr;
-    params.cu_seqlens_int64 = cu_seqlens && cu_seqlens->scalar_type() == ScalarType::Long;
-  }
-
-  // The number of sequences.
-  int64_t check_cu_seqlens(Tensor const& cu_seqlens_) {
-    STD_TORCH_CHECK(q.size(0) == 1, OP ": q must have B = 1 when cu_seqlens is given, got B = ", q.size(0));
-    STD_TORCH_CHECK(cu_seqlens_.dim() == 1 && cu_seqlens_.size(0) >= 1,
-                    OP ": cu_seqlens must have shape [N + 1], got ", shape_string(cu_seqlens_));
-    ScalarType const type = cu_seqlens_.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
-                    OP ": cu_seqlens must be int32 or int64, got ", dtype_name(type));
-    STD_TORCH_CHECK(cu_seqlens_.device() == q.device(), OP ": cu_seqlens and q must be on one device");
-    cu_seqlens = torch::stable::contiguous(cu_seqlens_);
-    int64_t const N = cu_seqlens_.size(0) - 1, T = q.size(1);
-    void const* const data = cu_seqlens->const_data_ptr();
-    if (q.is_cuda()) {
-      all_tokens_covered = false;
-    } else if (type == ScalarType::Long) {
-      all_tokens_covered = check_offsets(static_cast<int64_t const*>(data), N, T);
-    } else {
-      all_tokens_covered = check_offsets(static_cast<int32_t const*>(data), N, T);
-    }
-    return N;
-  }
-
-  // Contiguous output per token: zero where no sequence writes.
-  Tensor token_output(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
-    return all_tokens_covered ? empty(q, sizes, dtype)
-                              : torch::stable::new_zeros(q, {sizes.begin(), sizes.size()}, dtype);
-  }
-
-  Tensor token_output(Tensor const& like) const {
-    return token_output({like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type());
-  }
-
-  Tensor absent() const { return empty(q, {0}, ScalarType::Float); }
-
-  Tensor states() const {
-    int64_t const K = params.key_dim, V = params.value_dim;
-    return empty(
-        q, {params.sequences, params.value_heads, params.state_v_first ? V : K, params.state_v_first ? K : V},
-        ScalarType::Float);
-  }
-};
 
 std::tuple<Tensor, Tensor> gdn_fwd(Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& g,
                                    OptionalTensor const& beta, OptionalTensor const& A_log,
@@ -199,19 +15,19 @@ std::tuple<Tensor, Tensor> gdn_fwd(Tensor const& q, Tensor const& k, Tensor cons
                                    OptionalTensor const& cu_seqlens, double scale, bool use_qk_l2norm,
                                    bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first,
                                    bool output_final_state, bool recurrent) {
-  Operands const x(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm,
-                   use_beta_sigmoid, allow_neg_eigval, state_v_first);
+  Operands const x(OP, false, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale,
+                   use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first);
   Tensor const o = x.token_output(x.v);
   Tensor const final_state = output_final_state ? x.states() : x.absent();
   gdn::ForwardParams const p{x.params, recurrent, strided(o), floats(final_state)};
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    bool const hopper = !portable_only() && gdn::sm90::supports(p) == kOk;
-    if (!hopper) check_status(gdn::portable::supports(p));
+    bool const hopper = !portable_only(OP) && gdn::sm90::supports(p) == kOk;
+    if (!hopper) check_status(OP, gdn::portable::supports(p));
     int64_t const size = (hopper ? gdn::sm90::forward_workspace : gdn::portable::forward_workspace)(p);
     Tensor const workspace = empty(q, {size}, ScalarType::Float);
-    check_status(
-        (hopper ? gdn::sm90::forward : gdn::portable::forward)(p, floats(workspace), current_cuda_stream(q)));
+    check_status(OP, (hopper ? gdn::sm90::forward : gdn::portable::forward)(p, floats(workspace),
+                                                                            current_cuda_stream(q)));
   } else {
     ThreadPool const pool = torch_pool();
     Tensor const workspace = empty(q, {gdn::cpu::forward_workspace(p, pool)}, ScalarType::Float);
@@ -226,14 +42,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
     OptionalTensor const& dt_bias, OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
     double scale, bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first,
     bool recurrent) {
-  Operands const x(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm,
-                   use_beta_sigmoid, allow_neg_eigval, state_v_first);
+  Operands const x(OP, false, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale,
+                   use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first);
   int64_t const B = x.params.batch, T = x.params.tokens, N = x.params.sequences;
   int64_t const HV = x.params.value_heads, K = x.params.key_dim, V = x.params.value_dim;
   LT2_CHECK_SHAPE(OP, dout, "[B, T, HV, V]", B, T, HV, V);
   LT2_CHECK_DTYPE(OP, dout, v.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, dout, q);
-  check_float32(dfinal_state, "dfinal_state", state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]",
+  check_float32(OP, dfinal_state, "dfinal_state", state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]",
                 {N, HV, state_v_first ? V : K, state_v_first ? K : V}, q);
 
   Tensor const dout_rows = with_unit_last_stride(dout);
@@ -258,12 +74,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
                               floats(dinitial_state)};
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    bool const hopper = !portable_only() && gdn::sm90::supports_backward(p) == kOk;
-    if (!hopper) check_status(gdn::portable::supports(p));
+    bool const hopper = !portable_only(OP) && gdn::sm90::supports_backward(p) == kOk;
+    if (!hopper) check_status(OP, gdn::portable::supports(p));
     int64_t const size = hopper ? gdn::sm90::backward_workspace(p) : gdn::portable::backward_workspace(p);
     Tensor const workspace = empty(q, {size}, ScalarType::Float);
-    check_status((hopper ? gdn::sm90::backward : gdn::portable::backward)(p, floats(workspace),
-                                                                          current_cuda_stream(q)));
+    check_status(OP, (hopper ? gdn::sm90::backward : gdn::portable::backward)(p, floats(workspace),
+                                                                              current_cuda_stream(q)));
   } else {
     ThreadPool const pool = torch_pool();
     Tensor const workspace = empty(q, {gdn::cpu::backward_workspace(p, pool)}, ScalarType::Float);
@@ -287,12 +103,12 @@ struct StepOperands {
     STD_TORCH_CHECK(T >= 1 && T <= kMaxStepTokens, OP ": q must have T in 1..", kMaxStepTokens, ", got ", T);
     LT2_CHECK_SHAPE(OP, a, "[B, T, HV]", B, T, HV);
     LT2_CHECK_SHAPE(OP, b, "[B, T, HV]", B, T, HV);
-    check_activation_dtype(a, "a");
+    check_activation_dtype(OP, a, "a");
     LT2_CHECK_DTYPE(OP, b, a.scalar_type());
     LT2_CHECK_SAME_DEVICE(OP, a, like);
     LT2_CHECK_SAME_DEVICE(OP, b, like);
-    check_float32(A_log_, "A_log", "[HV]", {HV}, like);
-    check_float32(dt_bias_, "dt_bias", "[HV]", {HV}, like);
+    check_float32(OP, A_log_, "A_log", "[HV]", {HV}, like);
+    check_float32(OP, dt_bias_, "dt_bias", "[HV]", {HV}, like);
     LT2_CHECK_DIM(OP, state, 4);
     if (state_v_first) {
       LT2_CHECK_SHAPE(OP, state, "[slots, HV, V, K]", state.size(0), HV, V, K);
@@ -344,7 +160,7 @@ struct StepOperands {
 Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& a,
                  Tensor const& b, Tensor const& A_log, Tensor const& dt_bias, OptionalTensor const& slots,
                  double scale, bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
-  check_heads(q, k, v);
+  check_heads(OP, q, k, v);
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Float || state.scalar_type() == ScalarType::BFloat16,
                   OP ": state must be float32 or bfloat16, got ", dtype_name(state.scalar_type()));
   int64_t const B = q.size(0), T = q.size(1), HV = v.size(2), V = v.size(3);
@@ -360,8 +176,8 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
   p.o = strided(o);
   if (q.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q.get_device_index());
-    bool const hopper = !portable_only() && gdn::sm90::step_supports(p) == kOk;
-    check_status((hopper ? gdn::sm90::step : gdn::portable::step)(p, current_cuda_stream(q)));
+    bool const hopper = !portable_only(OP) && gdn::sm90::step_supports(p) == kOk;
+    check_status(OP, (hopper ? gdn::sm90::step : gdn::portable::step)(p, current_cuda_stream(q)));
   } else {
     gdn::cpu::step(p, torch_pool());
   }
@@ -374,7 +190,7 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
                          Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
                          bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
   LT2_CHECK_DIM(OP, qkv, 3);
-  check_activation_dtype(qkv, "qkv");
+  check_activation_dtype(OP, qkv, "qkv");
   LT2_CHECK_DIM(OP, state, 4);
   LT2_CHECK_DTYPE(OP, state, ScalarType::Float);
   int64_t const B = qkv.size(0), T = qkv.size(1), D = qkv.size(2), HV = state.size(1);
@@ -394,9 +210,9 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
   int64_t const W = conv_weight.size(1);
   STD_TORCH_CHECK(W >= 1 && W <= causal_conv1d::kMaxWidth, OP ": conv_weight must have W in 1..",
                   causal_conv1d::kMaxWidth, ", got ", W);
-  check_float32(conv_weight, "conv_weight", "[D, W]", {D, W}, qkv);
-  check_float32(conv_bias, "conv_bias", "[D]", {D}, qkv);
-  check_float32(norm_weight, "norm_weight", "[V]", {V}, qkv);
+  check_float32(OP, conv_weight, "conv_weight", "[D, W]", {D, W}, qkv);
+  check_float32(OP, conv_bias, "conv_bias", "[D]", {D}, qkv);
+  check_float32(OP, norm_weight, "norm_weight", "[V]", {V}, qkv);
   LT2_CHECK_SHAPE(OP, conv_state, "[slots, D, W]", state.size(0), D, W);
   LT2_CHECK_DTYPE(OP, conv_state, qkv.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, conv_state, qkv);
@@ -426,8 +242,8 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
   p.conv.slot_ids = p.step.slot_ids;
   if (qkv.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(qkv.get_device_index());
-    check_status(gdn::portable::fused_step_supports(p));
-    check_status(gdn::portable::fused_step(p, current_cuda_stream(qkv)));
+    check_status(OP, gdn::portable::fused_step_supports(p));
+    check_status(OP, gdn::portable::fused_step(p, current_cuda_stream(qkv)));
   } else {
     Tensor const workspace = empty(qkv, {gdn::cpu::fused_step_workspace(p)}, ScalarType::Float);
     gdn::cpu::fused_step(p, floats(workspace), torch_pool());

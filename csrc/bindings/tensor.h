@@ -108,17 +108,17 @@ inline ThreadPool torch_pool() {
 
 }  // namespace lt2
 
-#define LT2_CHECK_DIM(op, t, n)                                                            \
-  STD_TORCH_CHECK((t).dim() == (n), op ": " #t " must have " #n " dimensions, got shape ", \
+#define LT2_CHECK_DIM(op, t, n)                                                             \
+  STD_TORCH_CHECK((t).dim() == (n), op, ": " #t " must have " #n " dimensions, got shape ", \
                   ::lt2::shape_string(t))
 // Names the rule in symbols and in numbers: "q must have shape [B, T, H, K] = [1, 8, 2, 4], got [1, 8, 4]".
-#define LT2_CHECK_SHAPE(op, t, rule, ...)                                                        \
-  STD_TORCH_CHECK(::lt2::has_shape(t, {__VA_ARGS__}), op ": " #t " must have shape " rule " = ", \
+#define LT2_CHECK_SHAPE(op, t, rule, ...)                                                         \
+  STD_TORCH_CHECK(::lt2::has_shape(t, {__VA_ARGS__}), op, ": " #t " must have shape " rule " = ", \
                   ::lt2::shape_string({__VA_ARGS__}), ", got ", ::lt2::shape_string(t))
-#define LT2_CHECK_DTYPE(op, t, ty)                                                                    \
-  STD_TORCH_CHECK((t).scalar_type() == (ty), op ": " #t " must be ", ::lt2::dtype_name(ty), ", got ", \
+#define LT2_CHECK_DTYPE(op, t, ty)                                                                     \
+  STD_TORCH_CHECK((t).scalar_type() == (ty), op, ": " #t " must be ", ::lt2::dtype_name(ty), ", got ", \
                   ::lt2::dtype_name((t).scalar_type()))
 #define LT2_CHECK_CONTIGUOUS(op, t) \
-  STD_TORCH_CHECK((t).is_contiguous(), op ": " #t " must be contiguous, got shape ", ::lt2::shape_string(t))
+  STD_TORCH_CHECK((t).is_contiguous(), op, ": " #t " must be contiguous, got shape ", ::lt2::shape_string(t))
 #define LT2_CHECK_SAME_DEVICE(op, t, u) \
-  STD_TORCH_CHECK((t).device() == (u).device(), op ": " #t " and " #u " must be on one device")
+  STD_TORCH_CHECK((t).device() == (u).device(), op, ": " #t " and " #u " must be on one device")

@@ -255,7 +255,7 @@ inline void prepare_amx_chunk(ForwardParams const& p, int64_t row, int head, int
     }
   }
   prepare_gates(p, row, head, c);
-  invert(c);
+  invert(c.kk, c.beta, c.inverse, c.rows);
   split_scores(b, p.scale);
 }
 

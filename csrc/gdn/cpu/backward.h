@@ -131,41 +131,6 @@ inline void score_gradients(float scale, BackwardBuffers& b) {
   }
 }
 
-// x_i <- norm_i (x_i - unit_i <unit_i, x_i>): the gradient through unit = raw * norm.
-inline void normalise_backward(Panels const& x, Panels const& unit, float const* norm, float* dot, int rows) {
-  row_dots(x, unit, dot, rows);
-  for (int panel = 0; panel < x.panels(); ++panel) {
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < kPanel; j += kLanes) {
-        float* const out = x.row(i, panel) + j;
-        store(out, (load(out) - load(unit.row(i, panel) + j) * dot[i]) * norm[i]);
-      }
-    }
-  }
-}
-
-// x <- x + y.
-inline void add_rows(Panels const& x, Panels const& y, int rows) {
-  for (int panel = 0; panel < x.panels(); ++panel) {
-    for (int i = 0; i < rows * kPanel; i += kLanes) {
-      float* const out = x.row(0, panel) + i;
-      store(out, load(out) + load(y.row(0, panel) + i));
-    }
-  }
-}
-
-// total <- x (first) or total + x, and x <- total. total is laid out as x.
-inline void accumulate(Panels const& x, float* total, int rows, bool first) {
-  for (int panel = 0; panel < x.panels(); ++panel) {
-    int64_t const base = static_cast<int64_t>(panel) * x.rows * kPanel;
-    for (int64_t i = base; i < base + rows * kPanel; i += kLanes) {
-      Vec const v = first ? load(x.data + i) : load(x.data + i) + load(total + i);
-      store(total + i, v);
-      store(x.data + i, v);
-    }
-  }
-}
-
 // dbeta and dg of the chunk's tokens, through their activations; returns dA_log and ddt_bias in sums.
 inline void gate_gradients(BackwardParams const& p, Span span, int head, BackwardBuffers const& b,
                            float* sums) {

@@ -7,41 +7,12 @@
 namespace lt2::gdn::LT2_ISA {
 namespace {
 
-constexpr int kMaxKeyDim = 256, kMaxValueDim = 512;
-constexpr int kMaxStepTokens = 8;
-
 // q, k [K] and v, o [V] in fp32.
 struct Token {
   float const *q, *k, *v;
   float* o;
   float decay, beta, scale;
 };
-
-template <class T>
-void load_unit(T const* src, int n, bool normalise, float* dst) {
-  Vec partial{};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Vec const x = load(src + i);
-    store(dst + i, x);
-    partial += x * x;
-  }
-  float squares = sum(partial);
-  for (; i < n; ++i) {
-    dst[i] = to_float(src[i]);
-    squares += dst[i] * dst[i];
-  }
-  if (!normalise) return;
-  float const norm = 1.f / __builtin_sqrtf(squares + 1e-6f);
-  for (int j = 0; j < n; ++j) dst[j] *= norm;
-}
-
-template <class T>
-void store_values(float const* src, int n, T* dst) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-  for (; i < n; ++i) store_one(dst + i, src[i]);
-}
 
 // Columns [0, kVecs * kLanes) of a state whose rows are keys, `stride` floats apart.
 // q^T S' = decay q^T S + (q . k) u needs no pass over S'.

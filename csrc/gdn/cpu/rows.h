@@ -1,0 +1,233 @@
+// Tokens and states in memory to and from panels, and what any chunked recurrence of one head needs beside
+// them.
+#pragma once
+
+#include "common/cpu/gemm.h"
+#include "gdn/cpu/kernels.h"
+
+namespace lt2::gdn::LT2_ISA {
+namespace {
+
+using namespace ::lt2::LT2_ISA;
+
+constexpr int kRowMultiple = 16;  // token rows are padded with zeros to this
+constexpr int kMaxKeyDim = 256, kMaxValueDim = 512;
+constexpr int kMaxStepTokens = 8;
+constexpr float kNoDecay = -200.f;  // e^g is 0 in fp32 from here on: -inf is an exact reset without inf - inf
+constexpr float kTinyBeta = 1e-20f;  // below, U / beta is not computed by division
+
+struct Geometry {
+  int key_padded, value_padded;
+};
+inline Geometry geometry(Inputs const& p, ValueSlice slice) {
+  return {round_up(p.key_dim, kPanel), round_up(slice.end - slice.begin, kPanel)};
+}
+
+// Hands out pieces of a workspace; with a null base it only counts.
+struct Arena {
+  float* base;
+  int64_t used = 0;
+
+  float* floats(int64_t n) {
+    float* const piece = base == nullptr ? nullptr : base + used;
+    used += (n + 15) / 16 * 16;
+    return piece;
+  }
+  Panels panels(int rows, int cols) { return {floats(static_cast<int64_t>(rows) * cols), rows, cols}; }
+};
+
+// The tokens of a chunk.
+struct TokenRows {
+  int size;                  // of all chunks but the last
+  int64_t begin = 0;         // first token in the batch row
+  int tokens = 0, rows = 0;  // valid, and padded with zeros
+  int direction = 1;         // the chunks are walked forward (1) or backward (-1)
+};
+
+template <class T>
+T* token_row(Strided const& x, int64_t row, int64_t token, int head) {
+  return static_cast<T*>(x.data) + row * x.batch + token * x.token + head * x.head;
+}
+inline float scalar(Strided const& x, int64_t row, int64_t token, int head) {
+  return *token_row<float const>(x, row, token, head);
+}
+
+// One row of n elements into row i of x, zeros behind them.
+template <class T>
+void load_row(T const* src, int n, Panels const& x, int i) {
+  for (int panel = 0; panel < x.panels(); ++panel) {
+    float* const dst = x.row(i, panel);
+    T const* const from = src + panel * kPanel;
+    int const count = n - panel * kPanel;
+    for (int j = 0; j < kPanel; j += kLanes) {
+      if (j + kLanes <= count) {
+        store(dst + j, load(from + j));
+      } else {
+        for (int l = j; l < j + kLanes; ++l) dst[l] = l < count ? to_float(from[l]) : 0.f;
+      }
+    }
+  }
+}
+
+template <class T>
+void store_row(Panels const& x, int i, int n, T* dst) {
+  for (int panel = 0; panel * kPanel < n; ++panel) {
+    float const* const src = x.row(i, panel);
+    T* const to = dst + panel * kPanel;
+    int const count = n - panel * kPanel;
+    for (int j = 0; j < kPanel; j += kLanes) {
+      if (j + kLanes <= count) {
+        store(to + j, load(src + j));
+      } else {
+        for (int l = j; l < count && l < j + kLanes; ++l) store_one(to + l, src[l]);
+      }
+    }
+  }
+}
+
+// The chunk's rows of one head, columns [column, column + n); asks for those of the chunk that comes next,
+// whose rows are too far apart for the hardware to foresee.
+template <class T>
+void load_rows(Strided const& x, int64_t row, int head, TokenRows const& c, int column, int n,
+               Panels const& out) {
+  for (int i = 0; i < c.tokens; ++i) {
+    T const* const src = token_row<T const>(x, row, c.begin + i, head) + column;
+    T const* const next = src + c.direction * c.size * x.token;
+    for (int j = 0; j < n; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(next + j, 0, 2);
+    load_row(src, n, out, i);
+  }
+  for (int i = c.tokens; i < c.rows; ++i) load_row(static_cast<T const*>(nullptr), 0, out, i);
+}
+
+// Asks for the lines that store_rows will write, early enough to arrive while the chunk is computed.
+template <class T>
+void expect_rows(Strided const& out, int64_t row, int head, TokenRows const& c, int column, int n) {
+  for (int i = 0; i < c.tokens; ++i) {
+    T* const dst = token_row<T>(out, row, c.begin + i, head) + column;
+    for (int j = 0; j < n; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(dst + j, 1, 2);
+  }
+}
+
+template <class T>
+void store_rows(Panels const& x, Strided const& out, int64_t row, int head, TokenRows const& c, int column,
+                int n) {
+  for (int i = 0; i < c.tokens; ++i) store_row(x, i, n, token_row<T>(out, row, c.begin + i, head) + column);
+}
+
+// A row in memory to and from plain fp32.
+template <class T>
+void load_unit(T const* src, int n, bool normalise, float* dst) {
+  Vec partial{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vec const x = load(src + i);
+    store(dst + i, x);
+    partial += x * x;
+  }
+  float squares = sum(partial);
+  for (; i < n; ++i) {
+    dst[i] = to_float(src[i]);
+    squares += dst[i] * dst[i];
+  }
+  if (!normalise) return;
+  float const norm = 1.f / __builtin_sqrtf(squares + 1e-6f);
+  for (int j = 0; j < n; ++j) dst[j] *= norm;
+}
+
+template <class T>
+void store_values(float const* src, int n, T* dst) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  for (; i < n; ++i) store_one(dst + i, src[i]);
+}
+
+// State [K, V] (or [V, K]) of fp32 in memory to and from panels; value columns [slice).
+inline int64_t state_index(Inputs const& p, int k, int v) {
+  return p.state_v_first ? static_cast<int64_t>(v) * p.key_dim + k
+                         : static_cast<int64_t>(k) * p.value_dim + v;
+}
+inline void load_state(Inputs const& p, float const* state, ValueSlice slice, Panels const& s) {
+  __builtin_memset(s.data, 0, s.size() * sizeof(float));
+  if (state == nullptr) return;
+  for (int k = 0; k < p.key_dim; ++k) {
+    for (int v = slice.begin; v < slice.end; ++v) s.at(k, v - slice.begin) = state[state_index(p, k, v)];
+  }
+}
+inline void store_state(Inputs const& p, Panels const& s, ValueSlice slice, float* state) {
+  for (int k = 0; k < p.key_dim; ++k) {
+    for (int v = slice.begin; v < slice.end; ++v) state[state_index(p, k, v)] = s.at(k, v - slice.begin);
+  }
+}
+
+// Beta of one token, activated.
+inline float write_strength(Inputs const& p, int64_t row, int64_t token, int head) {
+  if (p.beta.data == nullptr) return 1.f;
+  float const x = scalar(p.beta, row, token, head);
+  return p.beta_sigmoid ? (p.neg_eigval ? 2.f : 1.f) * sigmoid(x) : x;
+}
+
+inline void normalise_rows(Panels const& x, float* norm, int rows, bool enabled) {
+  if (!enabled) {
+    for (int i = 0; i < rows; ++i) norm[i] = 1.f;
+    return;
+  }
+  row_dots(x, x, norm, rows);
+  for (int i = 0; i < rows; ++i) norm[i] = 1.f / __builtin_sqrtf(norm[i] + 1e-6f);
+  scale_rows(x, norm, rows);
+}
+
+// x_i <- norm_i (x_i - unit_i <unit_i, x_i>): the gradient through unit = raw * norm.
+inline void normalise_backward(Panels const& x, Panels const& unit, float const* norm, float* dot, int rows) {
+  row_dots(x, unit, dot, rows);
+  for (int panel = 0; panel < x.panels(); ++panel) {
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < kPanel; j += kLanes) {
+        float* const out = x.row(i, panel) + j;
+        store(out, (load(out) - load(unit.row(i, panel) + j) * dot[i]) * norm[i]);
+      }
+    }
+  }
+}
+
+// x <- x + y.
+inline void add_rows(Panels const& x, Panels const& y, int rows) {
+  for (int panel = 0; panel < x.panels(); ++panel) {
+    for (int i = 0; i < rows * kPanel; i += kLanes) {
+      float* const out = x.row(0, panel) + i;
+      store(out, load(out) + load(y.row(0, panel) + i));
+    }
+  }
+}
+
+// total <- x (first) or total + x, and x <- total. total is laid out as x.
+inline void accumulate(Panels const& x, float* total, int rows, bool first) {
+  for (int panel = 0; panel < x.panels(); ++panel) {
+    int64_t const base = static_cast<int64_t>(panel) * x.rows * kPanel;
+    for (int64_t i = base; i < base + rows * kPanel; i += kLanes) {
+      Vec const v = first ? load(x.data + i) : load(x.data + i) + load(total + i);
+      store(total + i, v);
+      store(x.data + i, v);
+    }
+  }
+}
+
+// (I + strict_lower(diag(beta) K K^T))^{-1} by forward substitution in fp32, row by row:
+// row_i = e_i - beta_i sum_{j < i} (k_i . k_j) row_j.
+inline void invert(Panels const& kk, float const* beta, Panels const& inverse, int rows) {
+  for (int i = 0; i < rows; ++i) {
+    for (int panel = 0; panel < inverse.panels(); ++panel) {
+      float* const out = inverse.row(i, panel);
+      Vec acc[kPanel / kLanes] = {};
+      for (int j = panel * kPanel; j < i; ++j) {
+        Vec const factor = splat(-beta[i] * kk.at(i, j));
+        float const* const row = inverse.row(j, panel);
+        for (int l = 0; l < kPanel / kLanes; ++l) acc[l] += factor * load(row + l * kLanes);
+      }
+      for (int l = 0; l < kPanel / kLanes; ++l) store(out + l * kLanes, acc[l]);
+    }
+    inverse.at(i, i) = 1.f;
+  }
+}
+
+}  // namespace
+}  // namespace lt2::gdn::LT2_ISA
