@@ -103,14 +103,19 @@ def chunk(f: Callable[..., tuple[Tensor, Tensor | None]], x: Tensors) -> Tensors
     return {"o": f(x["q"], x["k"], x["v"], x["g"], x["beta"], use_qk_l2norm_in_kernel=True, cu_seqlens=cu)[0]}
 
 
-def fla_chunk(x: Tensors) -> Tensors:
+def allow_fla_backward(q: Tensor) -> None:
     """On Hopper fla refuses its backward under Triton 3.4 to 3.7.0, which miscompile a kernel where its block of K is
     64. Larger blocks are tried: what they compute is checked like everything else."""
     from fla.ops.common import chunk_o
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.utils import TRITON_ABOVE_3_7_1
 
-    chunk_o.TRITON_ABOVE_3_7_1 = TRITON_ABOVE_3_7_1 or x["q"].shape[-1] > 64
+    chunk_o.TRITON_ABOVE_3_7_1 = TRITON_ABOVE_3_7_1 or q.shape[-1] > 64
+
+
+def fla_chunk(x: Tensors) -> Tensors:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    allow_fla_backward(x["q"])
     return chunk(chunk_gated_delta_rule, x)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import Unsupported
+from peers import Unsupported, allow_fla_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -61,6 +61,7 @@ def fla_rule(
 ) -> tuple[Tensor, Tensor]:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
+    allow_fla_backward(q)
     f: Any = fused_recurrent_gated_delta_rule if q.shape[1] <= 8 else chunk_gated_delta_rule
     gate = {"g": a, "beta": b, "A_log": A_log, "dt_bias": dt_bias, "initial_state": state}
     switches = ("output_final_state", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "use_qk_l2norm_in_kernel")
