@@ -95,7 +95,7 @@ def test_training_flops_average_over_the_sequence():
 def test_state_is_what_a_model_allocates(pattern):
     config = LT2Config(**SIZES, layer_pattern=pattern)
     with torch.device("meta"):
-        costs = plan.state_costs(LT2(config), 40)
+        costs = plan.state_costs(LT2(config).to(torch.bfloat16).new_state(1, 40))
     state = LT2(config).to(torch.bfloat16).new_state(1, 40)
     assert sum(c.nbytes * c.count for c in costs) == state.nbytes
     assert sum(c.count for c in costs) == 6
@@ -109,6 +109,7 @@ def test_output(capsys):
     assert "parameters 1,485,891,296: " in out
     assert "  gdn           1-4         17               1.23 MB     83.6 MB\n" in out
     assert "  full          1-4          4                268 MB     4.29 GB\n" in out
+    assert "  one allocation, 4.38 GB a sequence: matrix 80.2 MB, conv 3.34 MB, k 2.15 GB, v 2.15 GB\n" in out
 
 
 def test_sources_of_a_plan(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .config import LT2Config
-    from .loop_state import LoopState
+    from .loop_state import LoopState, Slots
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -28,6 +28,7 @@ def check_inputs(
     attention_mask: Tensor | None,
     state: LoopState | None,
     logits_to_keep: int | None,
+    slots: Slots = None,
 ) -> None:
     """Raise ValueError unless ``LT2.forward`` takes these together.
 
@@ -51,19 +52,28 @@ def check_inputs(
             b = cu_seqlens.tolist()
             check(b[0] == 0 and b[-1] == shape[1] and b == sorted(b), "cu_seqlens", f"rise from 0 to {shape[1]}", b)
     if attention_mask is not None:
-        _check_mask(attention_mask, shape, state)
+        _check_mask(attention_mask, shape, state, slots)
+    check(slots is None or state is not None, "slots", "be None without a state", slots)
     if state is not None:
         autocast = torch.is_autocast_enabled(input_ids.device.type)
         check(not autocast, "state", "be used without autocast (move the model to a dtype instead)", "autocast")
         check(state.config == config, "state", "come from new_state of this model", "one for another config")
-        check(shape[0] == state.batch_size, "input_ids", f"have the {state.batch_size} rows of the state", shape)
-        used = max(state.host_lengths)
+        if isinstance(slots, Tensor):
+            valid = slots.dtype == torch.int64 and list(slots.shape) == shape[:1]
+            check(valid, "slots", f"be int64 [{shape[0]}]", slots)
+            return
+        held = range(state.batch_size) if slots is None else slots
+        rows = "rows of the state" if slots is None else "rows that slots names"
+        check(shape[0] == len(held), "input_ids", f"have the {len(held)} {rows}", shape)
+        valid = all(type(slot) is int and 0 <= slot < state.batch_size for slot in held)
+        check(valid and len(set(held)) == len(held), "slots", f"be different ints in 0..{state.batch_size - 1}", slots)
+        used = max(state.host_lengths[slot] for slot in held)
         if used + shape[1] > state.max_length:  # the message would make compiled code depend on the numbers in it
             room = f"fit max_length = {state.max_length} of the state, which holds {used} tokens"
             check(False, "input_ids", room, f"{shape[1]} more")
 
 
-def _check_mask(mask: Tensor, shape: list[int], state: LoopState | None) -> None:
+def _check_mask(mask: Tensor, shape: list[int], state: LoopState | None, slots: Slots) -> None:
     check(list(mask.shape) == shape, "attention_mask", f"have the shape {shape} of input_ids", list(mask.shape))
     integer = not (mask.dtype.is_floating_point or mask.dtype.is_complex)
     check(integer, "attention_mask", "be bool or an integer dtype", mask.dtype)
@@ -73,7 +83,8 @@ def _check_mask(mask: Tensor, shape: list[int], state: LoopState | None) -> None
     starts = F.pad(real, (1, 0)).diff(dim=1).clamp(min=0).sum(dim=1)
     check(bool((starts <= 1).all()), "attention_mask", "have its ones side by side in every row", mask.tolist())
     if state is not None:
-        late = (real.diff(dim=1) < 0).any(dim=1) | ((state.lengths > 0) & (real[:, 0] == 0))
+        lengths = state.lengths if slots is None else state.lengths[torch.as_tensor(slots)]
+        late = (real.diff(dim=1) < 0).any(dim=1) | ((lengths > 0) & (real[:, 0] == 0))
         rule = "with a state have zeros only before the first token of a sequence"
         check(not bool(late.any()), "attention_mask", rule, mask.tolist())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,24 +14,41 @@ from lt2_ext import ops
 
 if TYPE_CHECKING:
     from .config import LT2Config
-    from .mixers import Mixer
+    from .mixers import Mixer, State
 
 X = TypeVar("X")
+# Which slots the rows of a call continue: all in order; those of a list; those of a tensor int64 [B], which the host
+# does not read, so that a captured graph can be replayed for others.
+Slots: TypeAlias = "Sequence[int] | Tensor | None"
+ALIGNMENT = 256  # bytes: of vector loads and bulk copies
+
+
+class Snapshot(NamedTuple):
+    """What some slots of a LoopState held: memory uint8 ``[n, bytes of a slot]``, lengths ``[n]``, host_lengths."""
+
+    memory: Tensor
+    lengths: Tensor
+    host_lengths: list[int]
 
 
 class LoopState:
-    """The memory of ``batch_size`` sequences of up to ``max_length`` tokens, preallocated. Inference only.
+    """The memory of ``batch_size`` sequences of up to ``max_length`` tokens, one allocation. Inference only.
 
     Nothing but the hidden state passes from one loop to the next, so each (loop, layer) has a memory of its own:
     ``gdn`` a matrix fp32 ``[batch, value_heads, K, V]`` and the window of its convolution, ``full`` keys and values
-    ``[batch, max_length, kv_heads, head_dim]``, ``window`` the newest of these only, ``dsa`` also those of its index.
-    ``model(input_ids, state=state)`` reads it and advances it in place; any split of a sequence into such calls gives
-    the logits of one call.
+    ``[batch, max_length, kv_heads, head_dim]``, ``window`` the newest of these only, ``dsa`` also those of its index;
+    what ``state_reuse`` lets later loops read from the first one, these do not have. ``model(input_ids, state=state)``
+    reads it and advances it in place; any split of a sequence into such calls gives the logits of one call.
+
+    Each sequence has a slot, one row of the allocation. Slots hold sequences of different lengths; a call may name the
+    slots that its rows continue (``slots=``).
 
     Attributes:
-        layers: ``layers[loop][layer]``, the tensors of one mixer by name; axis 0 is the sequence.
+        arena: All of it, uint8 ``[batch_size, bytes of a slot]``.
+        layers: ``layers[loop][layer]``, the tensors of one mixer by name, in the arena; axis 0 is the slot.
         lengths: Tokens seen by each sequence, int64 ``[batch_size]`` on the device of the model.
         host_lengths: The same and padding, where reading it costs no synchronisation: the room that is used.
+        free: Slots that :meth:`assign` has not given out.
     """
 
     def __init__(self, config: LT2Config, mixers: Sequence[Mixer], batch_size: int, max_length: int) -> None:
@@ -37,20 +56,81 @@ class LoopState:
             if type(value) is not int or value < 1:
                 raise ValueError(f"LoopState: {name} must be a positive integer, got {value!r}")
         self.config, self.batch_size, self.max_length = config, batch_size, max_length
-        self.layers: list[list[dict[str, Tensor]]] = [
-            [mixer.new_state(batch_size, max_length, layer.window) for mixer, layer in zip(mixers, loop, strict=True)]
-            for loop in config.schedule()
+        self.layers: list[list[State]] = [
+            [
+                {n: t for n, t in m.new_state(0, max_length, layer.window).items() if loop == 0 or n not in m.reused}
+                for m, layer in zip(mixers, layers, strict=True)
+            ]
+            for loop, layers in enumerate(config.schedule())
         ]
-        if config.state_reuse == "indices":  # only the first loop selects
-            for layer in (layer for loop in self.layers[1:] for layer in loop):
-                layer.pop("index_k", None)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=next(mixers[0].parameters()).device)
+        sizes = [_padded(t) for loop in self.layers for layer in loop for t in layer.values()]
+        device = next(mixers[0].parameters()).device
+        self.arena = torch.zeros(batch_size, sum(sizes), dtype=torch.uint8, device=device)
+        columns = iter(self.arena.split(sizes, dim=1))
+        for layer in (layer for loop in self.layers for layer in loop):
+            for name, t in layer.items():
+                layer[name] = _view(next(columns), t)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.host_lengths = [0] * batch_size
+        self.free = list(range(batch_size))
 
-    def advance(self, tokens: int, padding: Tensor | int = 0) -> None:
-        """Count ``tokens`` more places in every sequence, ``padding`` (an int or ``[batch_size]``) of them empty."""
-        self.lengths += tokens - padding
-        self.host_lengths = [n + tokens for n in self.host_lengths]
+    def advance(self, tokens: int, padding: Tensor | int = 0, slots: Slots = None) -> None:
+        """Count ``tokens`` more places in the sequences ``slots``, ``padding`` (an int or one for each) of them empty.
+
+        Slots in a tensor are not read: ``host_lengths`` is left to the caller."""
+        if slots is None:
+            self.lengths += tokens - padding
+        else:
+            index = torch.as_tensor(slots, device=self.lengths.device)
+            self.lengths[index] += tokens - padding
+        if not isinstance(slots, Tensor):
+            for slot in range(self.batch_size) if slots is None else slots:
+                self.host_lengths[slot] += tokens
+
+    def assign(self) -> int:
+        """A slot that was free, zeroed.
+
+        Raises:
+            RuntimeError: All slots are held; nothing has changed.
+        """
+        slot = self._take()
+        self.reset([slot])
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Make a slot free that :meth:`assign` or :meth:`fork` gave."""
+        self._check("release", [slot])
+        if slot in self.free:
+            raise ValueError(f"LoopState.release: slot {slot} is free already")
+        self.free.append(slot)
+
+    def fork(self, src: int) -> int:
+        """A slot that was free and now holds what ``src`` does: the two go on independently.
+
+        Raises:
+            RuntimeError: All slots are held; nothing has changed.
+        """
+        self._check("fork", [src])
+        slot = self._take()
+        self.restore(Snapshot(self.arena[src, None], self.lengths[src, None], [self.host_lengths[src]]), [slot])
+        return slot
+
+    def snapshot(self, slots: Sequence[int]) -> Snapshot:
+        """A copy of these slots, for :meth:`restore`."""
+        self._check("snapshot", slots)
+        index = torch.tensor(slots, dtype=torch.int64, device=self.lengths.device)
+        return Snapshot(self.arena[index], self.lengths[index], [self.host_lengths[slot] for slot in slots])
+
+    def restore(self, snapshot: Snapshot, slots: Sequence[int]) -> None:
+        """Go on in ``slots`` with what a snapshot of as many slots holds, in a state of the same model and length."""
+        self._check("restore", slots)
+        want, got = [len(slots), self.arena.shape[1]], list(snapshot.memory.shape)
+        if want != got:
+            raise ValueError(f"LoopState.restore: the snapshot must have shape {want}, got {got}")
+        for i, slot in enumerate(slots):
+            self.arena[slot].copy_(snapshot.memory[i])
+            self.lengths[slot].copy_(snapshot.lengths[i])
+            self.host_lengths[slot] = snapshot.host_lengths[i]
 
     def reset(self, slots: Sequence[int] | None = None) -> None:
         """Forget the sequences ``slots`` (default: all), so that new ones can start there.
@@ -58,15 +138,10 @@ class LoopState:
         Memory is zeroed, not only marked as free: the next sequence can never see a value of the last one, and a NaN
         in an unused key would survive its zero attention weight.
         """
-        slots = list(range(self.batch_size)) if slots is None else list(slots)
-        for slot in slots:
-            if type(slot) is not int or not 0 <= slot < self.batch_size:
-                raise ValueError(f"LoopState.reset: slots must be integers in 0..{self.batch_size - 1}, got {slot!r}")
+        slots = range(self.batch_size) if slots is None else slots
+        self._check("reset", slots)
         index = torch.tensor(slots, dtype=torch.int64, device=self.lengths.device)
-        for loop in self.layers:
-            for layer in loop:
-                for tensor in layer.values():
-                    ops.loop_state_zero_(tensor, index)
+        ops.loop_state_zero_(self.arena, index)
         self.lengths[index] = 0
         for slot in slots:
             self.host_lengths[slot] = 0
@@ -76,10 +151,8 @@ class LoopState:
         source, slots = order.to(torch.int64), torch.arange(self.batch_size, device=order.device)
         if source.shape != slots.shape:
             raise ValueError(f"LoopState.reorder: order must have shape [{len(slots)}], got {list(order.shape)}")
-        for loop in self.layers:
-            for layer in loop:
-                for tensor in layer.values():
-                    ops.loop_state_copy_(tensor, source, slots)
+        for tensor in self._tensors():  # one by one: what is copied at a time exists twice
+            ops.loop_state_copy_(tensor, source, slots)
         self.lengths.copy_(self.lengths[source])
         if len(set(self.host_lengths)) > 1:  # else nothing changes, and the order need not come to the host
             self.host_lengths = [self.host_lengths[i] for i in source.tolist()]
@@ -91,8 +164,47 @@ class LoopState:
         return list(zip(self.config.layer_types, map(sum, zip(*sizes, strict=True)), strict=True))
 
     @property
+    def kind_nbytes(self) -> dict[str, int]:
+        """Bytes by the name of the tensors: ``matrix``, ``conv``, ``k``, ``v``, ``index_k``."""
+        kinds: Counter[str] = Counter()
+        for layer in (layer for loop in self.layers for layer in loop):
+            kinds.update({name: t.nbytes for name, t in layer.items()})
+        return dict(kinds)
+
+    @property
     def nbytes(self) -> int:
-        return sum(nbytes for _, nbytes in self.layer_nbytes)
+        """Bytes of all tensors; ``arena.nbytes`` also counts what aligns them."""
+        return sum(t.nbytes for t in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (t for loop in self.layers for layer in loop for t in layer.values())
+
+    def _take(self) -> int:
+        if not self.free:
+            raise RuntimeError(f"LoopState: all {self.batch_size} slots are held; release one first")
+        return self.free.pop(0)
+
+    def _check(self, method: str, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if type(slot) is not int or not 0 <= slot < self.batch_size:
+                rule = f"slots must be integers in 0..{self.batch_size - 1}"
+                raise ValueError(f"LoopState.{method}: {rule}, got {slot!r}")
+
+
+def _padded(t: Tensor) -> int:
+    """Bytes of one slot of t ``[0, ..]`` in the arena."""
+    size = t.element_size() * math.prod(t.shape[1:])
+    return size + -size % ALIGNMENT
+
+
+def _view(column: Tensor, t: Tensor) -> Tensor:
+    """A column of the arena as ``[slots, ..]``, of the shape and dtype of t ``[0, ..]``.
+
+    It counts as a storage of its own (except on the device meta), or compiled code could not write to two of them.
+    """
+    size = t.element_size() * math.prod(t.shape[1:])
+    view = column[:, :size].view(t.dtype).view(len(column), *t.shape[1:])
+    return view if view.is_meta else torch.from_dlpack(view)
 
 
 class Tokens:
@@ -108,7 +220,8 @@ class Tokens:
             tokens of each row and of its padding; ``offset``: with a state the place of the first token of each row.
         dense, trained: Whether selecting mixers see all keys, and whether their indexers are trained.
         plain: Every row is one sequence without padding.
-        rows, lengths, max_length: With a state only: its slots ``[B, 1]``, lengths after this call ``[B]``, and room.
+        slots: With a state, the slot of each row, int64 ``[B]``, or None: row b has slot b.
+        rows, lengths, max_length: With a state only: the slots ``[B, 1]``, lengths after this call ``[B]``, and room.
         visible: The largest number of tokens that any of these can see.
         from_start: No sequence has a past, so these tokens see only each other.
     """
@@ -121,6 +234,7 @@ class Tokens:
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: LoopState | None = None,
+        slots: Slots = None,
     ) -> None:
         self.config, self.cu_seqlens = config, cu_seqlens
         self.batch_size, count = shape
@@ -136,12 +250,20 @@ class Tokens:
         if cu_seqlens is not None:
             document = torch.searchsorted(cu_seqlens.to(torch.int64), self.index, right=True) - 1
             self.first = cu_seqlens.to(torch.int64)[document]
+        self.slots: Tensor | None = None
         if state is not None:
-            self.index = state.lengths[:, None] + self.index
-            self.lengths, self.max_length = self.index[:, -1] + 1, state.max_length
-            self.visible = max(state.host_lengths) + count
-            self.from_start = self.visible == count
-            self.rows = torch.arange(self.batch_size, device=device)[:, None]
+            lengths, self.max_length, used = state.lengths, state.max_length, state.max_length - count
+            if slots is not None:
+                self.slots = torch.as_tensor(slots, device=device)
+                lengths = lengths[self.slots]
+            if not isinstance(slots, Tensor):
+                used = max(state.host_lengths[slot] for slot in (range(self.batch_size) if slots is None else slots))
+                self.from_start = used == 0
+            else:
+                self.from_start = False
+            self.index = lengths[:, None] + self.index
+            self.lengths, self.visible = self.index[:, -1] + 1, used + count
+            self.rows = (torch.arange(self.batch_size, device=device) if self.slots is None else self.slots)[:, None]
         self.positions = self.index - self.first
         self.offset = None if state is None else self.index[:, 0]
         self.bounds = cu_seqlens
@@ -158,6 +280,17 @@ class Tokens:
         if key not in self._results:
             self._results[key] = compute()
         return self._results[key]  # type: ignore[return-value]
+
+    def of(self, t: Tensor) -> Tensor:
+        """The rows of these sequences in t ``[slots, ..]``, a tensor of the state."""
+        return t if self.slots is None else t[self.slots]
+
+    def put(self, t: Tensor, rows: Tensor) -> None:
+        """The inverse of :meth:`of`, in place."""
+        if self.slots is None:
+            t.copy_(rows)
+        else:
+            t[self.slots] = rows
 
     def clear_pads(self, x: Tensor) -> Tensor:
         """x [B, T, D] with zeros in place of padding, which neither enter a state nor let gradients through."""

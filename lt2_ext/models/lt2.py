@@ -31,7 +31,7 @@ from lt2_ext import ops
 
 from .config import LT2Config
 from .inputs import check_inputs
-from .loop_state import LoopState, Tokens
+from .loop_state import LoopState, Slots, Tokens
 from .loss import cross_entropy
 from .mixers import MIXERS, Mixer, Selection, State
 from .sampling import check_options, pick
@@ -141,6 +141,7 @@ class LT2(nn.Module):
         attention_mask: Tensor | None = None,
         state: LoopState | None = None,
         logits_to_keep: int | None = None,
+        slots: Slots = None,
     ) -> Tensor | LT2Output:
         """Next-token logits, or the loss.
 
@@ -158,6 +159,8 @@ class LT2(nn.Module):
                 Inference only: no gradient is recorded. Not together with labels or cu_seqlens.
             logits_to_keep: Return the logits of the last so many positions; 0: of all. None: of all, or with labels of
                 none.
+            slots: With a state, the slot of each row: different ints, or a tensor int64 ``[B]`` of them. The host reads
+                no tensor: whoever passes one sees to the room in ``host_lengths``. None: row b has slot b.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or :class:`LT2Output` when labels are given.
@@ -165,9 +168,9 @@ class LT2(nn.Module):
         Raises:
             ValueError: Input outside these rules, or more tokens than the state has room for; the state is unchanged.
         """
-        check_inputs(self.config, input_ids, labels, cu_seqlens, attention_mask, state, logits_to_keep)
+        check_inputs(self.config, input_ids, labels, cu_seqlens, attention_mask, state, logits_to_keep, slots)
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
-            tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state)
+            tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state, slots)
             tokens.dense = self.dense_warmup
             tokens.trained = labels is not None and torch.is_grad_enabled() and self.config.index_loss_weight > 0
             h, index_loss = self._run_loops(tokens.clear_pads(self.embed_tokens(input_ids)), tokens, state)
@@ -175,7 +178,7 @@ class LT2(nn.Module):
             if labels is None:
                 logits = F.linear(h[:, -(logits_to_keep or 0) :], weight)
                 if state is not None:
-                    state.advance(input_ids.shape[1], tokens.padding)
+                    state.advance(input_ids.shape[1], tokens.padding, slots)
                 return logits
         hidden = tokens.positions <= 0 if tokens.pads is None else (tokens.positions <= 0) | tokens.pads
         labels = labels.masked_fill(hidden, -100)[:, 1:]

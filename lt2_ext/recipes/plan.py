@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models import LT2, LoopState, LT2Config
 from lt2_ext.models.config import Layer
 from lt2_ext.models.mixers import MIXERS, Attention, GatedDeltaNet, SparseAttention
 from lt2_ext.models.presets import PRESETS
@@ -56,11 +56,14 @@ def plan(name: str, changes: Sequence[str], context: int | None) -> int:
     print(f"  {in_units(decoded, 'FLOP')} in decoding, after {length:,} tokens")
     print(f"state of one sequence of {length:,} tokens, bf16:")
     print(f"  {'mixer':<14}{'loops':<8}{'layers':>6}{'each loop and layer':>22}{'all':>12}")
-    costs = state_costs(model, length)
+    state = model.to(torch.bfloat16).new_state(1, length)
+    costs = state_costs(state)
     for row in costs:
         sizes = f"{in_units(row.nbytes, 'B'):>22}{in_units(row.nbytes * row.count, 'B'):>12}"
         print(f"  {row.mixer:<14}{row.loops:<8}{row.layers:>6}{sizes}")
-    print(f"  {'all':<50}{in_units(sum(r.nbytes * r.count for r in costs), 'B'):>12}")
+    print(f"  {'all':<50}{in_units(state.nbytes, 'B'):>12}")
+    kinds = ", ".join(f"{name} {in_units(nbytes, 'B')}" for name, nbytes in state.kind_nbytes.items())
+    print(f"  one allocation, {in_units(state.arena.nbytes, 'B')} a sequence: {kinds}")
     gigabytes = f"{in_units(BYTES_PER_PARAMETER * total, 'B')} in training (fp32, gradients, AdamW)"
     weights, memory = decode_bytes(model.to(torch.bfloat16), length)
     print(f"a step of decoding moves at least {in_units(weights, 'B')} of weights, which every loop reads,", end=" ")
@@ -160,11 +163,9 @@ class StateCost:
     count: int
 
 
-def state_costs(model: LT2, length: int) -> list[StateCost]:
-    """One sequence of ``length`` tokens, keys and values in bf16."""
-    state = model.to(torch.bfloat16).new_state(1, length)
+def state_costs(state: LoopState) -> list[StateCost]:
     pairs: dict[tuple[Layer, int], list[int]] = {}
-    for number, (loop, memory) in enumerate(zip(model.config.schedule(), state.layers, strict=True), 1):
+    for number, (loop, memory) in enumerate(zip(state.config.schedule(), state.layers, strict=True), 1):
         for layer, tensors in zip(loop, memory, strict=True):
             pairs.setdefault((layer, sum(t.nbytes for t in tensors.values())), []).append(number)
     costs = []

@@ -33,7 +33,11 @@ class Mixer(nn.Module):
 
     ``window`` is how many tokens a token sees, itself included; None is all of its past, and the only value for mixers
     other than attention. It belongs to the (loop, layer), not to the weights.
+
+    ``reused`` names what of its state only the first loop has, because later loops read it there.
     """
+
+    reused: tuple[str, ...] = ()
 
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
@@ -43,13 +47,14 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def new_state(self, batch_size: int, max_length: int, window: int | None) -> State:
-        """Zeroed tensors ``[batch_size, ...]``, in the dtype and on the device of the weights."""
+        """Zeroed tensors ``[batch_size, ...]``, in the dtype and on the device of the weights. With batch_size 0 they
+        say what one sequence needs: :class:`LoopState` then makes them in one allocation."""
         raise NotImplementedError
 
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
         """x and the result ``[B, T, hidden_size]``; tokens: where they stand; state: what :meth:`new_state` made, to be
-        read and advanced in place by T tokens, or None for whole sequences. Mixers that select keys return their
-        Selection; shared is that of an earlier loop, to be used instead of a new one."""
+        read and advanced in place by T tokens in the slots ``tokens.slots``, or None for whole sequences. Mixers that
+        select keys return their Selection; shared is that of an earlier loop, to be used instead of a new one."""
         raise NotImplementedError

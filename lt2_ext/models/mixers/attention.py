@@ -70,9 +70,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, sta
 
 
 def store(cache: Tensor, new: Tensor, tokens: Tokens) -> None:
-    """Put new [B, T, ..] at the places of its tokens in cache [B, slots, ..]."""
-    slots = cache.shape[1]
-    cache[tokens.rows, tokens.index[:, -slots:] % slots] = new[:, -slots:]
+    """Put new [B, T, ..] at the places of its tokens in cache [slots, S, ..]."""
+    size = cache.shape[1]
+    cache[tokens.rows, tokens.index[:, -size:] % size] = new[:, -size:]
 
 
 def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: State) -> Tensor:
@@ -82,18 +82,19 @@ def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, 
     if ring and count > 1 and not tokens.from_start:  # the new keys overwrite old ones that the first tokens still see
         last = tokens.index[:, :1] - 1
         held = last - (last - torch.arange(slots, device=q.device)) % slots  # newest place of each slot; < 0: empty
-        all_k, all_v = torch.cat((state["k"], k), dim=1), torch.cat((state["v"], v), dim=1)
+        all_k, all_v = (torch.cat((tokens.of(state[name]), new), dim=1) for name, new in (("k", k), ("v", v)))
         o = attend(q, all_k, all_v, tokens, window, torch.cat((held, tokens.index), dim=1))
     for name, new in (("k", k), ("v", v)):
         store(state[name], new, tokens)
     if tokens.from_start:
         o = attend(q, k, v, tokens, window, tokens.index)
     elif count == 1 or (count <= MAX_STEP and not ring):  # the op sees at most the whole ring
-        o = ops.loop_decode_attention(q, state["k"], state["v"], tokens.lengths)
+        o = ops.loop_decode_attention(q, state["k"], state["v"], tokens.lengths, slots=tokens.slots)
     elif not ring:  # then the window, if any, is longer than the sequence
         seen = tokens.visible
         places = torch.arange(seen, device=q.device)[None]
-        o = attend(q, state["k"][:, :seen], state["v"][:, :seen], tokens, None, places)
+        past_k, past_v = (tokens.of(state[name][:, :seen]) for name in ("k", "v"))
+        o = attend(q, past_k, past_v, tokens, None, places)
     return o
 
 

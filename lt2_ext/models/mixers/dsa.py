@@ -30,6 +30,7 @@ class SparseAttention(Attention):
     def __init__(self, config: LT2Config) -> None:
         super().__init__(config)
         d, self.topk = config.hidden_size, config.index_topk
+        self.reused = ("index_k",) if config.state_reuse == "indices" else ()
         self.index_heads, self.index_dim = config.index_n_heads, config.index_head_dim
         self.index_q_proj = nn.Linear(d, self.index_heads * self.index_dim, bias=False)
         self.index_k_proj = nn.Linear(d, self.index_dim, bias=False)
@@ -53,7 +54,7 @@ class SparseAttention(Attention):
             if state is not None:
                 store(state["k"], k, tokens)
                 store(state["v"], v, tokens)
-                past = {name: t[:, : tokens.visible] for name, t in state.items()}
+                past = {name: tokens.of(t[:, : tokens.visible]) for name, t in state.items()}
             indices = self.select(index, past["index_k"], tokens) if index.indices is None else index.indices
             index = index._replace(indices=indices)
             o, lse = attend_to(indices, q, past["k"], past["v"], tokens)

@@ -71,9 +71,12 @@ class GatedDeltaNet(Mixer):
         z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
         if state is not None and x.shape[1] <= MAX_STEP and (self.value_dim % PIECE == 0 or not x.is_cuda):
             pools, decay = (state["matrix"], state["conv"]), (self.A_log, self.dt_bias)
-            o = ops.gdn_decode_fused_(*pools, qkv, z, a, b, self.conv_weight, *decay, self.norm_weight, eps=self.eps)
+            o = ops.gdn_decode_fused_(
+                *pools, qkv, z, a, b, self.conv_weight, *decay, self.norm_weight, slots=tokens.slots, eps=self.eps
+            )
         else:
-            past, keep, cu_seqlens = state or {}, state is not None, tokens.cu_seqlens
+            past = {name: tokens.of(t) for name, t in (state or {}).items()}
+            keep, cu_seqlens = state is not None, tokens.cu_seqlens
             qkv, conv = ops.causal_conv1d(
                 qkv,
                 self.conv_weight,
@@ -95,8 +98,8 @@ class GatedDeltaNet(Mixer):
                 cu_seqlens=cu_seqlens,
             )
             if state is not None and conv is not None and matrix is not None:
-                state["conv"].copy_(conv)
-                state["matrix"].copy_(matrix)
+                tokens.put(state["conv"], conv)
+                tokens.put(state["matrix"], matrix)
             o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
         return self.o_proj(o.to(x.dtype).flatten(-2)), None
 
