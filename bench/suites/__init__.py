@@ -34,6 +34,7 @@ class Case:
     graph: bool = False  # on CUDA in a graph, as in a decode loop: eager, it would be the launch that is timed
     eager: bool = False  # never captured in a graph by the clock: what is compared decides that for itself
     tolerance: float | None = None  # of every output; None: the table's
+    beside_torch: bool = False  # in 16 bits: at most so much worse than plain torch as the table allows, instead
     headline: bool = False  # ours and the peers get every round, whatever it takes
     compared: Callable[[Tensors, Tensors], Tensors] | None = None  # what to check of (inputs, outputs); None: outputs
     checked: Callable[[], Tensors] | None = None  # smaller inputs for the oracle, where ``inputs`` are too large for it

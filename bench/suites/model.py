@@ -29,10 +29,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "sparse": {**DEMO, "layer_pattern": "interleaved:1:1:gdn:dsa", "index_n_heads": 16, "index_topk": 16},
     "100m": {"vocab_size": 24576, "hidden_size": 1024, "num_hidden_layers": 5, **FULL_GDN},
 }
-# A step of L layers in bf16 rounds the residual stream 2 L loops times: at random weights this is what plain torch
-# shows as well. fp32: the same, from 1e-5 of one operator.
-TOLERANCE = {F32: 1e-4, BF16: 5e-2}
-CHECKED = 96  # tokens of context where the outputs are compared
+# Every output, in fp32: ten operators' worth. In bf16 a hundred blocks round the residual stream until plain torch is
+# off by some percent (of a long recurrence from nothing: by a third); ours is then held against that.
+TOLERANCE = 1e-4
+CHECKED, CHECKED_SEQUENCE = 96, 24  # tokens of context, and of a sequence, where the outputs are compared
 STD = 0.1  # of the random memory of a context that nobody read
 
 
@@ -84,7 +84,8 @@ def decode_case(name: str, B: int, context: int, dtype: torch.dtype, device: tor
         peers={"fla": lambda x: step_plain(build(name, dtype, device), x, fla_rule)},
         oracle=lambda x: step_plain(build(name, dtype, device), x, torch_step, torch.float64)(),
         checked=lambda: inputs(min(CHECKED, context)),
-        tolerance=TOLERANCE[dtype],
+        tolerance=TOLERANCE,
+        beside_torch=True,
         eager=True,
     )
 
@@ -182,8 +183,9 @@ def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) ->
         torch=lambda x: plain(x, reference_rule),
         peers={"fla": lambda x: plain(x, fla_rule)},
         oracle=lambda x: plain(x, reference_rule, torch.float64)(),
-        checked=lambda: sequence_inputs(min(CHECKED, T), device),
-        tolerance=TOLERANCE[dtype],
+        checked=lambda: sequence_inputs(min(CHECKED_SEQUENCE, T), device),
+        tolerance=TOLERANCE,
+        beside_torch=True,
         eager=True,
     )
 
@@ -230,8 +232,9 @@ def train_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> C
         torch=lambda x: plain(x, reference_rule),
         peers={"fla": lambda x: plain(x, fla_rule)},
         oracle=lambda x: plain(x, reference_rule, torch.float64)(),
-        checked=lambda: sequence_inputs(min(CHECKED, T), device),
-        tolerance=TOLERANCE[dtype],
+        checked=lambda: sequence_inputs(min(CHECKED_SEQUENCE, T), device),
+        tolerance=TOLERANCE,
+        beside_torch=True,
         eager=True,
     )
 
