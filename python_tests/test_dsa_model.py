@@ -35,7 +35,7 @@ def gradients(model: LT2, **call) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("reuse", ["none", "indices"])
+@pytest.mark.parametrize("reuse", ["none", "index:share"])
 def test_the_indexer_trains_nothing_but_itself(reuse):
     with_loss, without = (gradients(make(state_reuse=reuse, index_loss_weight=w)) for w in (0.5, 0.0))
     assert {n for n in with_loss if n not in without} == {n for n in with_loss if ".index_" in n}
@@ -54,7 +54,7 @@ def test_the_index_loss_is_that_of_its_definition(dense):
     block, x = copy.deepcopy(model.layers[0]).double(), model.embed_tokens(ids()).double()
     x = block.mixer_norm(x)
     tokens = Tokens(model.config, ids().shape, x.device)
-    q, k, v = block.mixer.project(x, tokens)
+    q, (k, v, _) = block.mixer.queries(x, tokens), block.mixer.keys(x, tokens, None, None)
     index = block.mixer.index(x, tokens)
     topk = ids().shape[1] if dense else 6
     indices = reference.lightning_indexer(index.q, index.k, index.weights, topk=topk)
@@ -76,10 +76,10 @@ def test_the_warmup_is_full_attention():
 
 
 def test_shared_indices_are_those_of_the_first_loop():
-    model = make(state_reuse="indices", loop_count=3)
+    model = make(state_reuse="index:share", loop_count=3)
     seen = []
     for block in model.layers:
-        block.mixer.register_forward_hook(lambda module, args, out: seen.append(out[1].indices))
+        block.mixer.register_forward_hook(lambda module, args, out: seen.append(out[1].selection.indices))
     model(ids())
     first = seen[:2]
     assert not torch.equal(*first)
@@ -92,7 +92,7 @@ def test_shared_indices_are_those_of_the_first_loop():
 
 
 def test_every_loop_trains_a_shared_indexer():
-    model = make(state_reuse="indices", loop_count=2, num_hidden_layers=1)
+    model = make(state_reuse="index:share", loop_count=2, num_hidden_layers=1)
     losses = []
     model.layers[0].register_forward_hook(lambda module, args, out: losses.append(out[1].loss))
     out = model(ids(), labels=ids())
@@ -118,7 +118,7 @@ def test_learns(pattern):
     assert history[-1] < 0.5 * history[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"state_reuse": "indices"}])
+@pytest.mark.parametrize("options", [{}, {"state_reuse": "index:share"}])
 @pytest.mark.parametrize("dense", [False, True], ids=["selection", "dense"])
 def test_checkpointing_changes_no_bit(options, dense):
     model = make(layer_pattern="gdn,dsa", **options)
@@ -131,7 +131,7 @@ def test_checkpointing_changes_no_bit(options, dense):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("options", [{}, {"state_reuse": "indices"}])
+@pytest.mark.parametrize("options", [{}, {"state_reuse": "index:share"}])
 def test_compiles_into_one_graph(options, checkpointed):
     model = make(layer_pattern="gdn,dsa", **options)
     model.gradient_checkpointing = checkpointed
@@ -151,8 +151,8 @@ def test_compiles_into_one_graph(options, checkpointed):
         ({"index_head_dim": 12}, "index_head_dim must be a multiple of 8, got 12"),
         ({"index_topk": 0}, r"index_topk must be an integer in 1\.\.1048576, got 0"),
         ({"index_loss_weight": -1.0}, "index_loss_weight must be a positive number or 0, got -1.0"),
-        ({"state_reuse": "all"}, "state_reuse must be 'none' or 'indices', got 'all'"),
-        ({"state_reuse": "indices", "layer_pattern": "gdn"}, "state_reuse must be 'none' without dsa layers"),
+        ({"state_reuse": "all"}, "state_reuse: unknown mode 'all' in 'all'; known: none, kv:first, index:share"),
+        ({"state_reuse": "index:share", "layer_pattern": "gdn"}, "state_reuse must have a layer for index:share: dsa, got 'index:share'"),
         ({"layer_pattern": "full->dsa"}, "layer 0 of 'full->dsa' is full and dsa, which share no weights"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ KINDS = {
     "front": {"layer_pattern": "front:1:full:gdn", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "back": {"layer_pattern": "back:1:full:window", "window_size": 6},
     "list": {"layer_pattern": "gdn,full,gdn", "norm_placement": "sandwich", "inter_loop_norm": True},
-    "dsa": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 4, "index_loss_weight": 0.0, "state_reuse": "indices"},
+    "dsa": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 4, "index_loss_weight": 0.0, "state_reuse": "index:share"},
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
 }
 LENGTHS = [12, 5, 1]

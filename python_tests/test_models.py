@@ -26,7 +26,11 @@ KINDS = {
     "window": {"layer_pattern": "interleaved:2:1:window:gdn", "window_size": 6, "num_key_value_heads": 2},
     "dsa": {"layer_pattern": "dsa", "index_topk": 5, "index_head_dim": 16, "num_key_value_heads": 2},
     "dsa_hybrid": {"layer_pattern": "interleaved:2:1:gdn:dsa", "index_topk": 6, "attn_output_gate": True},
-    "dsa_reuse": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 6, "state_reuse": "indices"},
+    "dsa_reuse": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 6, "state_reuse": "index:share"},
+    "kv_first": {"layer_pattern": "interleaved:1:2:gdn:full", "num_key_value_heads": 2, "state_reuse": "kv:first"},
+    "kv_first_window": {"layer_pattern": "window,full,window", "window_size": 5, "state_reuse": "kv:first"},
+    "kv_first_dsa": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 5, "state_reuse": "kv:first"},
+    "all_first": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 5, "state_reuse": "index:share,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,window:7->window:5,gdn,full->window:3,gdn,window:9->full,gdn,full"},
 }
 
@@ -91,13 +95,18 @@ def plain_selection(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> list[
     return selected
 
 
+def plain_keys(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    k = rotated(config, x @ w["k_proj.weight"].T, config.head_dim)
+    return k, (x @ w["v_proj.weight"].T).view_as(k)
+
+
 def plain_attention(
-    config: LT2Config, w: dict[str, Tensor], x: Tensor, window: int | None = None, selected: list | None = None
-) -> Tensor:
+    config: LT2Config, w: dict[str, Tensor], x: Tensor, window: int | None = None, selected: list | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q = rotated(config, x @ w["q_proj.weight"].T, d)
-    k = rotated(config, x @ w["k_proj.weight"].T, d)
-    v = (x @ w["v_proj.weight"].T).view(len(x), kv_heads, d)
+    k, v = plain_keys(config, w, x) if keys is None else keys
     o = torch.zeros_like(q)
     for t in range(len(x)):
         for h in range(heads):
@@ -139,7 +148,7 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
     """Logits [T, vocab] of the tokens ids [T], with every loop written out."""
     config = model.config
     w = {name: t.double() for name, t in model.state_dict().items()}
-    h, selections = w["embed_tokens.weight"][ids], {}
+    h, selections, keys = w["embed_tokens.weight"][ids], {}, {}
     for loop in range(config.loop_count):
         h_in = h
         for i, (kind, window) in enumerate(config.schedule()[loop]):
@@ -147,10 +156,12 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
             layer = {name.split(".", 2)[2]: t for name, t in w.items() if name.startswith(f"layers.{i}.")}
             mixer = {name.removeprefix("mixer."): t for name, t in layer.items() if name.startswith("mixer.")}
             x = plain_norm(h, layer["mixer_norm.weight"])
-            if kind == "dsa" and (i not in selections or config.state_reuse == "none"):
+            if kind == "dsa" and (i not in selections or config.reuse.index is None):
                 selections[i] = plain_selection(config, mixer, x)
+            if kind != "gdn" and (i not in keys or config.reuse.kv is None):
+                keys[i] = plain_keys(config, mixer, x)
             y = plain_gdn(config, mixer, x) if kind == "gdn" else plain_attention(
-                config, mixer, x, window, selections.get(i))  # fmt: skip
+                config, mixer, x, window, selections.get(i), keys[i])  # fmt: skip
             h = h + post(y, layer.get("mixer_post_norm.weight"))
             x = plain_norm(h, layer["mlp_norm.weight"])
             gate, up = x @ layer["mlp.gate_proj.weight"].T, x @ layer["mlp.up_proj.weight"].T
@@ -243,7 +254,7 @@ def test_a_token_changes_nothing_before_it(kind):
         changed[:, t] = (x[:, t] + 1) % VOCAB
         after = model(changed)
         assert torch.equal(after[:, :t], before[:, :t])
-        if kind != "dsa":  # there later tokens need not select it
+        if kind not in ("dsa", "all_first"):  # there later tokens need not select it
             assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
 
 
@@ -282,7 +293,7 @@ def test_gradients_reach_every_parameter(kind):
     assert (model.rho.grad.abs().sum(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["full", "grouped", "schedule"])
+@pytest.mark.parametrize("kind", ["full", "grouped", "schedule", "kv_first", "kv_first_window"])
 def test_gradient_is_the_derivative_of_the_loss(kind):
     """Along one direction through all parameters, against the hand-written model in fp64."""
     model, x = make(kind), ids(1, 12)

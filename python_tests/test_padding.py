@@ -20,7 +20,7 @@ KINDS = {
     "dsa": {"layer_pattern": "dsa", "index_topk": 4},
     "dsa_warmup": {"layer_pattern": "dsa,gdn,dsa", "num_key_value_heads": 2},
     "dsa_hybrid": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 5, "num_key_value_heads": 2},
-    "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "indices"},
+    "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "index:share"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
 }
 LENGTHS = [30, 19, 1, 24]

@@ -76,7 +76,7 @@ def test_flops_are_those_that_torch_counts(pattern, tied):
 def test_flops_of_a_selection():
     shape, sizes = {"layer_pattern": "dsa", "index_topk": 8, "loop_count": 2}, (2 * 3, 4 * 3 * SIZES["hidden_size"])
     full, sparse = (LT2(LT2Config(**SIZES | shape | {"layer_pattern": p})) for p in ("full", "dsa"))
-    shared = LT2(LT2Config(**SIZES | shape | {"state_reuse": "indices"}))
+    shared = LT2(LT2Config(**SIZES | shape | {"state_reuse": "index:share"}))
     own = sum(m.weight.numel() for n, m in sparse.layers[0].named_modules() if ".index_" in n)
     heads, dim = sparse.config.index_n_heads, sparse.config.index_head_dim
     index = sizes[0] * (2 * own + 2 * heads * dim * 100)

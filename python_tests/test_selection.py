@@ -27,13 +27,13 @@ def test_all_that_is_measured():
     assert [measured.overlap[i][i] for i in range(2)] == [1, 1]
     assert measured.overlap[0][1] == pytest.approx(measured.overlap[1][0])
     assert 0 < measured.overlap[0][1] < 1
-    shared = stdlib_bytes.new_model(**selection.SPARSE | SMALL | {"state_reuse": "indices"})
+    shared = stdlib_bytes.new_model(**selection.SPARSE | SMALL | {"state_reuse": "index:share"})
     assert selection.measure(shared, tokens).overlap == [[1, 1], [1, 1]]
 
 
 def test_the_best_keys_catch_all(monkeypatch):
     def best(self, index, k, tokens):
-        q, k, _ = self.project(seen[-1], tokens)
+        q, k = self.queries(seen[-1], tokens), self.keys(seen[-1], tokens, None, None).k
         return selection.attention(q, k).topk(self.topk).indices.int()
 
     seen = []

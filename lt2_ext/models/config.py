@@ -8,6 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from .mixers import MIXERS
+from .reuse import KINDS, Reuse
+from .reuse import parse as parse_reuse
 
 MODEL_TYPE = "lt2"
 
@@ -80,8 +82,10 @@ class LT2Config:
         index_n_heads, index_head_dim, index_topk: Heads of the indexer of ``dsa`` layers, their dim (a multiple of 8),
             and how many keys a token attends to.
         index_loss_weight: Of the indexer's loss beside the language model's; 0: the indexer is not trained.
-        state_reuse: ``"none"``: every loop of a ``dsa`` layer selects; ``"indices"``: all loops attend to the keys that
-            its first loop selects, and its indexer learns from all of them.
+        state_reuse: What loops 2 and later of a layer read instead of a state of their own, a list of ``kind:mode``
+            with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"index:share"``:
+            the keys that the first loop of a ``dsa`` layer selects; its indexer learns from all loops.
+            ``"gdn:read"``: also the state of the loop before (docs/loop_state.md).
 
     Raises:
         ValueError: Naming the field, the rule and the value.
@@ -138,8 +142,7 @@ class LT2Config:
             value, zero = getattr(self, name), name == "index_loss_weight"
             number = type(value) in (int, float) and 0 <= value < float("inf")
             self._check(name, number and (value > 0 or zero), "be a positive number" + " or 0" * zero)
-        for name, known in (("norm_placement", ("pre", "sandwich")), ("state_reuse", ("none", "indices"))):
-            self._check(name, getattr(self, name) in known, "be " + " or ".join(map(repr, known)))
+        self._check("norm_placement", self.norm_placement in ("pre", "sandwich"), "be 'pre' or 'sandwich'")
         heads = self.num_attention_heads
         self._check("num_attention_heads", self.hidden_size % heads == 0, f"divide hidden_size = {self.hidden_size}")
         self._check("hidden_size", self.head_dim % 2 == 0, f"be an even multiple of num_attention_heads = {heads}")
@@ -149,9 +152,8 @@ class LT2Config:
         grouped = self.linear_num_value_heads % key_heads == 0
         self._check("linear_num_value_heads", grouped, f"be a multiple of linear_num_key_heads = {key_heads}")
         self._check("layer_pattern", isinstance(self.layer_pattern, str), "be a string")
-        sparse = "dsa" in self.layer_types
-        self._check("state_reuse", sparse or self.state_reuse == "none", "be 'none' without dsa layers")
-        if sparse:
+        self._check_reuse()
+        if "dsa" in self.layer_types:
             rule = f"be a multiple of 8 num_attention_heads = {8 * heads} with dsa layers"
             self._check("hidden_size", self.head_dim % 8 == 0, rule)
             self._check("index_head_dim", self.index_head_dim % 8 == 0, "be a multiple of 8")
@@ -169,6 +171,11 @@ class LT2Config:
     def schedule(self) -> list[list[Layer]]:
         """``schedule()[loop][layer]``: what the layer is in that loop."""
         return layer_schedule(self.layer_pattern, self.num_hidden_layers, self.loop_count, self.window_size)
+
+    @property
+    def reuse(self) -> Reuse:
+        """``state_reuse``, parsed."""
+        return parse_reuse(self.state_reuse)
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": MODEL_TYPE, **asdict(self)}
@@ -197,6 +204,16 @@ class LT2Config:
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
         self._check(name, type(value) is int and 1 <= value <= _SIZES[name], f"be an integer in 1..{_SIZES[name]}")
+
+    def _check_reuse(self) -> None:
+        self._check("state_reuse", isinstance(self.state_reuse, str), "be a string")
+        for kind, mode in vars(self.reuse).items():
+            mixers = KINDS[kind][0]
+            there = mode is None or any(name in mixers for name in self.layer_types)
+            self._check("state_reuse", there, f"have a layer for {kind}:{mode}: {' or '.join(mixers)}")
+        if self.reuse.kv == "first":
+            same = all(len({layer.window for layer in loops}) == 1 for loops in zip(*self.schedule(), strict=True))
+            self._check("state_reuse", same, "not be kv:first when the window of a layer differs between loops")
 
     def _check(self, name: str, condition: bool, rule: str) -> None:
         if not condition:

@@ -33,7 +33,7 @@ from .config import LT2Config
 from .inputs import check_inputs
 from .loop_state import LoopState, Slots, Tokens
 from .loss import cross_entropy
-from .mixers import MIXERS, Mixer, Selection, State
+from .mixers import MIXERS, Mixer, Shared, State
 from .sampling import check_options, pick
 
 
@@ -81,11 +81,11 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
 
     def forward(
-        self, h: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
-    ) -> tuple[Tensor, Selection | None]:
-        y, selection = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
+        self, h: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
+    ) -> tuple[Tensor, Shared | None]:
+        y, shared = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
         h = h + self.mixer_post_norm(y)
-        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), selection
+        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), shared
 
 
 class LT2(nn.Module):
@@ -190,20 +190,20 @@ class LT2(nn.Module):
     def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop, and mean loss of the indexers."""
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-        shared: list[Selection | None] = [None] * len(self.layers)
+        shared: list[Shared | None] = [None] * len(self.layers)
         losses: list[Tensor] = []
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
                 arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i], shared[i]
                 if checkpointed:
-                    h, selection = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                    h, result = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    h, selection = block(*arguments)
-                if selection is not None and selection.loss is not None:
-                    losses.append(selection.loss)
-                if self.config.state_reuse == "indices":
-                    shared[i] = selection
+                    h, result = block(*arguments)
+                if result is not None and result.loss is not None:
+                    losses.append(result.loss)
+                if self.config.state_reuse != "none":
+                    shared[i] = result
             h, normed = self._end_loop(loop, h, h_in)
             if self.config.inter_loop_norm:
                 h = normed

@@ -135,12 +135,14 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
     for number, loop in enumerate(model.config.schedule()):
         for block, layer in zip(model.layers, loop, strict=True):
             total += 2 * matrices(block)
-            mixer = block.mixer
+            mixer, reuse = block.mixer, model.config.reuse
+            if number > 0 and reuse.kv == "first" and isinstance(mixer, Attention):
+                total -= 2 * (matrices(mixer.k_proj) + matrices(mixer.v_proj))
             if isinstance(mixer, SparseAttention):
                 total += 4 * mixer.heads * mixer.head_dim * seen(mixer.topk)
                 index = mixer.index_heads * mixer.index_dim * seen(None)
                 projections = (mixer.index_q_proj, mixer.index_k_proj, mixer.index_weights_proj)
-                reused = number > 0 and model.config.state_reuse == "indices"
+                reused = number > 0 and reuse.index == "share"
                 total += 2 * (-sum(map(matrices, projections)) if reused else index)
             elif isinstance(mixer, Attention):
                 total += 4 * mixer.heads * mixer.head_dim * seen(layer.window)

@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "loop_count": LOOPS, "layer_pat
 SPARSE: dict[str, Any] = SHAPE | {"layer_pattern": "gdn,dsa", "index_topk": TOPK, "index_head_dim": 32}
 RUNS: dict[str, dict[str, Any]] = {
     "trained indexer": SPARSE,
-    "trained, indices of loop 1": SPARSE | {"state_reuse": "indices"},
+    "trained, indices of loop 1": SPARSE | {"state_reuse": "index:share"},
     "indexer never trained": SPARSE | {"index_loss_weight": 0.0},
     "full attention": SHAPE,
 }
@@ -94,8 +94,8 @@ def measure(model: LT2, tokens: Tensor) -> Selections:
 
     def watch(module: nn.Module, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         x, where, *_ = arguments
-        index, other = results[1], random_indexer(mixer).index(x, where)  # index may be that of the first loop
-        q, k, _ = mixer.project(x, where)
+        index, other = results[1].selection, random_indexer(mixer).index(x, where)  # index may be that of the first loop
+        q, k = mixer.queries(x, where), mixer.keys(x, where, None, None).k
         ours, theirs = (selected(mixer.select(i, i.k, where), x.shape[1]) for i in (index, other))
         seen.append((attention(q, k), ours, theirs))
 

@@ -14,18 +14,31 @@ if TYPE_CHECKING:
 State = dict[str, Tensor]  # of one mixer, for all sequences
 
 
-class Selection(NamedTuple):
-    """What an indexer selects by, and what it selects, for the loops that read the same.
+class Keys(NamedTuple):
+    """What queries see: k, v ``[B, S, kv_heads, head_dim]`` at places ``[B or 1, S]``. places None: they are the caches
+    ``[slots, S, ..]`` of the state, which the decode operator reads."""
 
-    q ``[B, T, HI, DI]``, k ``[B, T, DI]``, weights ``[B, T, HI]``; indices int32 ``[B, T, topk]`` or None: all keys.
-    loss: of the indexer in this (loop, layer), or None where it is not trained.
-    """
+    k: Tensor
+    v: Tensor
+    places: Tensor | None
+
+
+class Selection(NamedTuple):
+    """What an indexer selects by, and what it selects: q ``[B, T, HI, DI]``, k ``[B, T, DI]``, weights ``[B, T, HI]``;
+    indices int32 ``[B, T, topk]`` or None: all keys."""
 
     q: Tensor
     k: Tensor
     weights: Tensor
     indices: Tensor | None
-    loss: Tensor | None
+
+
+class Shared(NamedTuple):
+    """What a layer hands to itself in the next loop, and the loss of its indexer in this one where that is trained."""
+
+    keys: Keys | None = None
+    selection: Selection | None = None
+    loss: Tensor | None = None
 
 
 class Mixer(nn.Module):
@@ -52,9 +65,9 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
-    ) -> tuple[Tensor, Selection | None]:
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
+    ) -> tuple[Tensor, Shared | None]:
         """x and the result ``[B, T, hidden_size]``; tokens: where they stand; state: what :meth:`new_state` made, to be
-        read and advanced in place by T tokens in the slots ``tokens.slots``, or None for whole sequences. Mixers that
-        select keys return their Selection; shared is that of an earlier loop, to be used instead of a new one."""
+        read and advanced in place by T tokens in the slots ``tokens.slots``, or None for whole sequences. Second result
+        and shared: what passes to the next loop and what came from the last one, for mixers that reuse any of it."""
         raise NotImplementedError

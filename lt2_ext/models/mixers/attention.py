@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer, Selection, State
+from ._mixer import Keys, Mixer, Shared, State
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -29,6 +29,8 @@ class Attention(Mixer):
         super().__init__(config)
         d, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.share_keys = config.reuse.kv == "first"
+        self.reused = ("k", "v") if self.share_keys else ()
         self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
@@ -46,27 +48,27 @@ class Attention(Mixer):
         return {"k": self.k_proj.weight.new_zeros(shape), "v": self.v_proj.weight.new_zeros(shape)}
 
     def forward(
-        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
-    ) -> tuple[Tensor, Selection | None]:
-        q, k, v = self.project(x, tokens)
-        return self.output(mix(q, k, v, tokens, window, state), x), None
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
+    ) -> tuple[Tensor, Shared | None]:
+        q, keys = self.queries(x, tokens), self.keys(x, tokens, state, shared)
+        return self.output(attend(q, keys, tokens, window), x), Shared(keys) if self.share_keys else None
 
-    def project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """q ``[B, T, heads, head_dim]`` and k, v ``[B, T, kv_heads, head_dim]``."""
-        angles = tokens.rope(self.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), *angles)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), *angles)
-        return q, k, self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+    def queries(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """``[B, T, heads, head_dim]``."""
+        return rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), *tokens.rope(self.head_dim))
+
+    def keys(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> Keys:
+        """What the tokens see: the same as in the first loop if loops share it, else with their own appended."""
+        if self.share_keys and shared is not None and shared.keys is not None:
+            return shared.keys
+        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), *tokens.rope(self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return Keys(k, v, tokens.index) if state is None else append(k, v, tokens, state)
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Of o ``[B, T, heads, head_dim]``, with x for the gate."""
         o = o.flatten(-2)
         return self.o_proj(o if self.gate_proj is None else o * torch.sigmoid(self.gate_proj(x)))
-
-
-def mix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: State | None) -> Tensor:
-    """Attention of the tokens to each other and to what is in the state."""
-    return attend(q, k, v, tokens, window, tokens.index) if state is None else stream(q, k, v, tokens, window, state)
 
 
 def store(cache: Tensor, new: Tensor, tokens: Tokens) -> None:
@@ -75,35 +77,41 @@ def store(cache: Tensor, new: Tensor, tokens: Tokens) -> None:
     cache[tokens.rows, tokens.index[:, -size:] % size] = new[:, -size:]
 
 
-def stream(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, state: State) -> Tensor:
-    """Attention of new tokens to the state and to each other; their keys and values are added to the state."""
-    count, slots = q.shape[1], state["k"].shape[1]
-    ring = slots < tokens.max_length
+def append(k: Tensor, v: Tensor, tokens: Tokens, state: State) -> Keys:
+    """Add the keys and values of new tokens to the state; what these tokens see there."""
+    count, size = k.shape[1], state["k"].shape[1]
+    ring, seen = size < tokens.max_length, Keys(k, v, tokens.index)
     if ring and count > 1 and not tokens.from_start:  # the new keys overwrite old ones that the first tokens still see
         last = tokens.index[:, :1] - 1
-        held = last - (last - torch.arange(slots, device=q.device)) % slots  # newest place of each slot; < 0: empty
-        all_k, all_v = (torch.cat((tokens.of(state[name]), new), dim=1) for name, new in (("k", k), ("v", v)))
-        o = attend(q, all_k, all_v, tokens, window, torch.cat((held, tokens.index), dim=1))
+        held = last - (last - torch.arange(size, device=k.device)) % size  # newest place of each row; < 0: empty
+        past_k, past_v = tokens.of(state["k"]), tokens.of(state["v"])
+        seen = Keys(torch.cat((past_k, k), 1), torch.cat((past_v, v), 1), torch.cat((held, tokens.index), 1))
     for name, new in (("k", k), ("v", v)):
         store(state[name], new, tokens)
-    if tokens.from_start:
-        o = attend(q, k, v, tokens, window, tokens.index)
-    elif count == 1 or (count <= MAX_STEP and not ring):  # the op sees at most the whole ring
-        o = ops.loop_decode_attention(q, state["k"], state["v"], tokens.lengths, slots=tokens.slots)
-    elif not ring:  # then the window, if any, is longer than the sequence
-        seen = tokens.visible
-        places = torch.arange(seen, device=q.device)[None]
-        past_k, past_v = (tokens.of(state[name][:, :seen]) for name in ("k", "v"))
-        o = attend(q, past_k, past_v, tokens, None, places)
-    return o
+    if tokens.from_start or (ring and count > 1):
+        return seen
+    if count <= MAX_STEP:  # the op sees at most the whole ring
+        return Keys(state["k"], state["v"], None)
+    return whole(Keys(state["k"], state["v"], None), tokens)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, window: int | None, places: Tensor) -> Tensor:
-    """q [B, T, heads, D] to those of k, v [B, S, kv_heads, D] at ``places`` [B or 1, S] that each token sees.
+def whole(keys: Keys, tokens: Tokens) -> Keys:
+    """These keys by row and place, also where they are caches."""
+    if keys.places is not None:
+        return keys
+    places = torch.arange(tokens.visible, device=keys.k.device)[None]
+    return Keys(tokens.of(keys.k[:, : tokens.visible]), tokens.of(keys.v[:, : tokens.visible]), places)
 
-    The last T keys are those of the tokens themselves, unless S is the whole past. A window much shorter than the
+
+def attend(q: Tensor, keys: Keys, tokens: Tokens, window: int | None) -> Tensor:
+    """q ``[B, T, heads, D]`` to the keys that each token sees.
+
+    The last T keys are those of the tokens themselves, unless they are the whole past. A window much shorter than the
     sequence takes time linear in T: blocks of queries, each with the keys of its own block and of the one before.
     """
+    k, v, places = keys
+    if places is None:
+        return ops.loop_decode_attention(q, k, v, tokens.lengths, slots=tokens.slots)
     block = T = q.shape[1]
     if window is not None and (wide := max(window, MIN_BLOCK)) * 2 < T:
         block = wide

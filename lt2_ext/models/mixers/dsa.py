@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Selection, State
-from .attention import Attention, mix, rotate, store
+from ._mixer import Keys, Selection, Shared, State
+from .attention import Attention, attend, rotate, store, whole
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -30,7 +30,8 @@ class SparseAttention(Attention):
     def __init__(self, config: LT2Config) -> None:
         super().__init__(config)
         d, self.topk = config.hidden_size, config.index_topk
-        self.reused = ("index_k",) if config.state_reuse == "indices" else ()
+        self.share_selection = config.reuse.index == "share"
+        self.reused += ("index_k",) if self.share_selection else ()
         self.index_heads, self.index_dim = config.index_n_heads, config.index_head_dim
         self.index_q_proj = nn.Linear(d, self.index_heads * self.index_dim, bias=False)
         self.index_k_proj = nn.Linear(d, self.index_dim, bias=False)
@@ -41,31 +42,31 @@ class SparseAttention(Attention):
         return {**state, "index_k": state["k"].new_zeros(batch_size, max_length, self.index_dim)}
 
     def forward(
-        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
-    ) -> tuple[Tensor, Selection]:
-        q, k, v = self.project(x, tokens)
-        index = self.index(x.detach(), tokens) if shared is None else shared
-        if state is not None and shared is None:
-            store(state["index_k"], index.k, tokens)
-        if tokens.dense:
-            o, lse = mix(q, k, v, tokens, None, state), None
-        else:
-            past = {"k": k, "v": v, "index_k": index.k}
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
+    ) -> tuple[Tensor, Shared]:
+        q, keys = self.queries(x, tokens), self.keys(x, tokens, state, shared)
+        selection = shared.selection if self.share_selection and shared is not None else None
+        if selection is None:
+            selection = self.index(x.detach(), tokens)
             if state is not None:
-                store(state["k"], k, tokens)
-                store(state["v"], v, tokens)
-                past = {name: tokens.of(t[:, : tokens.visible]) for name, t in state.items()}
-            indices = self.select(index, past["index_k"], tokens) if index.indices is None else index.indices
-            index = index._replace(indices=indices)
-            o, lse = attend_to(indices, q, past["k"], past["v"], tokens)
-        loss = self.loss(index, q, k, lse, tokens) if tokens.trained else None
-        return self.output(o, x), index._replace(loss=loss)
+                store(state["index_k"], selection.k, tokens)
+        if tokens.dense:
+            o, lse = attend(q, keys, tokens, None), None
+        else:
+            indices = selection.indices
+            if indices is None:
+                past = selection.k if state is None else tokens.of(state["index_k"][:, : tokens.visible])
+                indices = self.select(selection, past, tokens)
+                selection = selection._replace(indices=indices)
+            o, lse = attend_to(indices, q, whole(keys, tokens), tokens)
+        loss = self.loss(selection, q, keys.k, lse, tokens) if tokens.trained else None
+        return self.output(o, x), Shared(keys if self.share_keys else None, selection, loss)
 
     def index(self, x: Tensor, tokens: Tokens) -> Selection:
         angles = tokens.rope(self.index_dim)
         q = rotate(self.index_q_proj(x).unflatten(-1, (self.index_heads, self.index_dim)), *angles)
         k = rotate(self.index_k_proj(x)[:, :, None], *angles)[:, :, 0]
-        return Selection(q, k, self.index_weights_proj(x) * self.index_heads**-0.5, None, None)
+        return Selection(q, k, self.index_weights_proj(x) * self.index_heads**-0.5, None)
 
     def select(self, index: Selection, k: Tensor, tokens: Tokens) -> Tensor:
         """int32 ``[B, T, topk]``, out of the index keys k ``[B, S, DI]``; nothing for padding."""
@@ -94,10 +95,10 @@ class SparseAttention(Attention):
         return loss * (tokens.pads.numel() / (~tokens.pads).sum())  # of padding it is 0, but it was counted
 
 
-def attend_to(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+def attend_to(indices: Tensor, q: Tensor, keys: Keys, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """o ``[B, T, heads, head_dim]`` and lse ``[B, T, heads]`` of attention to the selected keys."""
     o, lse = ops.dsa_attention(
-        *(tokens.pack(t) for t in (q, k, v, indices)),
+        *(tokens.pack(t) for t in (q, keys.k, keys.v, indices)),
         cu_seqlens=tokens.bounds,
         q_offset=tokens.offset,
         return_lse=True,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer, Selection, State
+from ._mixer import Mixer, Shared, State
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -65,8 +65,8 @@ class GatedDeltaNet(Mixer):
         }
 
     def forward(
-        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Selection | None = None
-    ) -> tuple[Tensor, Selection | None]:
+        self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
+    ) -> tuple[Tensor, Shared | None]:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
         if state is not None and x.shape[1] <= MAX_STEP and (self.value_dim % PIECE == 0 or not x.is_cuda):
