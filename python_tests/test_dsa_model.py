@@ -151,8 +151,6 @@ def test_compiles_into_one_graph(options, checkpointed):
         ({"index_head_dim": 12}, "index_head_dim must be a multiple of 8, got 12"),
         ({"index_topk": 0}, r"index_topk must be an integer in 1\.\.1048576, got 0"),
         ({"index_loss_weight": -1.0}, "index_loss_weight must be a positive number or 0, got -1.0"),
-        ({"state_reuse": "all"}, "state_reuse: unknown mode 'all' in 'all'; known: none, kv:first, index:share"),
-        ({"state_reuse": "index:share", "layer_pattern": "gdn"}, "state_reuse must have a layer for index:share: dsa, got 'index:share'"),
         ({"layer_pattern": "full->dsa"}, "layer 0 of 'full->dsa' is full and dsa, which share no weights"),
     ],
 )  # fmt: skip

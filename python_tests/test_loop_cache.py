@@ -28,11 +28,13 @@ KINDS = {
     "long_window": {"layer_pattern": "window", "window_size": 40},
     "dsa": {"layer_pattern": "dsa", "index_topk": 4, "index_head_dim": 16},
     "dsa_hybrid": {"layer_pattern": "interleaved:1:1:gdn:dsa", "index_topk": 5, "num_key_value_heads": 1},
-    "dsa_reuse": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 3, "index_n_heads": 1, "state_reuse": "index:share"},
+    "dsa_reuse": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 3, "state_reuse": "index:share"},
     "kv_first": {"layer_pattern": "gdn,full,full", "num_key_value_heads": 2, "state_reuse": "kv:first"},
     "kv_first_window": {"layer_pattern": "window:5,window:40,gdn", "state_reuse": "kv:first"},
     "kv_first_dsa": {"layer_pattern": "dsa", "index_topk": 4, "state_reuse": "kv:first"},
     "all_first": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 3, "state_reuse": "kv:first,index:share"},
+    "gdn_read": {"layer_pattern": "gdn", "state_reuse": "gdn:read"},
+    "read_and_first": {"layer_pattern": "gdn,window:6,gdn", "state_reuse": "gdn:read,kv:first"},
     "dsa_warmup": {"layer_pattern": "dsa", "num_key_value_heads": 2},
     "dsa_wide": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 40, "attn_output_gate": True},
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
@@ -62,6 +64,8 @@ def make(kind: str, loops: int, seed: int = 0) -> LT2:
         for block in model.layers:
             if getattr(block.mixer, "gate_proj", None) is not None:
                 block.mixer.gate_proj.weight.normal_(std=0.3)
+            if getattr(block.mixer, "read_gate", None) is not None:
+                block.mixer.read_gate.normal_(std=0.5)
             if sandwich:  # smaller steps: random blocks as large as h itself magnify any rounding from loop to loop
                 block.mixer_post_norm.weight.fill_(0.3)
                 block.mlp_post_norm.weight.fill_(0.3)

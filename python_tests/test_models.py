@@ -31,6 +31,8 @@ KINDS = {
     "kv_first_window": {"layer_pattern": "window,full,window", "window_size": 5, "state_reuse": "kv:first"},
     "kv_first_dsa": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 5, "state_reuse": "kv:first"},
     "all_first": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 5, "state_reuse": "index:share,kv:first"},
+    "gdn_read": {"layer_pattern": "interleaved:2:1:gdn:full", "state_reuse": "gdn:read"},
+    "read_and_first": {"layer_pattern": "gdn,full,gdn", **GROUPED, "state_reuse": "gdn:read,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,window:7->window:5,gdn,full->window:3,gdn,window:9->full,gdn,full"},
 }
 
@@ -53,7 +55,7 @@ def make(kind: str, loops: int = 2, **change) -> LT2:
         for name, p in model.named_parameters():
             if name.endswith(("norm.weight", "norm_weight")):
                 p.uniform_(0.5, 1.5)
-            elif name == "rho" or "mixer.gate_proj" in name:
+            elif name == "rho" or "mixer.gate_proj" in name or "read_gate" in name:
                 p.normal_(std=0.3)
     return model
 
@@ -120,7 +122,10 @@ def plain_attention(
     return o @ w["o_proj.weight"].T
 
 
-def plain_gdn(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
+def plain_gdn(
+    config: LT2Config, w: dict[str, Tensor], x: Tensor, before: list | None = None
+) -> tuple[Tensor, list]:  # fmt: skip
+    """The result, and the states ``[head][token]``; before: those of the loop before, which ``read_gate`` lets in."""
     heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
     kd, vd, taps = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
     past = F.pad(x @ w["qkv_proj.weight"].T, (0, 0, taps - 1, 0))
@@ -131,16 +136,20 @@ def plain_gdn(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     decay = torch.exp(-w["A_log"].exp() * F.softplus(x @ w["a_proj.weight"].T + w["dt_bias"]))
     beta = torch.sigmoid(x @ w["b_proj.weight"].T)
-    o = torch.zeros_like(v)
+    o, states = torch.zeros_like(v), []
     for h in range(value_heads):
         qh = h // (value_heads // heads)
         state = x.new_zeros(kd, vd)
+        states.append([])
         for t in range(len(x)):
             state = decay[t, h] * state
             state = state + beta[t, h] * torch.outer(k[t, qh], v[t, h] - k[t, qh] @ state)
             o[t, h] = kd**-0.5 * (q[t, qh] @ state)
+            if before is not None:
+                o[t, h] += w["read_gate"][h] * kd**-0.5 * (q[t, qh] @ before[h][t])
+            states[h].append(state)
     z = (x @ w["z_proj.weight"].T).view_as(o)
-    return (plain_norm(o, w["norm_weight"]) * F.silu(z)).flatten(1) @ w["o_proj.weight"].T
+    return (plain_norm(o, w["norm_weight"]) * F.silu(z)).flatten(1) @ w["o_proj.weight"].T, states
 
 
 @torch.no_grad()
@@ -148,7 +157,7 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
     """Logits [T, vocab] of the tokens ids [T], with every loop written out."""
     config = model.config
     w = {name: t.double() for name, t in model.state_dict().items()}
-    h, selections, keys = w["embed_tokens.weight"][ids], {}, {}
+    h, selections, keys, states = w["embed_tokens.weight"][ids], {}, {}, {}
     for loop in range(config.loop_count):
         h_in = h
         for i, (kind, window) in enumerate(config.schedule()[loop]):
@@ -158,10 +167,14 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
             x = plain_norm(h, layer["mixer_norm.weight"])
             if kind == "dsa" and (i not in selections or config.reuse.index is None):
                 selections[i] = plain_selection(config, mixer, x)
-            if kind != "gdn" and (i not in keys or config.reuse.kv is None):
-                keys[i] = plain_keys(config, mixer, x)
-            y = plain_gdn(config, mixer, x) if kind == "gdn" else plain_attention(
-                config, mixer, x, window, selections.get(i), keys[i])  # fmt: skip
+            if kind == "gdn":
+                y, written = plain_gdn(config, mixer, x, states.get(i))
+                if config.reuse.gdn == "read":
+                    states[i] = written
+            else:
+                if i not in keys or config.reuse.kv is None:
+                    keys[i] = plain_keys(config, mixer, x)
+                y = plain_attention(config, mixer, x, window, selections.get(i), keys[i])
             h = h + post(y, layer.get("mixer_post_norm.weight"))
             x = plain_norm(h, layer["mlp_norm.weight"])
             gate, up = x @ layer["mlp.gate_proj.weight"].T, x @ layer["mlp.up_proj.weight"].T
@@ -293,7 +306,9 @@ def test_gradients_reach_every_parameter(kind):
     assert (model.rho.grad.abs().sum(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["full", "grouped", "schedule", "kv_first", "kv_first_window"])
+@pytest.mark.parametrize(
+    "kind", ["full", "grouped", "schedule", "kv_first", "kv_first_window", "gdn_read", "read_and_first"]
+)
 def test_gradient_is_the_derivative_of_the_loss(kind):
     """Along one direction through all parameters, against the hand-written model in fp64."""
     model, x = make(kind), ids(1, 12)
@@ -302,7 +317,7 @@ def test_gradient_is_the_derivative_of_the_loss(kind):
     generator = torch.Generator().manual_seed(5)
     direction = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
     slope = sum((p.grad.double() * d.double()).sum() for p, d in zip(model.parameters(), direction, strict=True))
-    step, losses = 2.0**-12, []
+    step, losses = 2.0**-14, []
     with torch.no_grad():
         for sign in (1, -2):  # +step, then from there to -step
             for p, d in zip(model.parameters(), direction, strict=True):

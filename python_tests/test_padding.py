@@ -20,7 +20,8 @@ KINDS = {
     "dsa": {"layer_pattern": "dsa", "index_topk": 4},
     "dsa_warmup": {"layer_pattern": "dsa,gdn,dsa", "num_key_value_heads": 2},
     "dsa_hybrid": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 5, "num_key_value_heads": 2},
-    "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "index:share"},
+    "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "kv:first,index:share"},
+    "reuse": {"layer_pattern": "gdn,full,gdn", "state_reuse": "gdn:read,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
 }
 LENGTHS = [30, 19, 1, 24]
@@ -44,6 +45,9 @@ def make(kind: str, loops: int) -> LT2:
     model = LT2(LT2Config(**shape))
     model.dense_warmup = kind == "dsa_warmup"
     torch.nn.init.normal_(model.rho, std=0.3)
+    for name, p in model.named_parameters():
+        if "read_gate" in name:
+            torch.nn.init.normal_(p, std=0.5)
     if model.config.norm_placement == "sandwich":  # random blocks as large as h magnify any rounding from loop to loop
         for block in model.layers:
             torch.nn.init.constant_(block.mixer_post_norm.weight, 0.3)

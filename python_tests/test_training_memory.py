@@ -16,6 +16,8 @@ KINDS = {
     "gdn": {"layer_pattern": "gdn"},
     "hybrid": {"layer_pattern": "interleaved:2:1:gdn:full", "attn_output_gate": True},
     "sandwich": {"layer_pattern": "window", "window_size": 5, "norm_placement": "sandwich", "inter_loop_norm": True},
+    "reuse": {"layer_pattern": "gdn,full,window:9", "state_reuse": "gdn:read,kv:first"},
+    "dsa_reuse": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 9, "state_reuse": "index:share,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,window:3", "tie_word_embeddings": False},
 }
 
@@ -29,6 +31,9 @@ def make(kind: str) -> LT2:
     torch.manual_seed(0)
     model = LT2(LT2Config(**(SIZES | KINDS[kind] | {"loop_count": 2})))
     torch.nn.init.normal_(model.rho, std=0.3)
+    for name, p in model.named_parameters():
+        if "read_gate" in name:
+            torch.nn.init.normal_(p, std=0.5)
     return model
 
 

@@ -148,7 +148,8 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
                 total += 4 * mixer.heads * mixer.head_dim * seen(layer.window)
             elif isinstance(mixer, GatedDeltaNet):
                 total += 2 * mixer.conv_weight.numel()
-                total += GDN_FLOPS * mixer.value_heads * mixer.key_dim * mixer.value_dim
+                scans = 2 if number > 0 and reuse.gdn == "read" else 1
+                total += scans * GDN_FLOPS * mixer.value_heads * mixer.key_dim * mixer.value_dim
             else:
                 raise UserError(f"lt2 plan does not know the FLOPs of {layer.mixer}; known: {', '.join(MIXERS)}")
     return round(total)

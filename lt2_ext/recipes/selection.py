@@ -94,7 +94,8 @@ def measure(model: LT2, tokens: Tensor) -> Selections:
 
     def watch(module: nn.Module, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         x, where, *_ = arguments
-        index, other = results[1].selection, random_indexer(mixer).index(x, where)  # index may be that of the first loop
+        index = results[1].selection  # may be that of the first loop
+        other = random_indexer(mixer).index(x, where)
         q, k = mixer.queries(x, where), mixer.keys(x, where, None, None).k
         ours, theirs = (selected(mixer.select(i, i.k, where), x.shape[1]) for i in (index, other))
         seen.append((attention(q, k), ours, theirs))

@@ -33,10 +33,21 @@ class Selection(NamedTuple):
     indices: Tensor | None
 
 
+class Writes(NamedTuple):
+    """What a recurrence writes: k, v, raw gates a and b ``[B, T, heads, ..]``; its state before, or None: zero."""
+
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    start: Tensor | None
+
+
 class Shared(NamedTuple):
     """What a layer hands to itself in the next loop, and the loss of its indexer in this one where that is trained."""
 
     keys: Keys | None = None
+    writes: Writes | None = None
     selection: Selection | None = None
     loss: Tensor | None = None
 

@@ -60,7 +60,15 @@ class SparseAttention(Attention):
                 selection = selection._replace(indices=indices)
             o, lse = attend_to(indices, q, whole(keys, tokens), tokens)
         loss = self.loss(selection, q, keys.k, lse, tokens) if tokens.trained else None
-        return self.output(o, x), Shared(keys if self.share_keys else None, selection, loss)
+        reused = keys if self.share_keys else None
+        return self.output(o, x), Shared(reused, selection=selection, loss=loss)
+
+    def keys(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> Keys:
+        """With a state its caches, which indices count in: new keys may have padding before them."""
+        keys = super().keys(x, tokens, state, shared)
+        if state is None or "k" not in state or tokens.dense:
+            return keys
+        return Keys(state["k"], state["v"], None)
 
     def index(self, x: Tensor, tokens: Tokens) -> Selection:
         angles = tokens.rope(self.index_dim)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Mixer, Shared, State
+from ._mixer import Mixer, Shared, State, Writes
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -27,6 +27,9 @@ class GatedDeltaNet(Mixer):
     """``q, k, v = silu(conv(W x))``, then per value head ``S <- e^g S; S <- S + beta k (v - k^T S)^T; o = q^T S`` with
     ``g = -exp(A_log) softplus(W_a x + dt_bias)`` and ``beta = sigmoid(W_b x)``, and last
     ``W_o (rmsnorm(o) * silu(W_z x))``.
+
+    With ``state_reuse="gdn:read"`` o also gets ``gate q^T S'`` with the S' that the loop before had at the same token;
+    the gate, one number per head, starts at zero.
 
     A_log and dt_bias stay fp32 whatever dtype the model is moved to: bf16 has too few digits for decays near 1.
     """
@@ -47,11 +50,15 @@ class GatedDeltaNet(Mixer):
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
+        reads = config.reuse.gdn == "read" and config.loop_count > 1
+        self.read_gate = nn.Parameter(torch.empty(self.value_heads)) if reads else None
 
     def reset_parameters(self) -> None:
         bound = self.conv_weight.shape[1] ** -0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.ones_(self.norm_weight)
+        if self.read_gate is not None:
+            nn.init.zeros_(self.read_gate)
         with torch.no_grad():
             self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
@@ -69,39 +76,54 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, Shared | None]:
         qkv, a, b = self.qkv_proj(x), self.a_proj(x), self.b_proj(x)
         z = self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
-        if state is not None and x.shape[1] <= MAX_STEP and (self.value_dim % PIECE == 0 or not x.is_cuda):
+        small = x.shape[1] <= MAX_STEP and (self.value_dim % PIECE == 0 or not x.is_cuda)
+        if state is not None and small and self.read_gate is None:
             pools, decay = (state["matrix"], state["conv"]), (self.A_log, self.dt_bias)
             o = ops.gdn_decode_fused_(
                 *pools, qkv, z, a, b, self.conv_weight, *decay, self.norm_weight, slots=tokens.slots, eps=self.eps
             )
-        else:
-            past = {name: tokens.of(t) for name, t in (state or {}).items()}
-            keep, cu_seqlens = state is not None, tokens.cu_seqlens
-            qkv, conv = ops.causal_conv1d(
-                qkv,
-                self.conv_weight,
-                initial_state=past.get("conv"),
-                output_final_state=keep,
-                cu_seqlens=cu_seqlens,
-            )
-            o, matrix = ops.chunk_gated_delta_rule(
-                *self._heads(qkv),
-                g=a,
-                beta=b,
-                initial_state=past.get("matrix"),
-                output_final_state=keep,
-                use_qk_l2norm_in_kernel=True,
-                use_gate_in_kernel=True,
-                A_log=self.A_log,
-                dt_bias=self.dt_bias,
-                use_beta_sigmoid_in_kernel=True,
-                cu_seqlens=cu_seqlens,
-            )
-            if state is not None and conv is not None and matrix is not None:
-                tokens.put(state["conv"], conv)
-                tokens.put(state["matrix"], matrix)
-            o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
-        return self.o_proj(o.to(x.dtype).flatten(-2)), None
+            return self.o_proj(o.to(x.dtype).flatten(-2)), None
+        past = {name: tokens.of(t) for name, t in (state or {}).items()}
+        qkv, conv = ops.causal_conv1d(
+            qkv,
+            self.conv_weight,
+            initial_state=past.get("conv"),
+            output_final_state=state is not None,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+        q, k, v = self._heads(qkv)
+        writes = Writes(k, v, a, b, past.get("matrix"))
+        o, matrix = self._rule(q, writes, tokens, state is not None)
+        if self.read_gate is not None:
+            if shared is not None and shared.writes is not None:
+                read, _ = self._rule(q, shared.writes, tokens, False)
+                o = o + (self.read_gate[:, None] * read).to(o.dtype)
+            if writes.start is not None:  # the next loop reads from what the line below overwrites
+                writes = writes._replace(start=writes.start.clone())
+        if state is not None and conv is not None and matrix is not None:
+            tokens.put(state["conv"], conv)
+            tokens.put(state["matrix"], matrix)
+        o = F.rms_norm(o.float(), (self.value_dim,), self.norm_weight.float(), self.eps) * F.silu(z.float())
+        return self.o_proj(o.to(x.dtype).flatten(-2)), None if self.read_gate is None else Shared(writes=writes)
+
+    def _rule(self, q: Tensor, writes: Writes, tokens: Tokens, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """What q reads from the state that these writes make, and if wanted its end."""
+        k, v, a, b, start = writes
+        return ops.chunk_gated_delta_rule(
+            q,
+            k,
+            v,
+            g=a,
+            beta=b,
+            initial_state=start,
+            output_final_state=keep,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            use_beta_sigmoid_in_kernel=True,
+            cu_seqlens=tokens.cu_seqlens,
+        )
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, channels] -> q, k [B, T, key_heads, key_dim], v [B, T, value_heads, value_dim]."""
