@@ -98,11 +98,12 @@ class LoopState:
         return slot
 
     def release(self, slot: int) -> None:
-        """Make a slot free that :meth:`assign` or :meth:`fork` gave."""
+        """Make a slot free that :meth:`assign` or :meth:`fork` gave; it is zeroed when it is assigned again."""
         self._check("release", [slot])
         if slot in self.free:
             raise ValueError(f"LoopState.release: slot {slot} is free already")
         self.free.append(slot)
+        self.lengths[slot] = self.host_lengths[slot] = 0
 
     def fork(self, src: int) -> int:
         """A slot that was free and now holds what ``src`` does: the two go on independently.
@@ -253,7 +254,7 @@ class Tokens:
         self.slots: Tensor | None = None
         if state is not None:
             lengths, self.max_length, used = state.lengths, state.max_length, state.max_length - count
-            if slots is not None:
+            if slots is not None and (isinstance(slots, Tensor) or list(slots) != list(range(state.batch_size))):
                 self.slots = torch.as_tensor(slots, device=device)
                 lengths = lengths[self.slots]
             if not isinstance(slots, Tensor):

@@ -30,11 +30,12 @@ from torch.utils.checkpoint import checkpoint
 from lt2_ext import ops
 
 from .config import LT2Config
+from .engine import Engine
 from .inputs import check_inputs
 from .loop_state import LoopState, Slots, Tokens
 from .loss import cross_entropy
 from .mixers import MIXERS, Mixer, Shared, State
-from .sampling import check_options, pick
+from .sampling import check_options
 
 
 class LT2Output(NamedTuple):
@@ -235,7 +236,7 @@ class LT2(nn.Module):
         generator: torch.Generator | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Continue ``input_ids`` ``[B, T]``: one prefill, then one token at a time through a :class:`LoopState`.
+        """Continue ``input_ids`` ``[B, T]``: with an :class:`Engine`, all rows at a time.
 
         Args:
             max_new_tokens: Tokens to add, at most.
@@ -253,20 +254,21 @@ class LT2(nn.Module):
         if max_new_tokens == 0:
             return input_ids
         check_inputs(self.config, input_ids, None, None, attention_mask, None, None)
-        state = self.new_state(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
-        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        pieces = [input_ids]
-        for _ in range(max_new_tokens):
-            logits = self(pieces[-1], attention_mask=attention_mask, state=state, logits_to_keep=1)[:, -1]
-            attention_mask = None
-            token = pick(logits.float(), temperature, top_k, top_p, generator).to(input_ids.dtype)
-            if eos_token_id is not None:
-                token = token.masked_fill(done, eos_token_id)
-                done = token == eos_token_id
-            pieces.append(token[:, None])
-            if eos_token_id is not None and done.all():
-                break
-        return torch.cat(pieces, dim=1)
+        rows, length = input_ids.shape
+        engine = Engine(self, rows, length + max_new_tokens, chunk=rows * length)
+        device = None if generator is None else generator.device
+        seeds = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+        options = (max_new_tokens, temperature, top_k, top_p, eos_token_id)
+        results = []
+        for i, seed in enumerate(seeds):
+            prompt = input_ids[i] if attention_mask is None else input_ids[i][attention_mask[i] != 0]
+            results.append(engine.add(prompt, *options, seed))
+        while engine.running:
+            engine.step()
+        longest = max(len(result.tokens) for result in results)
+        end = -1 if eos_token_id is None else eos_token_id  # without it all are as long
+        new = [result.tokens + [end] * (longest - len(result.tokens)) for result in results]
+        return torch.cat((input_ids, input_ids.new_tensor(new)), dim=1)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors`` (no pickle); each replaces the old file in one step."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lt2_ext.models import LT2
-from lt2_ext.models.sampling import check_options, pick
+from lt2_ext.models import LT2, Engine
+from lt2_ext.models.sampling import check_options
 
 from . import checkpoint, text
 from .files import UserError, out_of_memory, run_command
@@ -86,13 +86,13 @@ def stream(
     generator: torch.Generator,
 ) -> Iterator[int]:
     """The tokens of ``model.generate``, each as soon as it is known."""
-    device = model.embed_tokens.weight.device
-    state = model.new_state(1, len(ids) + max_new_tokens)
-    piece = torch.tensor([ids], device=device)
-    for _ in range(max_new_tokens):
-        logits = model(piece, state=state, logits_to_keep=1)[:, -1]
-        piece = pick(logits.float(), temperature, top_k, top_p, generator)[:, None]
-        yield int(piece)
+    if max_new_tokens == 0:
+        return
+    engine = Engine(model, 1, len(ids) + max_new_tokens, chunk=len(ids))
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    engine.add(ids, max_new_tokens, temperature, top_k, top_p, seed=seed)
+    while engine.running:
+        yield from engine.step().values()
 
 
 if __name__ == "__main__":
