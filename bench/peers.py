@@ -119,6 +119,14 @@ def fla_chunk(x: Tensors) -> Tensors:
     return chunk(chunk_gated_delta_rule, x)
 
 
+def fla_simple(x: Tensors) -> Tensors:
+    """It has no beta: a factor of v."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    v = x["v"] * x["beta"][..., None].to(x["v"].dtype)
+    return {"o": chunk_simple_gla(x["q"], x["k"], v, x["g"])[0]}
+
+
 def flash_qla_chunk(x: Tensors) -> Tensors:
     from flash_qla import chunk_gated_delta_rule
 

@@ -1,4 +1,5 @@
-"""chunk_gated_delta_rule and fused_recurrent_gated_delta_rule against the oracle, and against themselves."""
+"""chunk_gated_delta_rule and fused_recurrent_gated_delta_rule against the oracle, and against themselves; the same
+kernels without the delta rule."""
 
 import os
 import subprocess
@@ -12,16 +13,36 @@ import torch
 from torch.nn import functional as F
 
 from lt2_ext import testing
-from lt2_ext.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from lt2_ext.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gdn
 from lt2_ext.reference import gdn as reference
 from lt2_ext.testing import gdn_inputs, rel_err, with_gradients
 
+
+def without_delta(recurrent):
+    """The simple rule with every option of the gated delta rule; the public functions have fewer."""
+    name = "fused_recurrent_simple_gla" if recurrent else "chunk_simple_gla"
+    options = dict.fromkeys(("use_qk_l2norm", "use_gate", "use_beta_sigmoid", "allow_neg_eigval"), False)
+    options |= dict.fromkeys(("A_log", "dt_bias", "scale", "initial_state", "cu_seqlens", "cu_seqlens_cpu"))
+    options |= {"output_final_state": False, "state_v_first": False}
+
+    def op(q, k, v, g=None, beta=None, **given):
+        given = {n.removesuffix("_in_kernel"): value for n, value in given.items()}
+        return gdn.delta_rule(name, recurrent, q, k, v, g, beta, **options | given, delta=False)
+
+    return op
+
+
 OPS = {"chunk": chunk_gated_delta_rule, "recurrent": fused_recurrent_gated_delta_rule}
+SIMPLE = {"simple": without_delta(False), "simple_recurrent": without_delta(True)}
+RULES = OPS | SIMPLE
+RECURRENT = (OPS["recurrent"], SIMPLE["simple_recurrent"])
 GATES = ("zero", "small", "logsigmoid", "strong16", "-8", "-30", "-100", "mixed", "reset")
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 33, 57, 59, 61, 63, 64, 65, 127, 129, 200)
 FP32, BF16 = torch.float32, torch.bfloat16
 
 both_ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_rule = pytest.mark.parametrize("op", RULES.values(), ids=RULES)
+by_chunks = pytest.mark.parametrize("op", [OPS["chunk"], SIMPLE["simple"]], ids=["delta", "simple"])
 both_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 
 
@@ -41,9 +62,10 @@ def check_against_oracle(op, x, cotangents=None, hard=False, **options):
     dtype = x["q"].dtype
     cotangents = cotangents or cotangents_for(x, **options)
     ours = with_gradients(op, x, cotangents, **options)
-    exact = with_gradients(reference.gated_delta_rule, double(x), double(cotangents), **options)
+    oracle = partial(reference.gated_delta_rule, delta=op not in SIMPLE.values())
+    exact = with_gradients(oracle, double(x), double(cotangents), **options)
     plain = [
-        with_gradients(partial(reference.gated_delta_rule, rule=rule), x, cotangents, **options)
+        with_gradients(partial(oracle, rule=rule), x, cotangents, **options)
         for rule in plain_rules(op, dtype, x["q"].device)
     ]
     assert ours["o"].dtype == dtype
@@ -58,7 +80,7 @@ def plain_rules(op, dtype, device):
     """The formulations in plain torch that the kernel may follow: on CUDA the dtype and shape decide whether it works
     by chunks or token by token, which round differently (with equal keys by three times)."""
     chunks = partial(reference.chunks, operands=None if dtype == FP32 else dtype)
-    if op is fused_recurrent_gated_delta_rule:
+    if op in RECURRENT:
         return [reference.recurrence]
     return [chunks, reference.recurrence] if device.type == "cuda" else [chunks]
 
@@ -68,11 +90,12 @@ def assert_equal(a, b):
         assert torch.equal(a[name], b[name]), f"{name}: differs by {rel_err(a[name], b[name]):.1e}"
 
 
+@pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("gate", GATES)
-def test_two_formulations_of_the_oracle_agree(gate):
+def test_two_formulations_of_the_oracle_agree(gate, delta):
     x = double(gdn_inputs(T=130, HV=4, K=12, V=20, gate=gate, sequences=4))
     cotangents = {"o": torch.randn(1, 130, 4, 20).double(), "final_state": torch.randn(4, 4, 12, 20).double()}
-    options = {"cu_seqlens": torch.tensor([1, 1, 40, 41, 128])}
+    options = {"cu_seqlens": torch.tensor([1, 1, 40, 41, 128]), "delta": delta}
     a = with_gradients(reference.gated_delta_rule, x, cotangents, **options)
     b = with_gradients(partial(reference.gated_delta_rule, rule=reference.chunks), x, cotangents, **options)
     for name in a:
@@ -125,20 +148,22 @@ def test_the_comparison_finds_planted_bugs(bug):
 
 
 @both_dtypes
+@by_chunks
 @pytest.mark.parametrize("gate", GATES)
-def test_gates(device, gate, dtype):
+def test_gates(device, gate, op, dtype):
     x = gdn_inputs(T=130, dtype=dtype, gate=gate, device=device)
-    check_against_oracle(chunk_gated_delta_rule, x, hard=gate in testing.STRONG_GATES)
+    check_against_oracle(op, x, hard=gate in testing.STRONG_GATES)
 
 
 @both_dtypes
+@by_chunks
 @pytest.mark.parametrize("beta", ["0", "1", "0.835", "2", "negative"])
-def test_betas(device, beta, dtype):
-    check_against_oracle(chunk_gated_delta_rule, gdn_inputs(T=70, K=32, dtype=dtype, beta=beta, device=device))
+def test_betas(device, beta, op, dtype):
+    check_against_oracle(op, gdn_inputs(T=70, K=32, dtype=dtype, beta=beta, device=device))
 
 
 @both_dtypes
-@both_ops
+@every_rule
 def test_equal_keys(device, op, dtype):
     x = gdn_inputs(T=130, K=128, V=128, dtype=dtype, keys="equal", gate="-1e-3", beta="0.835", device=device)
     check_against_oracle(op, x, hard=True)
@@ -154,10 +179,11 @@ def test_keys(device, keys, dtype):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_lengths(device, T):
     x = gdn_inputs(T=T, H=1, HV=2, K=32, V=32, device=device)
-    for op in OPS.values():
+    for op in RULES.values():
         check_against_oracle(op, x)
     x = gdn_inputs(T=T, K=32, V=32, gate="mixed", dtype=BF16, device=device)
     check_against_oracle(chunk_gated_delta_rule, x, hard=True)
+    check_against_oracle(SIMPLE["simple"], x, hard=True)
 
 
 @pytest.mark.slow
@@ -177,7 +203,7 @@ SIZES += [(64, 64, 34, 34), (64, 128, 17, 34)]  # more slices than multiprocesso
 @pytest.mark.parametrize("K, V, H, HV", SIZES)
 def test_sizes(device, K, V, H, HV, dtype):
     x = gdn_inputs(B=2, T=67, H=H, HV=HV, K=K, V=V, dtype=dtype, device=device)  # 67: a chunk and a tail
-    for op in OPS.values():
+    for op in RULES.values():
         check_against_oracle(op, x)
 
 
@@ -245,6 +271,8 @@ def test_varlen(device, offsets, index_dtype):
         (BF16, chunk, 32, 24),
         (BF16, chunk, 64, 128),
         (FP32, recurrent, 32, 24),
+        (FP32, SIMPLE["simple"], 32, 24),
+        (BF16, SIMPLE["simple"], 64, 128),
     ):
         x = gdn_inputs(T=T, HV=4, K=K, V=V, sequences=len(offsets) - 1, dtype=dtype, device=device)
         ours = check_against_oracle(op, x, cu_seqlens=cu_seqlens)
@@ -268,7 +296,7 @@ def test_many_sequences_of_one_token(device, op):
     testing.check_close("final_state", state, ref_state)
 
 
-@both_ops
+@every_rule
 def test_varlen_is_a_concatenation(device, op):
     offsets = [0, 33, 33, 100, 101]
     x = gdn_inputs(T=101, HV=4, K=24, V=16, sequences=4, device=device)
@@ -281,7 +309,7 @@ def test_varlen_is_a_concatenation(device, op):
         assert torch.equal(state_n[0], state[n])
 
 
-@both_ops
+@every_rule
 @pytest.mark.parametrize("B, T, offsets", [(2, 0, None), (0, 5, None), (1, 0, [0]), (1, 0, [0, 0, 0]), (1, 9, [0])])
 def test_nothing_to_do(device, op, B, T, offsets):
     cu_seqlens = None if offsets is None else torch.tensor(offsets, device=device)
@@ -296,20 +324,21 @@ def test_nothing_to_do(device, op, B, T, offsets):
         assert got[name].count_nonzero() == 0
 
 
+@by_chunks
 @pytest.mark.parametrize("dtype, K, V", [(FP32, 32, 32), (BF16, 32, 32), (BF16, 64, 64), (BF16, 96, 128)])
-def test_no_leak_between_sequences(device, dtype, K, V):
+def test_no_leak_between_sequences(device, dtype, K, V, op):
     """Whatever the first document holds, even NaN, the second does not change by a bit; nor do other rows and heads."""
     cu_seqlens = torch.tensor([0, 50, 120], device=device)
     x = gdn_inputs(T=120, HV=4, K=K, V=V, sequences=2, dtype=dtype, device=device)
     cotangents = cotangents_for(x, cu_seqlens=cu_seqlens)
-    before = with_gradients(chunk_gated_delta_rule, x, cotangents, cu_seqlens=cu_seqlens)
+    before = with_gradients(op, x, cotangents, cu_seqlens=cu_seqlens)
     for spoil in (lambda t: torch.randn_like(t), lambda t: torch.full_like(t, float("nan"))):
         y = {name: t.clone() for name, t in x.items()}
         dy = {name: t.clone() for name, t in cotangents.items()}
         for name, t in [*y.items(), *dy.items()]:
             first = t[:1] if "state" in name else t[:, :50]
             first.copy_(-spoil(first).abs() if name == "g" else spoil(first))
-        after = with_gradients(chunk_gated_delta_rule, y, dy, cu_seqlens=cu_seqlens)
+        after = with_gradients(op, y, dy, cu_seqlens=cu_seqlens)
         for name in before:
             second = (lambda t: t[1]) if "state" in name else (lambda t: t[:, 50:])
             assert torch.equal(second(before[name]), second(after[name])), name
@@ -334,7 +363,7 @@ def test_no_leak_between_rows_and_heads(device, dtype):
 
 
 def test_later_tokens_change_nothing_before_them(device):
-    for dtype, op in product((FP32, BF16), OPS.values()):
+    for dtype, op in product((FP32, BF16), RULES.values()):
         x = gdn_inputs(T=140, K=32, V=32, dtype=dtype, device=device)
         other = gdn_inputs(T=140, K=32, V=32, dtype=dtype, gate="strong16", beta="negative", device=device)
         before, _ = op(**x)
@@ -347,7 +376,7 @@ def test_later_tokens_change_nothing_before_them(device):
 
 
 AXES = {
-    "op": list(OPS),
+    "op": list(RULES),
     "dtype": [FP32, BF16],
     "gate": ["none", "log", "kernel", "kernel_no_bias"],
     "beta": ["none", "given", "sigmoid", "negative"],
@@ -409,7 +438,7 @@ def test_options_pairwise(device, case):
         del x["initial_state"]
     cotangents = {n: t for n, t in cotangents_for(x, **options).items() if n in case["loss"]}
     hard = case["beta"] == "none" and case["gate"] == "none"
-    check_against_oracle(OPS[case["op"]], x, cotangents, hard=hard, **options)
+    check_against_oracle(RULES[case["op"]], x, cotangents, hard=hard, **options)
 
 
 @both_ops
@@ -447,7 +476,7 @@ def strided_copies(t):
 
 
 @both_dtypes
-@both_ops
+@every_rule
 def test_strides(device, op, dtype):
     x = gdn_inputs(B=2, T=66, HV=4, K=24, V=40, dtype=dtype, device=device)
     cotangents = cotangents_for(x)
@@ -501,7 +530,7 @@ def test_poison_reaches_the_allocations_of_the_op(device):
         assert names.count("aten::fill_") >= names.count("aten::new_empty") > 0, names
 
 
-@both_ops
+@every_rule
 def test_poisoned_memory_changes_nothing(device, op):
     for dtype, T in product((FP32, BF16), (1, 66)):
         x = gdn_inputs(T=T, HV=4, K=24, V=24, dtype=dtype, device=device)
@@ -512,7 +541,7 @@ def test_poisoned_memory_changes_nothing(device, op):
         torch.use_deterministic_algorithms(True)
 
 
-@both_ops
+@every_rule
 def test_deterministic(device, op, threads):
     for dtype, (B, T, HV) in product((FP32, BF16), ((1, 200, 2), (2, 65, 4))):
         x = gdn_inputs(B=B, T=T, HV=HV, dtype=dtype, device=device)
@@ -596,14 +625,16 @@ def test_other_float_dtypes_of_gates_and_state(device, dtype):
         assert_equal(got, {n: t.to(got[n].dtype) for n, t in expected.items()})
 
 
+@pytest.mark.parametrize("rules", [OPS, SIMPLE], ids=["delta", "simple"])
 @pytest.mark.parametrize("v_first", [False, True])
-def test_chunk_recurrent_and_split_agree(device, v_first):
+def test_chunk_recurrent_and_split_agree(device, v_first, rules):
     x = gdn_inputs(T=150, HV=4, K=32, V=48, device=device)
     if v_first:
         x["initial_state"] = x["initial_state"].mT.contiguous()
     options = {"output_final_state": True, "state_v_first": v_first}
-    o, state = chunk_gated_delta_rule(**x, **options)
-    for op, at in product(OPS.values(), (0, 1, 64, 77, 128, 149)):
+    chunk, _ = rules.values()
+    o, state = chunk(**x, **options)
+    for op, at in product(rules.values(), (0, 1, 64, 77, 128, 149)):
         tokens = ("q", "k", "v", "g", "beta")
         o1, carried = op(*(x[n][:, :at] for n in tokens), initial_state=x["initial_state"], **options)
         o2, final = op(*(x[n][:, at:] for n in tokens), initial_state=carried, **options)
@@ -630,7 +661,7 @@ def test_gradients_flow_through_a_carried_state(device, dtype):
 
 def test_exactly_representable_values_give_exact_results(device):
     """One-hot keys, beta in {0, 1}, no decay, small integers: every sum is exact in float32 and in bfloat16."""
-    for dtype, op in product((FP32, BF16), OPS.values()):
+    for dtype, op in product((FP32, BF16), RULES.values()):
         x = gdn_inputs(T=140, H=1, HV=2, K=16, V=16, keys="onehot", gate="zero", dtype=dtype, device=device)
         x["q"] = torch.randint(-1, 2, x["q"].shape, device=device).to(dtype)
         x["v"] = torch.randint(-2, 3, x["v"].shape, device=device).to(dtype)
@@ -638,7 +669,8 @@ def test_exactly_representable_values_give_exact_results(device):
         x["initial_state"] = torch.randint(-2, 3, x["initial_state"].shape, device=device).float()
         x["g"][:, 50:60] = float("-inf")
         o, state = op(**x, scale=1.0, output_final_state=True)
-        ref, ref_state = reference.gated_delta_rule(**double(x), scale=1.0, output_final_state=True)
+        exact = partial(reference.gated_delta_rule, delta=op not in SIMPLE.values())
+        ref, ref_state = exact(**double(x), scale=1.0, output_final_state=True)
         assert torch.equal(o.double(), ref)
         assert torch.equal(state.double(), ref_state)
 

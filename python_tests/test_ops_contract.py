@@ -35,11 +35,11 @@ def gdn_samples() -> list[dict[str, Any]]:
     absent = dict.fromkeys(("g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens"))
     off = {"scale": 1.0, "use_qk_l2norm": False, "use_beta_sigmoid": False, "allow_neg_eigval": False}
     x = gdn_inputs(B=2, T=5, HV=4, K=8, V=6)
-    plain = {n: x[n] for n in "qkv"} | absent | off | {"state_v_first": False}
+    plain = {n: x[n] for n in "qkv"} | absent | off | {"state_v_first": False, "delta": False}
     full = gdn_inputs(T=9, HV=4, K=8, V=6, sequences=3, dtype=BF16)
     full["initial_state"] = full["initial_state"].mT.contiguous()
     full |= {"A_log": torch.randn(4), "dt_bias": torch.randn(4), "cu_seqlens": torch.tensor([0, 3, 3, 9])}
-    return [plain, plain | full | GDN_OPTIONS | {"state_v_first": True}]
+    return [plain, plain | full | GDN_OPTIONS | {"state_v_first": True, "delta": True}]
 
 
 def gdn_fwd() -> list[dict[str, Any]]:
@@ -64,10 +64,12 @@ def gdn_step() -> list[dict[str, Any]]:
     a, b = torch.randn(2, 2, 4), torch.randn(2, 2, 4)
     sample = {"state": x["initial_state"], "q": x["q"], "k": x["k"], "v": x["v"], "a": a, "b": b,
               "A_log": torch.randn(4), "dt_bias": torch.randn(4), "slots": None, "scale": 0.2, "use_qk_l2norm": True,
-              "allow_neg_eigval": False, "state_v_first": False}  # fmt: skip
+              "use_beta_sigmoid": False, "allow_neg_eigval": False, "state_v_first": False,
+              "delta": False}  # fmt: skip
     pool = torch.randn(5, 3, 4, 6, 8)[:, 1]
     low = {n: x[n].to(BF16) for n in "qkv"}
-    options = {"slots": torch.tensor([3, -1]), "allow_neg_eigval": True, "state_v_first": True}
+    options = {"slots": torch.tensor([3, -1]), "use_beta_sigmoid": True, "allow_neg_eigval": True,
+               "state_v_first": True, "delta": True}  # fmt: skip
     return [sample, sample | low | options | {"state": pool}]
 
 

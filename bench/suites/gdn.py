@@ -1,4 +1,4 @@
-"""The gated delta rule: prefill and training shapes, and the decode step."""
+"""The gated delta rule: prefill and training shapes, and the decode step; and the rule that erases nothing."""
 
 from __future__ import annotations
 
@@ -103,6 +103,10 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     chunked = [chunk_case(s, dtype, backward, device) for s, dtype, backward, fast in rows if fast or not quick]
     chosen = [step[:4] for step in steps if step[4] or not quick]
     decode = [case(B, H, HV, 128, dtype, device) for case in (step_case, layer_case) for B, H, HV, dtype in chosen]
+    if not quick or device.type == "cpu":
+        shapes = (MAIN, F32), (MAIN, BF16)
+        shapes = ((LONG, BF16), (replace(LONG, T=32768), BF16)) if device.type == "cuda" else shapes
+        chunked += [simple_case(s, dtype, backward, device) for s, dtype in shapes for backward in (False, True)]
     return decode + chunked if device.type == "cuda" else chunked + decode
 
 
@@ -150,6 +154,30 @@ def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.devic
         },
         headline=s == MAIN,
     )
+
+
+def simple_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
+    """The same without the delta rule: no K S, no K K^T, no inverse, and what their gradients need."""
+    trained, tokens, C = (TRAINED if backward else ()), s.B * s.T * s.HV, 64
+    flops = tokens * (4 * s.K * s.V + C * (s.K + s.V))
+    return replace(
+        chunk_case(s, dtype, backward, device),
+        op="simple_gla fwd+bwd" if backward else "simple_gla fwd",
+        flops=flops + backward * tokens * (8 * s.K * s.V + 2 * C * (s.K + s.V)),
+        ours=timed(simple_ours, trained),
+        torch=timed(simple_torch, trained) if s.B * s.T <= PLAIN else peers.unsupported(f"beyond {PLAIN} tokens"),
+        oracle=oracle(simple_torch, trained),
+        peers={"fla": timed(peers.fla_simple, trained)},
+        headline=False,
+    )
+
+
+def simple_ours(x: Tensors) -> Tensors:
+    return {"o": ops.chunk_simple_gla(*(x[n] for n in "qkvg"), beta=x["beta"])[0]}
+
+
+def simple_torch(x: Tensors) -> Tensors:
+    return {"o": reference.gated_delta_rule(*(x[n] for n in TRAINED), rule=reference.chunks, delta=False)[0]}
 
 
 def chunk_ours(x: Tensors) -> Tensors:

@@ -9,14 +9,23 @@ namespace {
 
 #define OP "lt2::gdn"
 
+void check_gate(OptionalTensor const& t, char const* name, std::initializer_list<int64_t> sizes,
+                Tensor const& like) {
+  if (!t) return;
+  STD_TORCH_CHECK(has_shape(*t, sizes), OP ": ", name, " must have shape [B, T, HV] = ", shape_string(sizes),
+                  ", got ", shape_string(*t));
+  check_activation_dtype(OP, *t, name);
+  STD_TORCH_CHECK(t->device() == like.device(), OP ": ", name, " and q must be on one device");
+}
+
 std::tuple<Tensor, Tensor> gdn_fwd(Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& g,
                                    OptionalTensor const& beta, OptionalTensor const& A_log,
                                    OptionalTensor const& dt_bias, OptionalTensor const& initial_state,
                                    OptionalTensor const& cu_seqlens, double scale, bool use_qk_l2norm,
                                    bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first,
-                                   bool output_final_state, bool recurrent) {
+                                   bool delta, bool output_final_state, bool recurrent) {
   Operands const x(OP, false, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale,
-                   use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first);
+                   use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, delta);
   Tensor const o = x.token_output(x.v);
   Tensor const final_state = output_final_state ? x.states() : x.absent();
   gdn::ForwardParams const p{x.params, recurrent, strided(o), floats(final_state)};
@@ -41,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
     OptionalTensor const& g, OptionalTensor const& beta, OptionalTensor const& A_log,
     OptionalTensor const& dt_bias, OptionalTensor const& initial_state, OptionalTensor const& cu_seqlens,
     double scale, bool use_qk_l2norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first,
-    bool recurrent) {
+    bool delta, bool recurrent) {
   Operands const x(OP, false, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale,
-                   use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first);
+                   use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, delta);
   int64_t const B = x.params.batch, T = x.params.tokens, N = x.params.sequences;
   int64_t const HV = x.params.value_heads, K = x.params.key_dim, V = x.params.value_dim;
   LT2_CHECK_SHAPE(OP, dout, "[B, T, HV, V]", B, T, HV, V);
@@ -91,22 +100,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
 // The checked arguments that both steps share; owns what `params` points to. q, k, v and o are left to the
 // caller.
 struct StepOperands {
-  Tensor A_log, dt_bias;
-  OptionalTensor slots;
+  OptionalTensor A_log, dt_bias, slots;
   gdn::StepParams params{};
 
   StepOperands(Tensor const& state, Tensor const& like, int64_t T, int64_t H, int64_t HV, int64_t K,
-               int64_t V, Tensor const& a, Tensor const& b, Tensor const& A_log_, Tensor const& dt_bias_,
-               OptionalTensor const& slots_, double scale, bool use_qk_l2norm, bool allow_neg_eigval,
-               bool state_v_first) {
+               int64_t V, OptionalTensor const& a, OptionalTensor const& b, OptionalTensor const& A_log_,
+               OptionalTensor const& dt_bias_, OptionalTensor const& slots_, double scale, bool use_qk_l2norm,
+               bool allow_neg_eigval, bool state_v_first) {
     int64_t const B = like.size(0);
     STD_TORCH_CHECK(T >= 1 && T <= kMaxStepTokens, OP ": q must have T in 1..", kMaxStepTokens, ", got ", T);
-    LT2_CHECK_SHAPE(OP, a, "[B, T, HV]", B, T, HV);
-    LT2_CHECK_SHAPE(OP, b, "[B, T, HV]", B, T, HV);
-    check_activation_dtype(OP, a, "a");
-    LT2_CHECK_DTYPE(OP, b, a.scalar_type());
-    LT2_CHECK_SAME_DEVICE(OP, a, like);
-    LT2_CHECK_SAME_DEVICE(OP, b, like);
+    check_gate(a, "a", {B, T, HV}, like);
+    check_gate(b, "b", {B, T, HV}, like);
+    STD_TORCH_CHECK(!a || !b || a->scalar_type() == b->scalar_type(), OP ": b must be ",
+                    dtype_name(a->scalar_type()), " as a, got ", dtype_name(b->scalar_type()));
+    STD_TORCH_CHECK(!A_log_ || (a && dt_bias_), OP ": A_log must come with a and dt_bias");
     check_float32(OP, A_log_, "A_log", "[HV]", {HV}, like);
     check_float32(OP, dt_bias_, "dt_bias", "[HV]", {HV}, like);
     LT2_CHECK_DIM(OP, state, 4);
@@ -128,11 +135,11 @@ struct StepOperands {
       STD_TORCH_CHECK(state.size(0) >= B, OP ": state must have at least B = ", B, " slots, got ",
                       state.size(0));
     }
-    A_log = torch::stable::contiguous(A_log_);
-    dt_bias = torch::stable::contiguous(dt_bias_);
+    A_log = contiguous(A_log_);
+    dt_bias = contiguous(dt_bias_);
     slots = contiguous(slots_);
     params.dtype = kernel_dtype(like);
-    params.gate_dtype = kernel_dtype(a);
+    params.gate_dtype = a ? kernel_dtype(*a) : b ? kernel_dtype(*b) : Dtype::kFloat32;
     params.batch = B;
     params.slots = state.size(0);
     params.tokens = static_cast<int>(T);
@@ -142,12 +149,13 @@ struct StepOperands {
     params.value_dim = static_cast<int>(V);
     params.scale = static_cast<float>(scale);
     params.qk_l2norm = use_qk_l2norm;
+    params.delta = params.beta_sigmoid = true;
     params.neg_eigval = allow_neg_eigval;
     params.state_v_first = state_v_first;
     params.a = strided(a);
     params.b = strided(b);
-    params.A_log = static_cast<float const*>(A_log.const_data_ptr());
-    params.dt_bias = static_cast<float const*>(dt_bias.const_data_ptr());
+    params.A_log = floats(A_log);
+    params.dt_bias = floats(dt_bias);
     params.state_dtype = kernel_dtype(state);
     params.state = state.mutable_data_ptr();
     params.state_slot = state.stride(0);
@@ -157,9 +165,10 @@ struct StepOperands {
   }
 };
 
-Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& a,
-                 Tensor const& b, Tensor const& A_log, Tensor const& dt_bias, OptionalTensor const& slots,
-                 double scale, bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
+Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor const& v,
+                 OptionalTensor const& a, OptionalTensor const& b, OptionalTensor const& A_log,
+                 OptionalTensor const& dt_bias, OptionalTensor const& slots, double scale, bool use_qk_l2norm,
+                 bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first, bool delta) {
   check_heads(OP, q, k, v);
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Float || state.scalar_type() == ScalarType::BFloat16,
                   OP ": state must be float32 or bfloat16, got ", dtype_name(state.scalar_type()));
@@ -170,6 +179,8 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
                v_rows = with_unit_last_stride(v);
   Tensor const o = empty(q, {B, T, HV, V}, v.scalar_type());
   gdn::StepParams& p = x.params;
+  p.beta_sigmoid = use_beta_sigmoid;
+  p.delta = delta;
   p.q = strided(q_rows);
   p.k = strided(k_rows);
   p.v = strided(v_rows);

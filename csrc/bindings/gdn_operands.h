@@ -108,7 +108,7 @@ struct Operands {
            OptionalTensor const& g_, OptionalTensor const& beta_, OptionalTensor const& A_log_,
            OptionalTensor const& dt_bias_, OptionalTensor const& initial_state_,
            OptionalTensor const& cu_seqlens_, double scale, bool use_qk_l2norm, bool use_beta_sigmoid,
-           bool allow_neg_eigval, bool state_v_first)
+           bool allow_neg_eigval, bool state_v_first, bool delta = true)
       : op(op_), beta(beta_) {
     check_heads(op, q_, k_, v_);
     q = with_unit_last_stride(q_);
@@ -147,6 +147,7 @@ struct Operands {
     params.key_dim = static_cast<int>(q.size(3));
     params.value_dim = static_cast<int>(v.size(3));
     params.scale = static_cast<float>(scale);
+    params.delta = delta;
     params.qk_l2norm = use_qk_l2norm;
     params.beta_sigmoid = use_beta_sigmoid;
     params.neg_eigval = allow_neg_eigval;

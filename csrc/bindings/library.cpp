@@ -5,7 +5,7 @@
 #define LT2_GDN_INPUTS                                                                                  \
   "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? A_log, Tensor? dt_bias, "             \
   "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, " \
-  "bool allow_neg_eigval, bool state_v_first"
+  "bool allow_neg_eigval, bool state_v_first, bool delta"
 
 STABLE_TORCH_LIBRARY(lt2, m) {
   m.def("gdn_fwd(" LT2_GDN_INPUTS
@@ -15,9 +15,9 @@ STABLE_TORCH_LIBRARY(lt2, m) {
         "Tensor ddt_bias, "
         "Tensor dinitial_state)");
   m.def(
-      "gdn_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, "
-      "Tensor dt_bias, Tensor? slots, float scale, bool use_qk_l2norm, bool allow_neg_eigval, "
-      "bool state_v_first) -> Tensor");
+      "gdn_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? A_log, "
+      "Tensor? dt_bias, Tensor? slots, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, "
+      "bool allow_neg_eigval, bool state_v_first, bool delta) -> Tensor");
   m.def(
       "gdn_decode_fused_(Tensor(a!) state, Tensor(b!) conv_state, Tensor qkv, Tensor z, Tensor a, Tensor b, "
       "Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor dt_bias, Tensor norm_weight, "

@@ -1,5 +1,6 @@
 // Contract of the gated delta rule, per value head with state S [K, V]:
 //   S <- e^g S;  S <- S + beta k (v - k^T S)^T;  o = scale q^T S.
+// Without `delta` nothing is erased, S <- S + beta k v^T: linear attention with a scalar decay.
 // The only header shared by bindings and kernels: POD parameters, raw pointers, an opaque stream.
 #pragma once
 
@@ -24,6 +25,7 @@ struct Inputs {
   int64_t batch, tokens, sequences;
   int heads, value_heads, key_dim, value_dim;  // value head h uses query/key head h / (value_heads / heads)
   float scale;
+  bool delta;
   bool qk_l2norm;     // q, k <- x rsqrt(sum x^2 + 1e-6)
   bool beta_sigmoid;  // beta is raw; doubled with neg_eigval
   bool neg_eigval;
@@ -53,16 +55,17 @@ struct BackwardParams : Inputs {
   float* dinitial_state;
 };
 
-// In-place decode of `tokens` tokens per row on a pool of states; the gate, beta and l2norm are computed
-// inside. A bf16 state is fp32 from the first to the last token.
+// In-place decode of `tokens` tokens per row on a pool of states. A bf16 state is fp32 from the first to the
+// last token.
 struct StepParams {
   Dtype dtype, gate_dtype, state_dtype;
   int64_t batch, slots;
   int tokens, heads, value_heads, key_dim, value_dim;
   float scale;
-  bool qk_l2norm, neg_eigval, state_v_first;
-  Strided q, k, v, a, b, o;
-  float const *A_log, *dt_bias;
+  bool delta, qk_l2norm, neg_eigval, state_v_first;
+  bool beta_sigmoid;             // b is raw
+  Strided q, k, v, a, b, o;      // a or b with data null: no decay, ones
+  float const *A_log, *dt_bias;  // null: a is the log decay
   void* state;  // element [slot, head, i, j] at slot * state_slot + head * state_head + i * state_row + j
   int64_t state_slot, state_head, state_row;
   int64_t const*

@@ -3,6 +3,14 @@
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
 from .dsa import dsa_attention, indexer_loss, lightning_indexer
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
+from .linear_attention import (
+    chunk_delta_rule,
+    chunk_simple_gla,
+    delta_rule_step_,
+    fused_recurrent_delta_rule,
+    fused_recurrent_simple_gla,
+    simple_gla_step_,
+)
 from .loop_state import (
     loop_decode_attention,
     loop_residual,
@@ -14,9 +22,14 @@ from .loop_state import (
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
+    "chunk_delta_rule",
     "chunk_gated_delta_rule",
+    "chunk_simple_gla",
+    "delta_rule_step_",
     "dsa_attention",
+    "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_simple_gla",
     "gated_delta_step_",
     "gdn_decode_fused_",
     "indexer_loss",
@@ -26,4 +39,5 @@ __all__ = [
     "loop_residual_rmsnorm",
     "loop_state_copy_",
     "loop_state_zero_",
+    "simple_gla_step_",
 ]

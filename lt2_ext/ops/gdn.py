@@ -76,7 +76,7 @@ def chunk_gated_delta_rule(
             invalid ``cu_seqlens`` (always checked on the CPU, as a RuntimeError).
         RuntimeError: a shape, dtype or device that the operator rejects; double backward.
     """
-    return _gated_delta_rule(
+    return delta_rule(
         "chunk_gated_delta_rule", False, q, k, v, g, beta, scale, initial_state, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         state_v_first, cu_seqlens, cu_seqlens_cpu,
@@ -94,7 +94,7 @@ def fused_recurrent_gated_delta_rule(
 
     Arguments, results, errors and gradients are those of :func:`chunk_gated_delta_rule`.
     """
-    return _gated_delta_rule(
+    return delta_rule(
         "fused_recurrent_gated_delta_rule", True, q, k, v, g, beta, scale, initial_state, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         state_v_first, cu_seqlens, cu_seqlens_cpu,
@@ -152,8 +152,8 @@ def gated_delta_step_(
     check_slots(op, slots, state)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     return _step(
-        state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, allow_neg_eigval,
-        state_v_first,
+        state, q, k, v, a, b, A_log.float(), dt_bias.float(), slots, scale, use_qk_l2norm_in_kernel, True,
+        allow_neg_eigval, state_v_first, True,
     )  # fmt: skip
 
 
@@ -223,11 +223,11 @@ def gdn_decode_fused_(
     )  # fmt: skip
 
 
-def _gated_delta_rule(
+def delta_rule(
     op: str, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
     scale: float | None, initial_state: Tensor | None, output_final_state: bool, use_qk_l2norm: bool, use_gate: bool,
     A_log: Tensor | None, dt_bias: Tensor | None, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool,
-    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
+    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, delta: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     q, k, v = autocast(q, q, k, v)
     check_dtypes(op, q=q, k=k, v=v)
@@ -252,7 +252,7 @@ def _gated_delta_rule(
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     o, final_state = _fwd(
         q, k, v, *map(as_float, (g, beta, A_log, dt_bias, initial_state)), cu_seqlens, scale,
-        use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, output_final_state, recurrent,
+        use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, delta, output_final_state, recurrent,
     )  # fmt: skip
     return o, final_state if output_final_state else None
 
@@ -270,7 +270,7 @@ def _check_values(op: str, g: Tensor | None, tokens: int, cu_seqlens: Tensor | N
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, A_log: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-    use_qk_l2norm: bool, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool,
+    use_qk_l2norm: bool, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool, delta: bool,
     output_final_state: bool, recurrent: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     torch._check(q.dim() == 4 and v.dim() == 4 and k.shape == q.shape and v.shape[:2] == q.shape[:2])
@@ -288,7 +288,7 @@ def _(
     dout: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, use_qk_l2norm: bool, use_beta_sigmoid: bool,
-    allow_neg_eigval: bool, state_v_first: bool, recurrent: bool,
+    allow_neg_eigval: bool, state_v_first: bool, delta: bool, recurrent: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     partials = (sequences, v.shape[2])
@@ -307,9 +307,9 @@ fake("gdn_decode_fused_")(lambda state, conv_state, qkv, z, *_: z.new_empty(z.sh
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, output_final_state, recurrent = inputs
+    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, delta, output_final_state, recurrent = inputs
     ctx.save_for_backward(*tensors)
-    ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first, recurrent)
+    ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first, delta, recurrent)
     ctx.output_final_state = output_final_state
     ctx.set_materialize_grads(False)
 

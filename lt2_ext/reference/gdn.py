@@ -13,17 +13,18 @@ from torch.nn import functional as F
 
 from .causal_conv1d import convolve
 
-# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V]), all with leading axes [B, HV] -> (o [.., T, V], S [.., K, V])
+# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V], delta), tensors with leading axes [B, HV]
+# -> (o [.., T, V], S [.., K, V])
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, S: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, S: Tensor, delta: bool = True
 ) -> tuple[Tensor, Tensor]:
     o = []
     for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, g, beta)), strict=True):
         S = g_t.exp()[..., None, None] * S
-        u = beta_t[..., None] * (v_t - torch.einsum("bhk,bhkv->bhv", k_t, S))
+        u = beta_t[..., None] * (v_t - torch.einsum("bhk,bhkv->bhv", k_t, S) if delta else v_t)
         S = S + k_t[..., :, None] * u[..., None, :]
         o.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
     return torch.stack(o, 2) if o else v, S
@@ -37,11 +38,13 @@ def chunks(
     beta: Tensor,
     scale: float,
     S: Tensor,
+    delta: bool = True,
     length: int = 64,
     operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """With ``E[i, j] = exp(g[j+1] + ... + g[i])`` for ``j <= i`` and ``gamma[i] = exp(g[0] + ... + g[i])``, the rows
-    that a chunk writes are ``U = (I + diag(beta) strict(E * K K^T))^-1 diag(beta) (V - gamma K S)``.
+    that a chunk writes are ``U = (I + diag(beta) strict(E * K K^T))^-1 diag(beta) (V - gamma K S)``, and without the
+    delta rule ``diag(beta) V``.
 
     ``operands`` rounds what is multiplied to a narrower dtype; the triangular solve never is.
     """
@@ -53,9 +56,11 @@ def chunks(
     for Q, K, V, G, b in zip(*(x.split(length, 2) if x.shape[2] else () for x in (q, k, v, g, beta)), strict=True):
         E = decay_between_tokens(G)
         gamma = G.cumsum(-1).exp()[..., None]
-        A = b[..., None] * (E * mm(K, K.mT)).tril(-1)
-        Y = b[..., None] * (V - gamma * mm(K, S))
-        U = torch.linalg.solve_triangular(A, Y, upper=False, unitriangular=True)
+        U = b[..., None] * V
+        if delta:
+            A = b[..., None] * (E * mm(K, K.mT)).tril(-1)
+            Y = b[..., None] * (V - gamma * mm(K, S))
+            U = torch.linalg.solve_triangular(A, Y, upper=False, unitriangular=True)
         o.append(scale * (gamma * mm(Q, S) + mm(E * mm(Q, K.mT), U)))
         S = gamma[..., -1:, :] * S + mm(K.mT, E[..., -1, :, None] * U)
     return torch.cat(o, 2), S
@@ -89,8 +94,10 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     rule: Rule = recurrence,
+    delta: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """``o`` in the dtype of v and the final state (or None) of :func:`lt2_ext.ops.gdn.chunk_gated_delta_rule`."""
+    """``o`` in the dtype of v and the final state (or None) of :func:`lt2_ext.ops.gdn.chunk_gated_delta_rule`; without
+    ``delta``, of the same rule that erases nothing: :func:`lt2_ext.ops.chunk_simple_gla` with more options."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -113,13 +120,13 @@ def gated_delta_rule(
     S = S.mT if initial_state is not None and state_v_first else S
     q, k, v, g, beta = (x.transpose(1, 2) for x in (q, k, v, g, beta))
     if cu_seqlens is None:
-        o, S = rule(q, k, v, g, beta, scale, S)
+        o, S = rule(q, k, v, g, beta, scale, S, delta)
     else:
         ends = cu_seqlens.tolist()
         pieces, states = [v.new_zeros(1, HV, ends[0], V)], []
         for n in range(N):
             tokens = slice(ends[n], ends[n + 1])
-            piece, state = rule(*(x[:, :, tokens] for x in (q, k, v, g, beta)), scale, S[n : n + 1])
+            piece, state = rule(*(x[:, :, tokens] for x in (q, k, v, g, beta)), scale, S[n : n + 1], delta)
             pieces.append(piece)
             states.append(state)
         o = torch.cat([*pieces, v.new_zeros(1, HV, T - ends[-1], V)], 2)

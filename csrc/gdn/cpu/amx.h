@@ -213,8 +213,8 @@ inline void score_blocks(AmxBuffers const& b, Operand const& x, Panels const& ou
   }
 }
 
-// T = E o inverse, and P = scale E o Q K^T.
-inline void split_scores(AmxBuffers const& b, float scale) {
+// T = E o inverse for the delta rule, and P = scale E o Q K^T.
+inline void split_scores(AmxBuffers const& b, float scale, bool delta) {
   Chunk const& c = b.chunk;
   for (int i = 0; i < c.rows; ++i) {
     float const factor = scale * c.q_norm[i];
@@ -223,10 +223,10 @@ inline void split_scores(AmxBuffers const& b, float scale) {
       for (int l = 0; l < 2; ++l) {
         int const j = l * kLanes;
         Vec const decay = load(c.decay.row(i, panel) + j);
-        t[l] = decay * load(c.inverse.row(i, panel) + j);
+        t[l] = delta ? decay * load(c.inverse.row(i, panel) + j) : Vec{};
         p[l] = decay * load(c.qk.row(i, panel) + j) * load(c.k_norm + panel * kPanel + j) * factor;
       }
-      put_row(t[0], t[1], i * b.transfer.high.stride + panel * kPanel, b.transfer);
+      if (delta) put_row(t[0], t[1], i * b.transfer.high.stride + panel * kPanel, b.transfer);
       put_row(p[0], p[1], i * b.attention.high.stride + panel * kPanel, b.attention);
     }
   }
@@ -244,9 +244,9 @@ inline void prepare_amx_chunk(ForwardParams const& p, int64_t row, int head, int
   transpose_keys(b, c.rows);
   row_norms(b.k, c.rows, p.qk_l2norm, c.k_norm);
   row_norms(b.q, c.rows, p.qk_l2norm, c.q_norm);
-  score_blocks(b, b.k, c.kk);
+  if (p.delta) score_blocks(b, b.k, c.kk);
   score_blocks(b, b.q, c.qk);
-  if (p.qk_l2norm) {
+  if (p.delta && p.qk_l2norm) {
     for (int i = 0; i < c.rows; ++i) {
       for (int j = 0; j < round_up(i + 1, kPanel); j += kLanes) {
         float* const x = c.kk.row(i, j / kPanel) + j % kPanel;
@@ -255,8 +255,8 @@ inline void prepare_amx_chunk(ForwardParams const& p, int64_t row, int head, int
     }
   }
   prepare_gates(p, row, head, c);
-  invert(c.kk, c.beta, c.inverse, c.rows);
-  split_scores(b, p.scale);
+  if (p.delta) invert(c.kk, c.beta, c.inverse, c.rows);
+  split_scores(b, p.scale, p.delta);
 }
 
 // Rows i and i + 1 of x as pairs, rows scaled by factor.
@@ -272,22 +272,10 @@ inline void split_rows(Panels const& x, float const* factor, int rows, Split con
   }
 }
 
-// Writes O of the chunk, leaves delta o U in writes.
-inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice slice, AmxBuffers& b) {
-  Chunk& c = b.chunk;
-  int const n = slice.end - slice.begin, panels = b.s.panels(), key_dim = b.s.rows;
+// U = T diag(beta) (V - gamma o K S) from V in u and K S in y.
+inline void erase_and_solve(AmxBuffers& b, int panels) {
+  Chunk const& c = b.chunk;
   alignas(64) float factor[kAmxChunk];
-  for (int i = 0; i < c.rows; i += kBlock) {
-    for (int block = 0; block < panels; ++block) {
-      zero_tiles();
-      multiply_tiles(b.k, i, b.state, block, key_dim);
-      store_tiles(b.y.row(i, block));
-      zero_tiles();
-      multiply_tiles(b.q, i, b.state, block, key_dim);
-      store_tiles(b.qs.row(i, block));
-    }
-  }
-  load_rows<Bf16>(p.v, row, head, c, slice.begin, n, b.u);
   for (int i = 0; i < c.rows; ++i) factor[i] = c.gamma[i] * c.k_norm[i];
   for (int panel = 0; panel < panels; ++panel) {
     for (int i = 0; i < c.rows; ++i) {
@@ -304,6 +292,31 @@ inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice 
       multiply_tiles(b.transfer, i, b.writes, block, i + kBlock);
       store_tiles(b.u.row(i, block));
     }
+  }
+}
+
+// Writes O of the chunk, leaves delta o U in writes.
+inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice slice, AmxBuffers& b) {
+  Chunk& c = b.chunk;
+  int const n = slice.end - slice.begin, panels = b.s.panels(), key_dim = b.s.rows;
+  alignas(64) float factor[kAmxChunk];
+  for (int i = 0; i < c.rows; i += kBlock) {
+    for (int block = 0; block < panels; ++block) {
+      if (p.delta) {
+        zero_tiles();
+        multiply_tiles(b.k, i, b.state, block, key_dim);
+        store_tiles(b.y.row(i, block));
+      }
+      zero_tiles();
+      multiply_tiles(b.q, i, b.state, block, key_dim);
+      store_tiles(b.qs.row(i, block));
+    }
+  }
+  load_rows<Bf16>(p.v, row, head, c, slice.begin, n, b.u);
+  if (p.delta) {
+    erase_and_solve(b, panels);
+  } else {
+    scale_rows(b.u, c.beta, c.rows);
   }
   for (int i = 0; i < c.rows; ++i) factor[i] = 1.f;
   split_rows(b.u, factor, c.rows, b.writes);

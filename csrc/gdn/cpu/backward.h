@@ -9,6 +9,7 @@
 //   e^{G_last} <S, dS'>,
 //     F = strict_lower(P o dO U^T + dM o K K^T), and dQ_1, dK_1, dK_2 the terms of dQ and dK that read a
 //     state. Every term carries its decay, so nothing large cancels when the gates are strong.
+// Without the delta rule Z = dU and R = V, and all terms with dM or -gamma o dY are gone.
 // A first pass runs forward over the chunks and keeps S^T, R and the inverse of each.
 #pragma once
 
@@ -63,7 +64,7 @@ template <class T>
 void keep_residuals(Inputs const& p, int64_t row, int head, Chunk const& c, Panels const& s, Panels const& u,
                     Panels const& r) {
   for (int i = 0; i < c.rows; ++i) {
-    if (__builtin_fabsf(c.beta[i]) >= kTinyBeta || i >= c.tokens) {
+    if ((__builtin_fabsf(c.beta[i]) >= kTinyBeta && p.delta) || i >= c.tokens) {
       float const factor = i < c.tokens ? 1.f / c.beta[i] : 0.f;
       for (int panel = 0; panel < u.panels(); ++panel) {
         for (int j = 0; j < kPanel; j += kLanes)
@@ -72,6 +73,7 @@ void keep_residuals(Inputs const& p, int64_t row, int head, Chunk const& c, Pane
       continue;
     }
     load_row(token_row<T const>(p.v, row, c.begin + i, head), p.value_dim, r, i);
+    if (!p.delta) continue;
     for (int panel = 0; panel < u.panels(); ++panel) {
       for (int j = 0; j < kPanel; j += kLanes) {
         Vec acc = load(r.row(i, panel) + j);
@@ -102,7 +104,7 @@ void first_pass(BackwardParams const& p, Span span, int head, BackwardBuffers& b
 }
 
 // dP and dM over ou and yu; adds rowsum(F) - colsum(F) to dG.
-inline void score_gradients(float scale, BackwardBuffers& b) {
+inline void score_gradients(float scale, bool delta, BackwardBuffers& b) {
   Chunk const& c = b.chunk;
   Vec lane{};
   for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<float>(j);
@@ -118,10 +120,11 @@ inline void score_gradients(float scale, BackwardBuffers& b) {
       }
       Vec const distance = splat(static_cast<float>(i - column)) - lane, zero{};
       Vec const e = load(c.decay.row(i, panel) + j);
-      Vec const dm = distance > zero ? -e * load(yu) : zero;
-      Vec const f = distance > zero
-                        ? load(c.attention.row(i, panel) + j) * load(ou) + dm * load(c.kk.row(i, panel) + j)
-                        : zero;
+      Vec dm{}, f = distance > zero ? load(c.attention.row(i, panel) + j) * load(ou) : zero;
+      if (delta) {
+        dm = distance > zero ? -e * load(yu) : zero;
+        f += distance > zero ? dm * load(c.kk.row(i, panel) + j) : zero;
+      }
       row_sum += f;
       store(b.dG + column, load(b.dG + column) - f);
       store(ou, distance >= zero ? scale * e * load(ou) : zero);
@@ -170,7 +173,7 @@ inline void gate_gradients(BackwardParams const& p, Span span, int head, Backwar
 template <class T>
 void chunk_backward(BackwardParams const& p, Span span, int head, Kept const& kept, BackwardBuffers& b) {
   Chunk const& c = b.chunk;
-  Panels const &ds = b.s, &z = b.u, &dy = b.u, &u = kept.r;
+  Panels const &ds = b.s, &z = p.delta ? b.u : b.y, &dy = z, &u = kept.r;
   int const qk_head = head / (p.value_heads / p.heads);
   load_rows<T>(p.dout, span.row, head, c, 0, p.value_dim, b.d_o);
   expect_rows<T>(p.dv, span.row, head, c, 0, p.value_dim);
@@ -179,7 +182,7 @@ void chunk_backward(BackwardParams const& p, Span span, int head, Kept const& ke
   multiply<false>(c.k, ds, b.y, c.rows, ds.rows, 0.f);
   scale_rows(b.y, c.delta, c.rows);
   multiply<true, Triangle::kUpperA>(c.attention, b.d_o, b.y, c.rows, c.rows, 1.f);
-  multiply<true, Triangle::kUpperA>(c.transfer, b.y, z, c.rows, c.rows, 0.f);
+  if (p.delta) multiply<true, Triangle::kUpperA>(c.transfer, b.y, z, c.rows, c.rows, 0.f);
   row_dots(z, kept.r, b.dbeta, c.rows);
   scale_rows(z, c.beta, c.rows);
   scale_rows(kept.r, c.beta, c.rows);
@@ -187,34 +190,38 @@ void chunk_backward(BackwardParams const& p, Span span, int head, Kept const& ke
 
   transpose(u, b.u_t, c.rows);
   multiply<false, Triangle::kLowerOut>(b.d_o, b.u_t, b.ou, c.rows, b.u_t.rows, 0.f);
-  multiply<false, Triangle::kLowerOut>(dy, b.u_t, b.yu, c.rows, b.u_t.rows, 0.f);
+  if (p.delta) multiply<false, Triangle::kLowerOut>(dy, b.u_t, b.yu, c.rows, b.u_t.rows, 0.f);
   __builtin_memset(b.dG, 0, kBackwardChunk * sizeof(float));
-  score_gradients(p.scale, b);
+  score_gradients(p.scale, p.delta, b);
 
   for (int i = 0; i < c.rows; ++i) b.dot[i] = p.scale * c.gamma[i];
   scale_rows(b.d_o, b.dot, c.rows);
-  for (int i = 0; i < c.rows; ++i) b.dot[i] = -c.gamma[i];
-  scale_rows(dy, b.dot, c.rows);
   multiply<false>(b.d_o, kept.s_t, b.dq, c.rows, kept.s_t.rows, 0.f);
-  multiply<false>(dy, kept.s_t, b.dk, c.rows, kept.s_t.rows, 0.f);
+  row_dots(b.dq, c.q, b.dot, c.rows);
+  for (int i = 0; i < c.tokens; ++i) b.dG[i] += b.dot[i];
+  if (p.delta) {
+    for (int i = 0; i < c.rows; ++i) b.dot[i] = -c.gamma[i];
+    scale_rows(dy, b.dot, c.rows);
+    multiply<false>(dy, kept.s_t, b.dk, c.rows, kept.s_t.rows, 0.f);
+    row_dots(b.dk, c.k, b.dot, c.rows);
+    for (int i = 0; i < c.tokens; ++i) b.dG[i] += b.dot[i];
+  } else {
+    __builtin_memset(b.dk.data, 0, b.dk.size() * sizeof(float));
+  }
   transpose(ds, b.ds_t, ds.rows);
   scale_rows(u, c.delta, c.rows);
   multiply<false>(u, b.ds_t, b.dk2, c.rows, b.ds_t.rows, 0.f);
 
-  row_dots(b.dq, c.q, b.dot, c.rows);
-  for (int i = 0; i < c.tokens; ++i) b.dG[i] += b.dot[i];
-  row_dots(b.dk, c.k, b.dot, c.rows);
-  for (int i = 0; i < c.tokens; ++i) b.dG[i] += b.dot[i];
   row_dots(b.dk2, c.k, b.carried, c.rows);
   b.state_dot = c.last_decay * dot(kept.s_t.data, b.ds_t.data, b.ds_t.size());
 
   multiply<false, Triangle::kLowerA>(b.ou, c.k, b.dq, c.rows, c.rows, 1.f);
   add_rows(b.dk, b.dk2, c.rows);
   multiply<true, Triangle::kUpperA>(b.ou, c.q, b.dk, c.rows, c.rows, 1.f);
+  multiply<true>(c.q, b.d_o, ds, ds.rows, c.rows, c.last_decay);
+  if (!p.delta) return;
   multiply<false, Triangle::kLowerA>(b.yu, c.k, b.dk, c.rows, c.rows, 1.f);
   multiply<true, Triangle::kUpperA>(b.yu, c.k, b.dk, c.rows, c.rows, 1.f);
-
-  multiply<true>(c.q, b.d_o, ds, ds.rows, c.rows, c.last_decay);
   multiply<true>(c.k, dy, ds, ds.rows, c.rows, 1.f);
 }
 

@@ -6,6 +6,7 @@
 //   P = scale E o Q K^T
 //   U = T diag(beta) (V - gamma o K S)                   the writes of the chunk
 //   O = scale gamma o Q S + P U,   S' = e^{G_last} S + K^T (delta o U)
+// Without the delta rule U = diag(beta) V.
 #pragma once
 
 #include "gdn/cpu/rows.h"
@@ -120,9 +121,11 @@ void prepare_chunk(Inputs const& p, int64_t row, int head, int64_t begin, int to
   normalise_rows(c.k, c.k_norm, c.rows, p.qk_l2norm);
   transpose(c.k, c.k_t, c.rows);
   prepare_gates(p, row, head, c);
-  multiply<false, Triangle::kLowerOut>(c.k, c.k_t, c.kk, c.rows, c.k_t.rows, 0.f);
-  if (!inverse_given) invert(c.kk, c.beta, c.inverse, c.rows);
-  hadamard(c.inverse, c.decay, 1.f, c.transfer, c.rows);
+  if (p.delta) {
+    multiply<false, Triangle::kLowerOut>(c.k, c.k_t, c.kk, c.rows, c.k_t.rows, 0.f);
+    if (!inverse_given) invert(c.kk, c.beta, c.inverse, c.rows);
+    hadamard(c.inverse, c.decay, 1.f, c.transfer, c.rows);
+  }
   if (!with_queries) return;
   load_rows<T>(p.q, row, qk_head, c, 0, p.key_dim, c.q);
   normalise_rows(c.q, c.q_norm, c.rows, p.qk_l2norm);
@@ -130,12 +133,14 @@ void prepare_chunk(Inputs const& p, int64_t row, int head, int64_t begin, int to
   hadamard(c.qk, c.decay, p.scale, c.attention, c.rows);
 }
 
-// u = T diag(beta) (V - gamma o K S): y is scratch for the bracket, v's columns start at `column`.
+// u = T diag(beta) (V - gamma o K S), or diag(beta) V: y is scratch for the bracket, v's columns start at
+// `column`.
 template <class T>
 void compute_writes(Inputs const& p, int64_t row, int head, Chunk const& c, Panels const& s, int column,
                     int n, Panels const& y, Panels const& u) {
-  multiply<false>(c.k, s, y, c.rows, s.rows, 0.f);
   load_rows<T>(p.v, row, head, c, column, n, u);
+  if (!p.delta) return scale_rows(u, c.beta, c.rows);
+  multiply<false>(c.k, s, y, c.rows, s.rows, 0.f);
   for (int panel = 0; panel < y.panels(); ++panel) {
     for (int i = 0; i < c.rows; ++i) {
       for (int j = 0; j < kPanel; j += kLanes) {

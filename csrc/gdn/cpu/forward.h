@@ -55,8 +55,8 @@ void forward_tokens(ForwardParams const& p, Span span, int head, ValueSlice slic
     load_unit(token_row<T const>(p.q, span.row, t, qk_head), p.key_dim, p.qk_l2norm, q);
     load_unit(token_row<T const>(p.k, span.row, t, qk_head), p.key_dim, p.qk_l2norm, k);
     load_unit(token_row<T const>(p.v, span.row, t, head) + slice.begin, n, false, v);
-    float const g = log_decay(p, span.row, t, head);
-    Token const token{q,      k, v, o, exp(g < kNoDecay ? kNoDecay : g), write_strength(p, span.row, t, head),
+    float const g = log_decay(p, span.row, t, head), decay = exp(g < kNoDecay ? kNoDecay : g);
+    Token const token{q,      k, v, o, decay, p.delta ? decay : 0.f, write_strength(p, span.row, t, head),
                       p.scale};
     update_rows_k(state, n, p.key_dim, n, token);
     store_values(o, n, token_row<T>(p.o, span.row, t, head) + slice.begin);

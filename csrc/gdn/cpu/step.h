@@ -1,5 +1,6 @@
-// One token on a state in memory: S <- decay S; u = beta (v - k^T S); S <- S + k u^T; o = scale q^T S.
-// Also the in-place decode op, which does this for a few tokens while a block of the state stays in L1.
+// One token on a state in memory: u = beta (v - erase k^T S); S <- decay S + k u^T; o = scale q^T S. The
+// delta rule erases what the decay leaves (erase = decay), other rules nothing (0). Also the in-place decode
+// op, which does this for a few tokens while a block of the state stays in L1.
 #pragma once
 
 #include "gdn/cpu/chunk.h"
@@ -11,7 +12,7 @@ namespace {
 struct Token {
   float const *q, *k, *v;
   float* o;
-  float decay, beta, scale;
+  float decay, erase, beta, scale;
 };
 
 // Columns [0, kVecs * kLanes) of a state whose rows are keys, `stride` floats apart.
@@ -27,7 +28,7 @@ inline void update_columns(float* s, int64_t stride, int key_dim, Token const& t
     }
   }
   for (int l = 0; l < kVecs; ++l) {
-    u[l] = (load(t.v + column + l * kLanes) - ks[l] * t.decay) * t.beta;
+    u[l] = (load(t.v + column + l * kLanes) - ks[l] * t.erase) * t.beta;
     store(t.o + column + l * kLanes, (qs[l] * t.decay + u[l] * qk) * t.scale);
   }
   for (int i = 0; i < key_dim; ++i) {
@@ -44,7 +45,7 @@ inline void update_column(float* s, int64_t stride, int key_dim, Token const& t,
     ks += s[i * stride] * t.k[i];
     qs += s[i * stride] * t.q[i];
   }
-  float const u = (t.v[column] - ks * t.decay) * t.beta;
+  float const u = (t.v[column] - ks * t.erase) * t.beta;
   t.o[column] = (qs * t.decay + u * qk) * t.scale;
   for (int i = 0; i < key_dim; ++i) s[i * stride] = s[i * stride] * t.decay + u * t.k[i];
 }
@@ -81,7 +82,7 @@ inline void update_rows_v(float* s, int64_t stride, int key_dim, int value_dim, 
     for (int t = 0; t < count; ++t) {
       Token const& token = tokens[t];
       float const ks = dot(row, token.k, key_dim), qs = dot(row, token.q, key_dim);
-      float const u = (token.v[v] - ks * token.decay) * token.beta;
+      float const u = (token.v[v] - ks * token.erase) * token.beta;
       token.o[v] = (qs * token.decay + u * qk[t]) * token.scale;
       int i = 0;
       for (; i + kLanes <= key_dim; i += kLanes) {
@@ -135,12 +136,12 @@ void step_item(StepParams const& p, int64_t row, int head, ValueSlice slice) {
     load_unit(token_row<T const>(p.q, row, t, qk_head), p.key_dim, p.qk_l2norm, q[t]);
     load_unit(token_row<T const>(p.k, row, t, qk_head), p.key_dim, p.qk_l2norm, k[t]);
     load_unit(token_row<T const>(p.v, row, t, head) + slice.begin, n, false, v[t]);
-    float const a = to_float(*token_row<G const>(p.a, row, t, head));
-    float const b = to_float(*token_row<G const>(p.b, row, t, head));
-    float const g = -__builtin_expf(p.A_log[head]) * softplus(a + p.dt_bias[head]);
-    tokens[t] = {
-        q[t],   k[t], v[t], o[t], exp(g < kNoDecay ? kNoDecay : g), (p.neg_eigval ? 2.f : 1.f) * sigmoid(b),
-        p.scale};
+    float g = p.a.data == nullptr ? 0.f : to_float(*token_row<G const>(p.a, row, t, head));
+    if (p.A_log != nullptr) g = -__builtin_expf(p.A_log[head]) * softplus(g + p.dt_bias[head]);
+    float b = p.b.data == nullptr ? 1.f : to_float(*token_row<G const>(p.b, row, t, head));
+    if (p.beta_sigmoid) b = (p.neg_eigval ? 2.f : 1.f) * sigmoid(b);
+    float const decay = exp(g < kNoDecay ? kNoDecay : g);
+    tokens[t] = {q[t], k[t], v[t], o[t], decay, p.delta ? decay : 0.f, b, p.scale};
   }
   int64_t const at =
       slot * p.state_slot + head * p.state_head + slice.begin * (p.state_v_first ? p.state_row : int64_t{1});

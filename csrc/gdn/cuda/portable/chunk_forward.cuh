@@ -8,6 +8,7 @@
 //   T~ = E o (I + strictlow(b_i kn_i kn_j k_i.k_j))^-1 diag(b)      P = scale E o (qn_i kn_j q_i.k_j)
 //   W = V - e^G kn K S      U = T~ W      O = scale e^G qn Q S + P U      S <- e^G_last S + K^T (e^(G_last -
 //   G) kn U)
+// Without the delta rule U = diag(b) V: no T~, no K S.
 // Everything with S is transposed: rows are value columns, so that S stays in the registers as accumulators,
 // and packed in pairs it is the first operand of the next product. Where keys repeat, sums over a chunk
 // cancel: T~, P, W, U and what S gains are pairs of bf16 that add up to them (what S gains is one fp16 where
@@ -33,7 +34,7 @@ __host__ __device__ constexpr int triangle_block(int n, int k) { return n < 2 ? 
 // T~ and P as second operands of products: a lane's two registers of high parts, then those of low parts.
 struct alignas(16) ChunkRecord {
   uint4 inverse[kTriangleBlocks][kWarp], scores[kTriangleBlocks][kWarp];
-  float k_in[kScanChunk];   // e^G kn: what k sees of the state before the chunk
+  float k_in[kScanChunk];   // e^G kn: what k sees of the state before the chunk; without the delta rule b
   float k_out[kScanChunk];  // e^(G_last - G) kn: what is left of a write at the end of the chunk
   float q_in[kScanChunk];   // scale e^G qn
   float decay, unused[3];   // e^G_last
@@ -169,14 +170,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     log2_decay[lane] = sum;
     if (warp == 0) {
       s.strength[lane] = lane < chunk.tokens ? write_strength(p, chunk.row, chunk.begin + lane, head) : 0.f;
-      record.k_in[lane] = exp2_fast(sum) * norm;
+      record.k_in[lane] = p.delta ? exp2_fast(sum) * norm : s.strength[lane];
       record.k_out[lane] = exp2_fast(last - sum) * norm;
       if (lane == 0) record.decay = exp2_fast(last);
     } else {
       record.q_in[lane] = p.scale * exp2_fast(sum) * norm;
     }
     __syncwarp();
-    if (warp == 0) {
+    if (warp == 0 && p.delta) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
           record.inverse[triangle_block(n, k)][lane] = {first.high, second.high, first.low, second.low};
         }
       }
-    } else {
+    } else if (warp == 1) {
 #pragma unroll
       for (int n = 0; n < kScanChunk / 8; ++n) {
         int const i = 8 * n + g;
@@ -295,15 +296,15 @@ struct ScanState {
   }
 
   // One chunk; its output replaces the warp's columns, from `column` on, of stage.v.
-  __device__ __forceinline__ void advance(ScanStage<T, kKeys>& stage, int column, int lane) {
+  __device__ __forceinline__ void advance(ScanStage<T, kKeys>& stage, int column, int lane, bool delta) {
     constexpr int kSteps = kScanChunk / 8;
     ChunkRecord const& record = stage.record;
     int const t = 2 * (lane % 4);
     float ks[kSteps][4] = {}, o[kSteps][4] = {};
-    multiply(ks, stage.k);
+    if (delta) multiply(ks, stage.k);
     if constexpr (!kManyKeys) multiply(o, stage.q);
 
-    // W takes the place of K S.
+    // W takes the place of K S; without the delta rule U does.
 #pragma unroll
     for (int n = 0; n < kSteps; n += 2) {
       uint32_t v[4];
@@ -316,13 +317,21 @@ struct ScanState {
         for (int half = 0; half < 2; ++half) {
           float2 const x = unpack<T>(v[2 * j + half]);
           float* const w = &ks[n + j][2 * half];
-          w[0] = x.x - factor.x * w[0];
-          w[1] = x.y - factor.y * w[1];
+          w[0] = delta ? x.x - factor.x * w[0] : factor.x * x.x;
+          w[1] = delta ? x.y - factor.y * w[1] : factor.y * x.y;
         }
       }
     }
     float u[kSteps][4] = {};
-    multiply_triangle(u, SplitRows(ks), record.inverse, lane);
+    if (delta) {
+      multiply_triangle(u, SplitRows(ks), record.inverse, lane);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) u[n][i] = ks[n][i];
+      }
+    }
     if constexpr (kManyKeys) multiply(o, stage.q);
     scale_tokens(o, record.q_in, t);
     multiply_triangle(o, SplitRows(u), record.scores, lane);
@@ -486,7 +495,7 @@ __global__ void __launch_bounds__(kChunkThreads, kKeys <= 64 ? 3 : 2)
     if (c + 1 < unit.chunks) load(c + 1);
     if (column >= values) continue;
     ScanStage<T, kKeys>& stage = stages[c % 2];
-    scan.advance(stage, column, lane);
+    scan.advance(stage, column, lane, p.delta);
     T* const rows = unit.o + int64_t{c} * kScanChunk * p.o.token + column;
     if (whole) {
 #pragma unroll

@@ -85,8 +85,9 @@ __device__ void multiply(GradientShared& shared, Micro& c, int depth, A const& a
 //   dQ = scale from_start o (dO S^T) + dP K
 //   dK = -from_start o (dY S^T) + to_end o (U dS^T) + dP^T Q + (dM + dM^T) K,   dbeta = r . du
 // dL/dg_m is what of the loss passes token m: from the chunk's start to tokens i >= m, from tokens j < m to
-// its end, from j < m to i >= m, and from start to end. Each term carries the decay e^{g_m} itself, so
-// nothing cancels at strong gates, and at g_m = -inf every one is exactly 0.
+// its end, from j < m to i >= m, and from start to end. Without the delta rule every term with dY is gone.
+// Each term carries the decay e^{g_m} itself, so nothing cancels at strong gates, and at g_m = -inf every one
+// is exactly 0.
 template <class T>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     chunk_gradients(__grid_constant__ BackwardParams const p, __grid_constant__ Workspace const w) {
@@ -187,21 +188,25 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     at(shared.crossing, i, j) = decay;
     at(shared.dscores, i, j) = p.scale * decay * product.x[i][j];
   });
-  product = {};
-  multiply<Along::kDepth, Along::kDepth>(shared, product, V, dvalue, write);
-  each([&](int i, int j) {
-    bool const earlier = Micro::row(i) > Micro::column(j);
-    at(shared.dgram, i, j) = earlier ? -at(shared.crossing, i, j) * product.x[i][j] : 0.f;
-  });
+  if (p.delta) {
+    product = {};
+    multiply<Along::kDepth, Along::kDepth>(shared, product, V, dvalue, write);
+    each([&](int i, int j) {
+      bool const earlier = Micro::row(i) > Micro::column(j);
+      at(shared.dgram, i, j) = earlier ? -at(shared.crossing, i, j) * product.x[i][j] : 0.f;
+    });
+  }
   product = {};
   multiply<Along::kDepth, Along::kDepth>(shared, product, K, query, key);
   each([&](int i, int j) {
     bool const earlier = Micro::row(i) > Micro::column(j);
     at(shared.crossing, i, j) = earlier ? at(shared.dscores, i, j) * product.x[i][j] : 0.f;
   });
-  product = {};
-  multiply<Along::kDepth, Along::kDepth>(shared, product, K, key, key);
-  each([&](int i, int j) { at(shared.crossing, i, j) += at(shared.dgram, i, j) * product.x[i][j]; });
+  if (p.delta) {
+    product = {};
+    multiply<Along::kDepth, Along::kDepth>(shared, product, K, key, key);
+    each([&](int i, int j) { at(shared.crossing, i, j) += at(shared.dgram, i, j) * product.x[i][j]; });
+  }
 
   float dfrom_start[kMicro] = {}, dto_end[kMicro] = {};
   for (int first = 0; first < K; first += kChunk) {
@@ -227,7 +232,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     store(w.dq, gradient);
 
     gradient = {};
-    multiply<Along::kDepth, Along::kDepth>(shared, gradient, V, dvalue, state_row);
+    if (p.delta) multiply<Along::kDepth, Along::kDepth>(shared, gradient, V, dvalue, state_row);
     product = {};
     multiply<Along::kDepth, Along::kDepth>(shared, product, V, write, dstate_row);
     each([&](int i, int j) {
@@ -241,9 +246,11 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     });
     multiply<Along::kRow, Along::kRow>(
         shared, gradient, kChunk, [&](int i, int j) { return shared.dscores[j][i]; }, query_column);
-    multiply<Along::kDepth, Along::kRow>(
-        shared, gradient, kChunk, [&](int i, int j) { return shared.dgram[max(i, j)][min(i, j)]; },
-        key_column);
+    if (p.delta) {
+      multiply<Along::kDepth, Along::kRow>(
+          shared, gradient, kChunk, [&](int i, int j) { return shared.dgram[max(i, j)][min(i, j)]; },
+          key_column);
+    }
     store(w.dk, gradient);
   }
 

@@ -29,6 +29,7 @@ struct Tokens {
   float v[kTokens][Tile::kColumns];  // or dO
   float qk[kTokens], beta[kTokens];
   float decay[kTokens], change[kTokens];  // e^g and e^g - 1
+  float erase[kTokens];                   // e^g for the delta rule, else 0
 
   // `count` rows of q and k, normalised if asked for; a warp per token.
   template <class T>
@@ -78,8 +79,9 @@ struct Tokens {
     }
   }
 
-  __device__ void set_decay(int i, float g) {
+  __device__ void set_decay(int i, float g, bool delta) {
     decay[i] = expf(g);
+    erase[i] = delta ? decay[i] : 0.f;
     change[i] = expm1f(g);
   }
 
@@ -92,7 +94,7 @@ struct Tokens {
               token_row<T const>(p.k, row, begin, key_head), p.k.token, count, p.key_dim, p.qk_l2norm);
     load_values(token_row<T const>(values, row, begin, head), values.token, count, first_column, p.value_dim);
     if (int const i = threadIdx.x; i < count) {
-      set_decay(i, log_decay(p, row, begin + i, head));
+      set_decay(i, log_decay(p, row, begin + i, head), p.delta);
       beta[i] = write_strength(p, row, begin + i, head);
     }
   }
@@ -163,14 +165,14 @@ struct Column {
     for (int r = 0; r < Tile::kRows; ++r) s[r] += x[r] * a;
   }
 
-  // One token; returns r = v - k^T (decay S). With kOutput, *o = q^T S after it, without a second pass over
+  // One token; returns r = v - k^T (erase S). With kOutput, *o = q^T S after it, without a second pass over
   // S: q^T S' = decay q^T S + (q . k) u.
   template <bool kOutput>
   __device__ float advance(Tokens<Tile> const& t, int i, float* o) {
     float k[Tile::kRows];
     read(t.k[i], k);
     float const decay = t.decay[i];
-    float const residual = t.v[i][index()] - decay * dot(k);
+    float const residual = t.v[i][index()] - t.erase[i] * dot(k);
     float const write = t.beta[i] * residual;
     if constexpr (kOutput) {
       float q[Tile::kRows];
@@ -251,7 +253,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 }
 
 // From the last token to the first: with dS = dL/dS after a token, and its output included,
-//   du = k^T dS,   dv = dr = beta du,   dS before the token = e^g (dS - k dr^T).
+//   du = k^T dS,   dv = dr = beta du,   dS before the token = e^g (dS - k dr^T), or e^g dS without the delta
+//   rule.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     reverse_scan(__grid_constant__ BackwardParams const p, Workspace const w) {
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
         token_row<T>(p.dv, sequence.row, token + i, head)[column] = from_float<T>(dvalue);
       }
       dstate.add(q, dout);
-      dstate.add(k, -dvalue);
+      if (p.delta) dstate.add(k, -dvalue);
       dstate.apply_decay(tokens, i);
     }
     end = begin;
@@ -331,10 +334,13 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
                    token_row<T const>(p.k, row, 0, key_head), p.k.token, p.tokens, p.key_dim, p.qk_l2norm);
   tokens.load_values(token_row<T const>(p.v, row, 0, head), p.v.token, p.tokens, slice.first, p.value_dim);
   if (int const i = threadIdx.x; i < p.tokens) {
-    float const a = load_element(p.gate_dtype, p.a.data, row * p.a.batch + i * p.a.token + head * p.a.head);
-    float const b = load_element(p.gate_dtype, p.b.data, row * p.b.batch + i * p.b.token + head * p.b.head);
-    tokens.set_decay(i, gate(a, p.A_log[head], p.dt_bias[head]));
-    tokens.beta[i] = sigmoid(b) * (p.neg_eigval ? 2.f : 1.f);
+    auto const scalar = [&](Strided const& x, float absent) {
+      if (x.data == nullptr) return absent;
+      return load_element(p.gate_dtype, x.data, row * x.batch + i * x.token + head * x.head);
+    };
+    float const a = scalar(p.a, 0.f), b = scalar(p.b, 1.f);
+    tokens.set_decay(i, p.A_log == nullptr ? a : gate(a, p.A_log[head], p.dt_bias[head]), p.delta);
+    tokens.beta[i] = p.beta_sigmoid ? sigmoid(b) * (p.neg_eigval ? 2.f : 1.f) : b;
   }
   __syncthreads();
   for (int i = 0; i < p.tokens; ++i) {

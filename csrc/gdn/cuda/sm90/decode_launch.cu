@@ -52,6 +52,8 @@ Status run(StepParams const& p, void* stream) {
 }  // namespace
 
 Status step_supports(StepParams const& p) {
+  if (!p.delta || p.A_log == nullptr || !p.beta_sigmoid)
+    return "the Hopper step is that of a raw gate and beta";
   if (Status const rule = check_state(p); rule != kOk) return rule;
   return runs_sm90_code() ? kOk : "the Hopper step needs a GPU of compute capability 9 and a build for it";
 }

@@ -22,6 +22,7 @@ bool is_hopper() {
 }
 
 Status supports_inputs(Inputs const& p) {
+  if (!p.delta) return "the Hopper kernels are those of the delta rule";
   if (p.dtype == Dtype::kFloat32) return "the Hopper kernels take bfloat16 and float16";
   if (p.key_dim != 64 && p.key_dim != 96 && p.key_dim != 128 && p.key_dim != 192)
     return "the Hopper kernels take K = 64, 96, 128 or 192";
