@@ -134,8 +134,24 @@ def against_float32(x, indices):
 
 @halves
 @pytest.mark.parametrize("topk", [90, 40], ids=["masks", "alone"])
-def test_gradients_of_sparse_selections(topk, dtype):
+def test_neighbours_that_select_too_many_keys_together(topk, dtype):
+    """More than there is room for: gradients are computed by tiles of all keys, or for each query alone."""
     against_float32(on("cuda", inputs(1, 300, 3000, 2, 2, 128, 128, dtype)), any_indices(1, 300, 3000, topk).cuda())
+
+
+@halves
+@pytest.mark.parametrize("T, HQ, H", [(32768, 8, 8), (16384, 16, 4), (8192, 64, 1)])
+def test_gradients_of_keys_in_bands(T, HQ, H, dtype):
+    """There is not room for the shares of all tiles at once; the first keys are in all of them."""
+    rows = torch.arange(T)[:, None]
+    common = torch.randint(0, T, (-(-T // 128), 28)).repeat_interleave(128, 0)[:T]
+    indices = torch.cat([rows - torch.arange(92), torch.arange(8).expand(T, 8), common], 1)
+    indices[:, 100:].masked_fill_(indices[:, 100:] > rows - 92, -1)
+    indices[:, 92:100].masked_fill_(rows < 100, -1)
+    indices = indices.int().sort(-1).values
+    twice = indices[:, 1:] == indices[:, :-1]
+    indices[:, 1:].masked_fill_(twice, -1)
+    against_float32(on("cuda", inputs(1, T, T, HQ, H, 128, 128, dtype)), indices[None].cuda())
 
 
 @halves

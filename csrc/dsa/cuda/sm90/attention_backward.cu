@@ -1,18 +1,16 @@
 #include <algorithm>
 
-#include "dsa/cuda/sm90/attention_backward.cuh"
 #include "dsa/cuda/sm90/attention_launch.cuh"
+#include "dsa/cuda/sm90/attention_union_backward.cuh"
 
 namespace lt2::dsa::sm90 {
 namespace {
 
-// key_bits out of masks.bits, a block a tile. Lane l of warp t has query 8 (l / 2) + 2 t + l % 2, so that
-// what a ballot gives is word t of a key.
-__global__ void __launch_bounds__(kTile) transpose_kernel(Masks const masks, uint32_t* key_bits) {
-  int64_t const tile = blockIdx.x;
-  if (masks.used[tile] == 0) return;
+// Bits of 128 rows turned into those of 128 keys, by a block. Lane l of warp t has row 8 (l / 2) + 2 t + l %
+// 2, so that what a ballot gives is word t of a key. Consecutive `heads` rows have the same bits.
+__device__ void transpose_bits(uint4 const* rows, int heads, uint4* keys) {
   int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  uint4 const bits = masks.bits[tile * kTile + lane / 2 * 8 + warp * 2 + lane % 2];
+  uint4 const bits = rows[(lane / 2 * 8 + warp * 2 + lane % 2) / heads];
   uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
@@ -22,8 +20,21 @@ __global__ void __launch_bounds__(kTile) transpose_kernel(Masks const masks, uin
       uint32_t const ballot = __ballot_sync(0xffffffffu, words[w] & (1u << bit));
       own = lane == bit ? ballot : own;
     }
-    key_bits[(tile * kTile + lane / 2 * 8 + w * 2 + lane % 2) * 4 + warp] = own;
+    reinterpret_cast<uint32_t*>(keys + lane / 2 * 8 + w * 2 + lane % 2)[warp] = own;
   }
+}
+
+__global__ void __launch_bounds__(kTile) transpose_masks(Masks const masks, uint4* key_bits) {
+  int64_t const tile = blockIdx.x;
+  if (portable::skipped(masks.condition) || masks.used[tile] == 0) return;
+  transpose_bits(masks.bits + tile * kTile, 1, key_bits + tile * kTile);
+}
+
+__global__ void __launch_bounds__(kTile) transpose_unions(Unions const unions, uint4* key_bits) {
+  int64_t const pieces = unions.capacity / kTile, tile = blockIdx.x / pieces, i = blockIdx.x % pieces;
+  if (i * kTile >= unions.sizes[tile]) return;
+  transpose_bits(unions.bits + unions.bits_of(tile, i), kTile / unions.queries,
+                 key_bits + int64_t{blockIdx.x} * kTile);
 }
 
 // lse and delta, [B, HQ, tokens] each.
@@ -37,14 +48,41 @@ Rows take_rows(AttentionParams const& p, Arena& arena) {
   return {tokens, lse, arena.take<float>(size)};
 }
 
-BackwardLaunch take_launch(AttentionBackwardParams const& p, Arena& arena, int* redo, Rows const& rows) {
-  BackwardLaunch a{p, take_masks(p, arena, redo), nullptr, rows.lse, rows.delta, nullptr, nullptr};
+BackwardLaunch take_dense(AttentionBackwardParams const& p, Arena& arena, int* redo, Rows const& rows,
+                          int const* condition) {
+  BackwardLaunch a{p, take_masks(p, arena, redo, condition), nullptr, rows.lse, rows.delta, nullptr, nullptr};
   a.key_bits = arena.take<uint4>(p.batch * a.masks.query_tiles * a.masks.key_tiles * kTile);
   if (p.query_heads != p.key_heads) {
     a.dk = arena.take<float>(p.batch * p.query_heads * p.keys * p.dim);
     a.dv = arena.take<float>(p.batch * p.query_heads * p.keys * p.dim);
   }
   return a;
+}
+
+// Shares of dk and dv for a band of tiles, as many as a fixed amount of memory holds.
+struct UnionParts {
+  UnionBackwardLaunch launch;
+  int64_t band;  // tiles
+};
+UnionParts take_union(AttentionBackwardParams const& p, Arena& arena, Flags const& flags, Rows const& rows) {
+  constexpr int64_t kShareBytes = int64_t{1} << 31, kFewest = 2048;
+  UnionBackwardLaunch a{};
+  a.p = p;
+  a.redo = flags.redo;
+  a.tokens = rows.tokens;
+  a.lse = rows.lse;
+  a.delta = rows.delta;
+  a.unions = take_unions(p, arena, std::max(kFewest, 4 * p.topk));
+  a.unions.full = fits_masks(p) ? flags.full : flags.redo;
+  a.unions.word_count = portable::ceil_div(p.keys, kWarp);
+  a.unions.words = arena.take<uint2>(p.batch * a.unions.tiles * a.unions.word_count);
+  a.key_bits = arena.take<uint4>(p.batch * a.unions.tiles * a.unions.capacity);
+  int64_t const share = p.key_heads * a.unions.capacity * 2 * p.dim;
+  int64_t const most = kShareBytes / (share * static_cast<int64_t>(sizeof(float)));
+  int64_t const band = std::clamp(most, int64_t{1}, a.unions.tiles);
+  a.shares = arena.take<float>(band * share);
+  a.sums = band < a.unions.tiles ? arena.take<float>(p.keys * p.key_heads * 2 * p.dim) : nullptr;
+  return {a, band};
 }
 
 template <class Traits>
@@ -55,7 +93,7 @@ Status launch_pass(BackwardLaunch const& a, BackwardMaps const& maps, void* stre
 }
 
 template <Dtype kDtype, int kDim>
-Status launch_backward(BackwardLaunch const& a, void* stream) {
+Status launch_dense(BackwardLaunch const& a, void* stream) {
   using T = Element<kDtype>;
   AttentionBackwardParams const& p = a.p;
   BackwardMaps maps;
@@ -77,47 +115,99 @@ Status launch_backward(BackwardLaunch const& a, void* stream) {
 }
 
 template <Dtype kDtype, int kDim>
+Status launch_union(UnionParts const& parts, void* stream) {
+  using T = Element<kDtype>;
+  using Queries = UnionTraits<T, kDim, false>;
+  using Keys = UnionTraits<T, kDim, true>;
+  UnionBackwardLaunch a = parts.launch;
+  AttentionBackwardParams const& p = a.p;
+  int const heads = static_cast<int>(p.query_heads / p.key_heads);
+  UnionMaps maps;
+  Status const made = make_maps(kDtype, {{&maps.q, queries(p, p.q, kDim), kTileSide / heads, heads},
+                                         {&maps.dout, queries(p, p.dout, kDim), kTileSide / heads, heads},
+                                         {&maps.dq, queries(p, p.dq, kDim), kTileSide / heads, heads}});
+  if (made != kOk) return made;
+  Status const of_queries = launch(union_backward_kernel<Queries>, p.batch * a.unions.tiles * p.key_heads,
+                                   Queries::kThreads, sizeof(typename Queries::Shared), stream, a, maps);
+  if (of_queries != kOk) return of_queries;
+  for (a.row = 0; a.row < p.batch; ++a.row) {
+    for (a.first = 0; a.first < a.unions.tiles; a.first += parts.band) {
+      a.count = std::min(parts.band, a.unions.tiles - a.first);
+      Status const of_keys = launch(union_backward_kernel<Keys>, a.count * p.key_heads, Keys::kThreads,
+                                    sizeof(typename Keys::Shared), stream, a, maps);
+      if (of_keys != kOk) return of_keys;
+      Status const added =
+          launch(add_shares<T, kDim>, a.unions.word_count * p.key_heads, kAddThreads, 0, stream, a);
+      if (added != kOk) return added;
+    }
+  }
+  return kOk;
+}
+
+template <Dtype kDtype, int kDim>
 Status launch_rows(AttentionBackwardParams const& p, Rows const& rows, void* stream) {
   int64_t const pieces = p.batch * p.query_heads * rows.tokens * kDim / portable::kElements;
   return launch(row_kernel<Element<kDtype>, kDim>, portable::ceil_div(pieces, portable::kThreads),
                 portable::kThreads, 0, stream, p, rows.tokens, rows.lse, rows.delta);
 }
 
+Status dense_backward(BackwardLaunch const& a, void* stream) {
+  if (Status const s = make_masks(a.p, a.masks, stream); s != kOk) return s;
+  Status const transposed = launch(transpose_masks, a.p.batch * a.masks.query_tiles * a.masks.key_tiles,
+                                   kTile, 0, stream, a.masks, const_cast<uint4*>(a.key_bits));
+  if (transposed != kOk) return transposed;
+  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, stream); });
+}
+
+Status union_backward(UnionParts const& parts, void* stream) {
+  UnionBackwardLaunch const& a = parts.launch;
+  if (Status const s = make_unions(a.p, a.unions, a.redo, stream); s != kOk) return s;
+  Status const transposed = launch(transpose_unions, a.p.batch * a.unions.tiles * (a.unions.capacity / kTile),
+                                   kTile, 0, stream, a.unions, const_cast<uint4*>(a.key_bits));
+  if (transposed != kOk) return transposed;
+  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_union<dtype, dim>(parts, stream); });
+}
+
 }  // namespace
 
 Status attention_backward_supports(AttentionBackwardParams const& p) {
-  if (!fits_masks(p)) return "the Hopper kernels of the backward pass take S up to 64 topk";
   if (!tma_compatible(queries(p, p.dout, p.dim)))
     return "the Hopper kernels take a gradient of o with strides of multiples of 8 elements";
   return attention_supports(p);
 }
 
-// The gathering kernels, if they run, take the place of all but the flag.
+// The ways to compute take turns in the workspace behind the rows.
 int64_t attention_backward_workspace(AttentionBackwardParams const& p) {
   Arena arena{nullptr};
-  int* const redo = arena.take<int>(1);
-  int64_t const gathering = arena.floats + portable::attention_backward_workspace(p);
-  take_launch(p, arena, redo, take_rows(p, arena));
-  return std::max(arena.floats, gathering);
+  Flags const flags = take_flags(arena);
+  Rows const rows = take_rows(p, arena);
+  Arena gathering = arena, dense = arena;
+  if (gathers(p)) take_union(p, gathering, flags, rows);
+  if (!gathers(p) || fits_masks(p)) take_dense(p, dense, flags.redo, rows, nullptr);
+  return std::max({gathering.floats, dense.floats, arena.floats + portable::attention_backward_workspace(p)});
 }
 
 Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* stream) {
   Arena arena{workspace};
-  int* const redo = arena.take<int>(1);
-  float* const rest = workspace + arena.floats;
+  Flags const flags = take_flags(arena);
   Rows const rows = take_rows(p, arena);
-  BackwardLaunch const a = take_launch(p, arena, redo, rows);
-  if (Status const s = clear(redo, stream); s != kOk) return s;
-  if (Status const s = make_masks(p, a.masks, stream); s != kOk) return s;
-  Status const transposed =
-      launch(transpose_kernel, p.batch * a.masks.query_tiles * a.masks.key_tiles, kTile, 0, stream, a.masks,
-             reinterpret_cast<uint32_t*>(const_cast<uint4*>(a.key_bits)));
-  if (transposed != kOk) return transposed;
-  Status const dense = with_shape(p, [&](auto dtype, auto dim) {
-    Status const stats = launch_rows<dtype, dim>(p, rows, stream);
-    return stats != kOk ? stats : launch_backward<dtype, dim>(a, stream);
-  });
-  return dense != kOk ? dense : portable::attention_backward_if(p, rest, stream, redo);
+  float* const rest = workspace + arena.floats;
+  if (Status const s = clear(flags, stream); s != kOk) return s;
+  Status const stats =
+      with_shape(p, [&](auto dtype, auto dim) { return launch_rows<dtype, dim>(p, rows, stream); });
+  if (stats != kOk) return stats;
+  bool const gather = gathers(p);
+  if (gather) {
+    Arena gathering = arena;
+    Status const s = union_backward(take_union(p, gathering, flags, rows), stream);
+    if (s != kOk) return s;
+  }
+  if (!gather || fits_masks(p)) {
+    int const* const condition = gather ? flags.full : nullptr;
+    Status const s = dense_backward(take_dense(p, arena, flags.redo, rows, condition), stream);
+    if (s != kOk) return s;
+  }
+  return portable::attention_backward_if(p, rest, stream, flags.redo);
 }
 
 }  // namespace lt2::dsa::sm90

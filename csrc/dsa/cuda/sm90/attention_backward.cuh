@@ -165,6 +165,13 @@ struct Gradients {
     wgmma_commit();
   }
 
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& x : sum) x = 0.f;
+#pragma unroll
+    for (float& x : values) x = 0.f;
+  }
+
   // Adds to the sums, which are still under way on return. `previous` is called
   // when those of the step before are complete. lse and delta are of the 64 rows that pass, or of the
   // thread's two rows.
@@ -244,10 +251,7 @@ __device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch co
     }
   }
   Gradients<typename Traits::T, kDim, kKeys> g;
-#pragma unroll
-  for (float& x : g.sum) x = 0.f;
-#pragma unroll
-  for (float& x : g.values) x = 0.f;
+  g.clear();
   shared.stay.wait(0);
   int const steps = 2 * shared.count;
   for (int u = 0; u < steps; ++u) {
@@ -335,6 +339,7 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(portable::kThreads) sum_parts(BackwardLaunch const a) {
   constexpr int kPieces = kDim / portable::kElements;
   AttentionBackwardParams const& p = a.p;
+  if (portable::skipped(a.masks.condition)) return;
   int64_t const i = int64_t{blockIdx.x} * portable::kThreads + threadIdx.x;
   int64_t const rows = i / kPieces, key = rows / p.key_heads % p.keys, row = rows / p.key_heads / p.keys;
   if (row >= p.batch) return;

@@ -24,26 +24,27 @@ Status launch_forward(ForwardLaunch const& a, void* stream) {
 
 int64_t attention_workspace(AttentionForwardParams const& p) {
   Arena arena{nullptr};
-  int* const redo = arena.take<int>(1);
+  int* const redo = take_flags(arena).redo;
   if (gathers(p)) {
-    take_unions(p, arena);
+    take_unions(p, arena, p.keys);
   } else {
-    take_masks(p, arena, redo);
+    take_masks(p, arena, redo, nullptr);
   }
   return arena.floats;
 }
 
 Status attention(AttentionForwardParams const& p, float* workspace, void* stream) {
   Arena arena{workspace};
-  int* const redo = arena.take<int>(1);
-  if (Status const s = clear(redo, stream); s != kOk) return s;
+  Flags const flags = take_flags(arena);
+  int* const redo = flags.redo;
+  if (Status const s = clear(flags, stream); s != kOk) return s;
   bool const gather = gathers(p);
   ForwardLaunch a{p, {}, {}};
   if (gather) {
-    a.unions = take_unions(p, arena);
+    a.unions = take_unions(p, arena, p.keys);
     a.masks.redo = redo;
   } else {
-    a.masks = take_masks(p, arena, redo);
+    a.masks = take_masks(p, arena, redo, nullptr);
   }
   Status const selected = gather ? make_unions(p, a.unions, redo, stream) : make_masks(p, a.masks, stream);
   if (selected != kOk) return selected;

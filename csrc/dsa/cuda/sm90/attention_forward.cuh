@@ -38,7 +38,8 @@ struct ForwardMaps {
 
 // Whether what this kernel computes is of no use. One answer for all threads of the block.
 __device__ inline bool is_idle(Masks const& masks) {
-  return __syncthreads_or(threadIdx.x == 0 && *static_cast<int volatile*>(masks.redo) != 0);
+  return __syncthreads_or(threadIdx.x == 0 && (*static_cast<int volatile*>(masks.redo) != 0 ||
+                                               portable::skipped(masks.condition)));
 }
 
 struct ForwardLaunch {

@@ -58,27 +58,37 @@ struct Arena {
   }
 };
 
-Status clear(int* redo, void* stream);
+// Zero at first: whether to gather for each query alone, and whether a list of keys is full.
+struct Flags {
+  int *redo, *full;
+};
+inline Flags take_flags(Arena& arena) {
+  int* const flags = arena.take<int>(2);
+  return {flags, flags + 1};
+}
+Status clear(Flags const& flags, void* stream);
 
-inline Masks take_masks(AttentionParams const& p, Arena& arena, int* redo) {
+inline Masks take_masks(AttentionParams const& p, Arena& arena, int* redo, int const* condition) {
   int64_t const query_tiles = portable::ceil_div(p.tokens, kTile);
   int64_t const key_tiles = portable::ceil_div(p.keys, kTile), tiles = p.batch * query_tiles * key_tiles;
   auto* const bits = arena.take<uint4>(tiles * kTile);
-  return {query_tiles, key_tiles, bits, arena.take<uint8_t>(tiles), redo};
+  return {query_tiles, key_tiles, bits, arena.take<uint8_t>(tiles), redo, condition};
 }
 Status make_masks(AttentionParams const& p, Masks const& masks, void* stream);
 
-inline Unions take_unions(AttentionParams const& p, Arena& arena) {
+// With room for `most` keys of a tile.
+inline Unions take_unions(AttentionParams const& p, Arena& arena, int64_t most) {
   int const queries = static_cast<int>(kTile / (p.query_heads / p.key_heads));
   int64_t const tiles = portable::ceil_div(p.tokens, queries), all = p.batch * tiles;
-  int64_t const capacity = portable::ceil_div(std::min(p.keys, queries * p.topk), kTile) * kTile;
-  Unions unions{tiles, capacity, queries, arena.take<int>(all), arena.take<int32_t>(all * capacity), nullptr};
+  int64_t const keys = std::min({p.keys, queries * p.topk, most});
+  int64_t const capacity = portable::ceil_div(keys, kTile) * kTile;
+  Unions unions{tiles, capacity, queries, arena.take<int>(all), arena.take<int32_t>(all * capacity)};
   unions.bits = arena.take<uint4>(all * (capacity / kTile) * queries);
   return unions;
 }
 Status make_unions(AttentionParams const& p, Unions const& unions, int* redo, void* stream);
 
-// Whether the forward pass goes through what queries select together, instead of through all tiles.
+// Whether to go through what queries select together, instead of through all tiles.
 inline bool gathers(AttentionParams const& p) {
   constexpr int64_t kSparse = 32;
   int64_t const heads = p.query_heads / p.key_heads;

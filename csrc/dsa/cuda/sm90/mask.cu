@@ -8,6 +8,7 @@ namespace {
 __global__ void __launch_bounds__(portable::kThreads)
     mask_kernel(AttentionParams const p, Masks const masks) {
   extern __shared__ uint4 bits[];  // [key tiles]
+  if (portable::skipped(masks.condition)) return;
   auto* const words = reinterpret_cast<uint32_t*>(bits);
   int64_t const rows = masks.query_tiles * kTile, row = blockIdx.x / rows, token = blockIdx.x % rows;
   for (int i = threadIdx.x; i < masks.key_tiles; i += portable::kThreads) bits[i] = uint4{};
@@ -49,8 +50,8 @@ Status attention_supports(AttentionParams const& p) {
   return runs_sm90_code() ? kOk : "the Hopper kernels need compute capability 9.0";
 }
 
-Status clear(int* redo, void* stream) {
-  return status(cudaMemsetAsync(redo, 0, sizeof(int), static_cast<cudaStream_t>(stream)));
+Status clear(Flags const& flags, void* stream) {
+  return status(cudaMemsetAsync(flags.redo, 0, 2 * sizeof(int), static_cast<cudaStream_t>(stream)));
 }
 
 Status make_masks(AttentionParams const& p, Masks const& masks, void* stream) {

@@ -22,6 +22,7 @@ struct Masks {
   // Not zero: the result has to be computed by gathering. A key that a query names twice is not in the bits,
   // and products with zero let infinities and NaN of a key through to queries that do not select it.
   int* redo;
+  int const* condition;  // not null: nothing is computed where it is zero
 
   __host__ __device__ int64_t tile(int64_t row, int64_t query_tile, int64_t key_tile) const {
     return (row * query_tiles + query_tile) * key_tiles + key_tile;

@@ -46,7 +46,12 @@ __global__ void __launch_bounds__(kUnionThreads)
     if (w < warp) rank += warp_sums[w];
     size += warp_sums[w];
   }
-  if (thread == 0) unions.sizes[tile] = size;
+  bool const full = size > unions.capacity;
+  if (thread == 0) unions.sizes[tile] = full ? 0 : size;
+  if (full) {
+    if (thread == 0) *unions.full = 1;
+    return;
+  }
   int32_t* const keys = unions.keys + tile * unions.capacity;
   for (int i = first; i < last; ++i) {
     ranks[i] = rank;
@@ -56,6 +61,9 @@ __global__ void __launch_bounds__(kUnionThreads)
   for (int i = thread; i < (size + kTile - 1) / kTile * unions.queries; i += kUnionThreads) bits[i] = uint4{};
   __threadfence();
   __syncthreads();
+  if (unions.words != nullptr) {
+    for (int i = thread; i < words; i += kUnionThreads) unions.words[tile * words + i] = {marks[i], ranks[i]};
+  }
   for_selected([&](int q, int key) {
     uint32_t const before = marks[key / kWarp] & ((1u << (key % kWarp)) - 1);
     int const at = static_cast<int>(ranks[key / kWarp]) + __popc(before), c = at % kTile;

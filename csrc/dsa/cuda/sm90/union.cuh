@@ -10,11 +10,15 @@ namespace lt2::dsa::sm90 {
 using namespace cuda::sm90;
 
 struct Unions {
-  int64_t tiles, capacity;  // of a batch row; keys of a tile at most, a multiple of 128
+  int64_t tiles, capacity;  // of a batch row; keys of a tile that there is room for, a multiple of 128
   int queries;              // of a tile
   int* sizes;               // [B, tiles]
   int32_t* keys;            // [B, tiles, capacity]
   uint4* bits;              // [B, tiles, capacity / 128, queries]
+  // Null, or where to find a key in the lists: which of 32 keys each word has, and the rank of the first.
+  uint2* words;        // [B, tiles, ceil(S / 32)]
+  int64_t word_count;  // of a tile
+  int* full;           // set where there is no room for a tile's keys; null: there is always room
 
   __host__ __device__ int64_t tile(int64_t row, int64_t tile) const { return row * tiles + tile; }
   // Of the queries for the i-th 128 keys.
@@ -25,13 +29,13 @@ struct Unions {
 
 // A warp copies 32 rows of kDim elements into rows `first`.. of a swizzled tile, kColumnBytes between its
 // columns of 64 elements. Lane i has the number of row i of `rows`; negative: zeros.
-template <int kDim, int kColumnBytes, class T>
+template <int kDim, int kColumnBytes, int kUnroll = 4, class T>
 __device__ __forceinline__ void gather_rows(char* tile, int first, T const* rows, int64_t stride, int own,
                                             int lane) {
   constexpr int kChunks = kDim / 8, kRows = kWarp / kChunks;  // of 16 bytes in a row, rows of a copy
   int const chunk = lane % kChunks;
   uint32_t const column = shared_address(tile) + chunk / 8 * kColumnBytes;
-#pragma unroll 4  // more would take more registers than a loader has
+#pragma unroll kUnroll  // by the registers that a loader has
   for (int i = 0; i < kWarp / kRows; ++i) {
     int const row = i * kRows + lane / kChunks, number = __shfl_sync(0xffffffffu, own, row);
     T const* const from = rows + (number < 0 ? 0 : number) * stride + chunk * 8;

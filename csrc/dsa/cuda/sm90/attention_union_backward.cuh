@@ -1,0 +1,349 @@
+// Gradients of attention over a selection, for the keys that the queries of a tile select together
+// (union.cuh). A block keeps a tile's 128 rows of queries and of gradients of their outputs while its keys
+// pass by, 128 at a time; one pass adds up dq, another gives the tile's share of dk and dv of each key, in
+// fp32. Shares of a band of tiles are in memory together, and are added in the order of the tiles.
+#pragma once
+
+#include "dsa/cuda/sm90/attention_backward.cuh"
+
+namespace lt2::dsa::sm90 {
+
+struct UnionMaps {
+  CUtensorMap q, dout, dq;  // of 64 rows: queries with their heads
+};
+
+struct UnionBackwardLaunch {
+  AttentionBackwardParams p;
+  int* redo;
+  int64_t tokens;  // of lse and delta
+  Unions unions;
+  uint4 const* key_bits;      // [B, tiles, capacity / 128, 128 keys]: as unions.bits, of rows
+  float const *lse, *delta;   // as in BackwardLaunch
+  float* shares;              // [tiles of the band, H, capacity, 2, D]: of dk, then of dv
+  float* sums;                // [S, H, 2, D]: of the bands of a batch row so far, where there are several
+  int64_t row, first, count;  // the band: tiles of a batch row
+};
+
+struct UnionUnit {
+  int row, head, key_head, heads;  // first query head, of a key head
+  int tile, local, token, size;    // of all, of the batch row or band; first query; keys
+
+  // The last tile first: its queries may select from most keys.
+  template <bool kKeys>
+  static __device__ UnionUnit of(UnionBackwardLaunch const& a, int unit) {
+    UnionUnit u;
+    int const key_heads = static_cast<int>(a.p.key_heads), order = unit / key_heads;
+    int const batch = static_cast<int>(a.p.batch);
+    u.heads = static_cast<int>(a.p.query_heads) / key_heads;
+    u.key_head = unit % key_heads;
+    u.head = u.key_head * u.heads;
+    u.row = static_cast<int>(kKeys ? a.row : order % batch);
+    u.local = static_cast<int>((kKeys ? a.count : a.unions.tiles) - 1 - (kKeys ? order : order / batch));
+    int const tile = static_cast<int>(kKeys ? a.first : 0) + u.local;
+    u.token = tile * a.unions.queries;
+    u.tile = static_cast<int>(a.unions.tile(u.row, tile));
+    u.size = a.unions.sizes[u.tile];
+    return u;
+  }
+};
+
+template <class T_, int kDim_, bool kKeys_>
+struct UnionTraits {
+  using T = T_;
+  static constexpr bool kKeys = kKeys_;  // shares of dk and dv, else dq
+  static constexpr int kDim = kDim_, kColumns = kDim / kTileSide, kBytes = kColumns * kTileBytes;
+  static constexpr int kStages = 2, kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
+  // What a block is launched with is all that its warpgroups may have together.
+  static constexpr bool kFew = kKeys && kDim == 128;
+  static constexpr int kLoadRegisters = kFew ? 24 : 40, kRegisters = kFew ? 240 : 232, kUnroll = kFew ? 1 : 4;
+
+  static constexpr int kReleases = kKeys ? 1 : 2;  // of a stage by each warp
+
+  struct Shared {
+    alignas(1024) char q[2][kBytes];  // 64 rows each; then dq
+    char dout[2][kBytes];
+    char k[kStages][2][kBytes], v[kStages][2][kBytes];
+    uint4 mask[kStages][kTile];
+    float lse[kTile], delta[kTile];
+    UnionUnit unit;
+    Barrier stay, loaded[kStages], released[kStages];
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024);
+};
+
+__device__ inline bool is_idle(UnionBackwardLaunch const& a) {
+  return __syncthreads_or(threadIdx.x == 0 && (*static_cast<int volatile*>(a.redo) != 0 ||
+                                               *static_cast<int volatile*>(a.unions.full) != 0));
+}
+
+// A warpgroup copies the keys and values of the tile, 128 at a time.
+template <class Traits>
+__device__ void gather_backward(typename Traits::Shared& shared, UnionBackwardLaunch const& a, int thread) {
+  using T = typename Traits::T;
+  constexpr int kStages = Traits::kStages;
+  Unions const& unions = a.unions;
+  UnionUnit const& unit = shared.unit;  // stays there: a loader has few registers
+  int const lane = thread % kWarp, half = thread / kTileSide, first = thread % kTileSide - lane;
+  auto const key_of = [&](int i) {
+    int const at = i * kTile + thread;
+    return at < unit.size ? unions.keys[unit.tile * unions.capacity + at] : -1;
+  };
+  int next = key_of(0);
+  for (int i = 0; i * kTile < unit.size; ++i) {
+    int const stage = i % kStages, key = next;
+    Barrier& loaded = shared.loaded[stage];
+    if (i >= kStages) shared.released[stage].wait((i / kStages - 1) & 1);
+    if (thread == 0) {
+      uint32_t const bytes = (Traits::kKeys ? kTile : unions.queries) * sizeof(uint4);
+      loaded.arrive_expecting(bytes);
+      load_bytes(shared.mask[stage],
+                 Traits::kKeys ? a.key_bits + unit.tile * unions.capacity + i * kTile
+                               : unions.bits + unions.bits_of(unit.tile, i),
+                 bytes, loaded);
+    }
+    for (int which = 0; which < 2; ++which) {
+      Heads const& x = which == 0 ? a.p.k : a.p.v;
+      gather_rows<Traits::kDim, kTileBytes, Traits::kUnroll>(
+          which == 0 ? shared.k[stage][half] : shared.v[stage][half], first,
+          portable::row_of<T const>(x, unit.row, 0, unit.key_head), x.token, key, lane);
+    }
+    arrive_when_copied(loaded);
+    next = key_of(i + 1);
+  }
+}
+
+// A thread's fragments of 64 keys to rows of `share`, 2 kDim apart. Returns whether they are finite.
+template <int kDim>
+__device__ __forceinline__ bool store_share(float const (&x)[kDim / 2], float factor, float* share, int row,
+                                            int lane) {
+  bool finite = true;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* const to = share + int64_t{row + 8 * half} * 2 * kDim + 2 * (lane % 4);
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      float2 const pair = {x[4 * n + 2 * half] * factor, x[4 * n + 2 * half + 1] * factor};
+      finite &= fabsf(pair.x) < INFINITY && fabsf(pair.y) < INFINITY;
+      *reinterpret_cast<float2*>(to + 8 * n) = pair;
+    }
+  }
+  return finite;
+}
+
+template <class Traits>
+__device__ void differentiate_union(typename Traits::Shared& shared, UnionBackwardLaunch const& a,
+                                    UnionMaps const& maps, int group, int thread) {
+  constexpr int kDim = Traits::kDim, kStages = Traits::kStages;
+  constexpr bool kKeys = Traits::kKeys;
+  UnionUnit const& unit = shared.unit;
+  int const warp = thread / kWarp, lane = thread % kWarp, row = group * kTileSide + 16 * warp + lane / 4;
+  float const scale = a.p.scale * portable::kLog2E;
+  int const mask_rows[2] = {kKeys ? row : row / unit.heads, kKeys ? row + 8 : (row + 8) / unit.heads};
+  int const count = (unit.size + kTile - 1) / kTile;
+  bool finite = true;
+  Gradients<typename Traits::T, kDim, kKeys> g;
+  g.clear();
+  shared.stay.wait(0);
+  auto const wait_for = [&](int i) {
+    shared.loaded[i % kStages].wait((i / kStages) & 1);
+    fence_async_shared();
+  };
+  auto const word_of = [&](int stage, int half) {
+    return reinterpret_cast<uint32_t const*>(shared.mask[stage] + mask_rows[half])[lane % 4];
+  };
+  if constexpr (kKeys) {
+    float* share = a.shares + (unit.local * a.p.key_heads + unit.key_head) * a.unions.capacity * 2 * kDim;
+    for (int i = 0; i < count; ++i, share += kTile * 2 * kDim) {
+      int const stage = i % kStages;
+      wait_for(i);
+      char const *const k = shared.k[stage][group], *const v = shared.v[stage][group];
+      uint32_t const words[2] = {word_of(stage, 0), word_of(stage, 1)};
+      g.clear();
+      g.add(k, v, shared.q[0], shared.dout[0], words, shared.lse, shared.delta, scale, lane, [] {});
+      uint32_t const others[2] = {words[0] >> 16, words[1] >> 16};
+      g.add(k, v, shared.q[1], shared.dout[1], others, shared.lse + kStep, shared.delta + kStep, scale, lane,
+            [] {});
+      g.finish();
+      if (lane == 0) shared.released[stage].arrive();
+      finite &= store_share<kDim>(g.sum, a.p.scale, share, row, lane);
+      finite &= store_share<kDim>(g.values, 1.f, share + kDim, row, lane);
+    }
+  } else {
+    float const row_lse[2] = {shared.lse[row], shared.lse[row + 8]};
+    float const row_delta[2] = {shared.delta[row], shared.delta[row + 8]};
+    if (count > 0) {  // else copies of the sums come before the end of the products (ptxas C7515)
+      for (int u = 0; u < 2 * count; ++u) {
+        int const i = u / 2, half = u % 2, stage = i % kStages;
+        wait_for(i);
+        uint32_t const words[2] = {word_of(stage, 0) >> (16 * half), word_of(stage, 1) >> (16 * half)};
+        g.add(shared.q[group], shared.dout[group], shared.k[stage][half], shared.v[stage][half], words,
+              row_lse, row_delta, scale, lane, [&] {
+                if (u > 0 && lane == 0) shared.released[(u - 1) / 2 % kStages].arrive();
+              });
+      }
+      g.finish();
+    }
+#pragma unroll
+    for (float& x : g.sum) {
+      finite &= fabsf(x) < INFINITY;
+      x *= a.p.scale;
+    }
+    store_fragments<typename Traits::T, kDim, kTileBytes>(shared.q[group], g.sum, warp, lane);
+    fence_async_shared();
+    named_barrier(1 + group, kWarpgroup);
+    if (thread == 0) {
+      int const token = unit.token + group * kTileSide / unit.heads;
+#pragma unroll
+      for (int c = 0; c < Traits::kColumns; ++c) {
+        store_tile(maps.dq, shared.q[group] + c * kTileBytes, c * kTileSide, unit.head, token, unit.row);
+      }
+      wait_stores_read();
+    }
+  }
+  if (!finite) *a.redo = 1;
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    union_backward_kernel(__grid_constant__ UnionBackwardLaunch const a,
+                          __grid_constant__ UnionMaps const maps) {
+  extern __shared__ __align__(1024) char dynamic_shared[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
+  if (is_idle(a)) return;
+  UnionUnit const unit = UnionUnit::of<Traits::kKeys>(a, static_cast<int>(blockIdx.x));
+  int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
+  if (threadIdx.x == 0) {
+    shared.unit = unit;
+    shared.stay.init(1);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.loaded[stage].init(1 + kWarpgroup);
+      shared.released[stage].init(Traits::kReleases * Traits::kConsumers * kWarpgroup / kWarp);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x < kTile) {
+    int const i = threadIdx.x, head = unit.head + i % unit.heads;
+    int64_t const at = (unit.row * a.p.query_heads + head) * a.tokens + unit.token + i / unit.heads;
+    shared.lse[i] = a.lse[at];
+    shared.delta[i] = a.delta[at];
+  }
+  __syncthreads();
+  if (group == Traits::kConsumers) {
+    shrink_registers<Traits::kLoadRegisters>();
+    if (thread == 0) {
+      shared.stay.arrive_expecting(4 * Traits::kBytes);
+      for (int half = 0; half < 2; ++half) {
+        int const first = unit.token + half * kTileSide / unit.heads;
+        load_columns<Traits::kColumns, kTileBytes>(shared.q[half], maps.q, unit.head, first, unit.row,
+                                                   shared.stay);
+        load_columns<Traits::kColumns, kTileBytes>(shared.dout[half], maps.dout, unit.head, first, unit.row,
+                                                   shared.stay);
+      }
+    }
+    gather_backward<Traits>(shared, a, thread);
+  } else {
+    grow_registers<Traits::kRegisters>();
+    differentiate_union<Traits>(shared, a, maps, group, thread);
+  }
+}
+
+inline constexpr int kAddThreads = 256, kAddTiles = 1024;  // tiles whose words are in shared memory together
+
+// Adds a band's shares of dk and dv, in the order of its tiles, to what the bands before gave; the last
+// band's sums are the results. A block takes a word's 32 keys of one key head, a warp 4 of them.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ UnionBackwardLaunch const a) {
+  constexpr int kEach = 2 * kDim / kWarp, kWarps = kAddThreads / kWarp, kOwn = kWarp / kWarps, kBatch = 8;
+  constexpr int kTiles = kAddTiles / kAddThreads;  // of a thread
+  struct alignas(16) Part {
+    float x[kEach];
+  };
+  struct Entry {
+    int tile;
+    uint2 word;
+  };
+  __shared__ Entry entries[kAddTiles];
+  __shared__ int warp_sums[kWarps];
+  if (is_idle(a)) return;
+  AttentionBackwardParams const& p = a.p;
+  int64_t const number = blockIdx.x / p.key_heads, key_head = blockIdx.x % p.key_heads;
+  int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  bool const is_first = a.first == 0, is_last = a.first + a.count == a.unions.tiles;
+  Part sums[kOwn];
+  auto const kept = [&](int j) {
+    int64_t const key = number * kWarp + warp * kOwn + j;
+    return reinterpret_cast<Part*>(a.sums + (key * p.key_heads + key_head) * 2 * kDim) + lane;
+  };
+  auto const exists = [&](int j) { return number * kWarp + warp * kOwn + j < p.keys; };
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) sums[j] = is_first || !exists(j) ? Part{} : *kept(j);
+  for (int64_t begin = 0; begin < a.count; begin += kAddTiles) {
+    uint2 words[kTiles];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      int64_t const local = begin + threadIdx.x * kTiles + i;
+      words[i] = local < a.count
+                     ? a.unions.words[a.unions.tile(a.row, a.first + local) * a.unions.word_count + number]
+                     : uint2{};
+      own += words[i].x != 0;
+    }
+    int sum = own, found = 0;
+    for (int d = 1; d < kWarp; d *= 2) {
+      int const before = __shfl_up_sync(0xffffffffu, sum, d);
+      if (lane >= d) sum += before;
+    }
+    __syncthreads();  // the last round's entries are done with
+    if (lane == kWarp - 1) warp_sums[warp] = sum;
+    __syncthreads();
+    int at = sum - own;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) at += warp_sums[w];
+      found += warp_sums[w];
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (words[i].x != 0) entries[at++] = {static_cast<int>(begin + threadIdx.x * kTiles + i), words[i]};
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      int const bit = warp * kOwn + j;
+      for (int first = 0; first < found; first += kWarp) {
+        Entry const e = first + lane < found ? entries[first + lane] : Entry{};
+        int64_t const rank = e.word.y + __popc(e.word.x & ((1u << bit) - 1));
+        int64_t const from = (e.tile * p.key_heads + key_head) * a.unions.capacity + rank;
+        uint32_t left = __ballot_sync(0xffffffffu, e.word.x >> bit & 1);
+        while (left != 0) {
+          Part parts[kBatch] = {};
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            int64_t const share = __shfl_sync(0xffffffffu, from, left == 0 ? 0 : __ffs(left) - 1);
+            if (left != 0) parts[b] = *(reinterpret_cast<Part const*>(a.shares + share * 2 * kDim) + lane);
+            left &= left - 1;
+          }
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) sums[j].x[i] += parts[b].x[i];
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    if (!exists(j)) continue;
+    if (!is_last) {
+      *kept(j) = sums[j];
+      continue;
+    }
+    int64_t const key = number * kWarp + warp * kOwn + j;
+    T* const to = portable::row_of<T>(lane < kWarp / 2 ? p.dk : p.dv, a.row, key, key_head) +
+                  lane % (kWarp / 2) * kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) to[i] = from_float<T>(sums[j].x[i]);
+  }
+}
+
+}  // namespace lt2::dsa::sm90
