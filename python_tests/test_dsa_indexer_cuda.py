@@ -44,18 +44,36 @@ def test_decode(indexer, T, dtype):
     check_exact(indexer, x, topk=300, q_offset=torch.tensor([3000 - T, 0, 77, 2047, 1000]))
 
 
+@pytest.mark.parametrize("S, topk", [(700, 64), (40000, 1), (40000, 2048), (40000, 45000)])
+@pytest.mark.parametrize("HI, DI", [(1, 128), (5, 64), (16, 64)])
+def test_a_step_over_many_keys(indexer, HI, DI, S, topk):
+    check_exact(indexer, integers(2, 1, S, HI, DI, BF16), topk=topk, q_offset=torch.tensor([S - 1, S // 3]))
+    check_close(indexer, normals(1, 2, S, HI, DI, BF16), topk=topk)
+
+
+@pytest.mark.parametrize("T", [1, 130, 2200])
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "sawtooth"])
-def test_orders_of_scores(indexer, order):
+def test_orders_of_scores(indexer, order, T):
     """Each key better than all before it; the best first; all alike."""
     S = 6000
     rank = torch.arange(S)
     rank = {"ascending": rank, "descending": -rank, "equal": 0 * rank, "sawtooth": rank % 97}[order]
-    q = torch.zeros(1, 130, 1, 64)
+    q = torch.zeros(1, T, 1, 64)
     q[..., :3] = 1
     k = torch.zeros(1, S, 64)
     k[0, :, 0], k[0, :, 1], k[0, :, 2] = rank // 4096 * 4096, rank % 4096 // 64 * 64, rank % 64
     for topk in (1, 100, 512, 2048):
         check_exact(indexer, {"q_idx": q.to(BF16), "k_idx": k.to(BF16)}, topk=topk, activation=None, scale=1.0)
+
+
+@pytest.mark.parametrize("topk, steps, each", [(100, (7, 23, 39), 25), (300, (4, 14, 23, 32, 42), 40)])
+def test_a_sample_that_misleads(indexer, topk, steps, each):
+    """The best keys are where the last queries' samples are taken, but fewer than are wanted."""
+    x = integers(1, 2200, 6000, 1, 64, BF16)
+    x["q_idx"][..., 0], x["k_idx"][..., 0], x["w_idx"] = 64, 0, x["w_idx"].abs() + 1
+    for step in steps:
+        x["k_idx"][0, 128 * step : 128 * step + each, 0] = 64
+    check_exact(indexer, x, topk=topk)
 
 
 def test_infinities_and_nan(indexer):
@@ -80,7 +98,7 @@ def test_packed_documents(indexer, dtype):
 def test_long_and_short_calls_select_the_same():
     x = on_cuda(normals(1, 4200, 4200, 8, 64, BF16))
     whole = ops.lightning_indexer(**x, topk=512)
-    for begin, end in ((0, 1), (1, 50), (4000, 4001), (4001, 4009), (2000, 4200)):
+    for begin, end in ((0, 1), (1, 50), (3, 7), (2999, 3000), (4000, 4001), (4001, 4009), (2000, 4200)):
         piece = {"q_idx": x["q_idx"][:, begin:end], "k_idx": x["k_idx"][:, :end], "w_idx": x["w_idx"][:, begin:end]}
         assert torch.equal(whole[:, begin:end], ops.lightning_indexer(**piece, topk=512))
 

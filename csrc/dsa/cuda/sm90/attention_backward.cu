@@ -59,30 +59,33 @@ BackwardLaunch take_dense(AttentionBackwardParams const& p, Arena& arena, int* r
   return a;
 }
 
-// Shares of dk and dv for a band of tiles, as many as a fixed amount of memory holds.
-struct UnionParts {
-  UnionBackwardLaunch launch;
-  int64_t band;  // tiles
-};
-UnionParts take_union(AttentionBackwardParams const& p, Arena& arena, Flags const& flags, Rows const& rows) {
-  constexpr int64_t kShareBytes = int64_t{1} << 31, kFewest = 2048;
+// Where neighbours select more together than what bits for all keys cost less for, or than a fixed number of
+// bands holds, the flag `full` is set and other kernels compute everything.
+UnionBackwardLaunch take_union(AttentionBackwardParams const& p, Arena& arena, Flags const& flags,
+                               Rows const& rows) {
+  constexpr int64_t kShareBytes = int64_t{1} << 31, kMostBands = 16, kDense = 8;
   UnionBackwardLaunch a{};
   a.p = p;
   a.redo = flags.redo;
   a.tokens = rows.tokens;
   a.lse = rows.lse;
   a.delta = rows.delta;
-  a.unions = take_unions(p, arena, std::max(kFewest, 4 * p.topk));
-  a.unions.full = fits_masks(p) ? flags.full : flags.redo;
-  a.unions.word_count = portable::ceil_div(p.keys, kWarp);
-  a.unions.words = arena.take<uint2>(p.batch * a.unions.tiles * a.unions.word_count);
-  a.key_bits = arena.take<uint4>(p.batch * a.unions.tiles * a.unions.capacity);
-  int64_t const share = p.key_heads * a.unions.capacity * 2 * p.dim;
-  int64_t const most = kShareBytes / (share * static_cast<int64_t>(sizeof(float)));
-  int64_t const band = std::clamp(most, int64_t{1}, a.unions.tiles);
-  a.shares = arena.take<float>(band * share);
-  a.sums = band < a.unions.tiles ? arena.take<float>(p.keys * p.key_heads * 2 * p.dim) : nullptr;
-  return {a, band};
+  Unions& unions = a.unions;
+  unions = take_unions(p, arena);
+  unions.word_count = portable::ceil_div(p.keys, kWarp);
+  unions.words = arena.take<uint2>(p.batch * unions.tiles * unions.word_count);
+  a.key_bits = arena.take<uint4>(p.batch * unions.tiles * unions.capacity);
+  a.full = fits_masks(p) ? flags.full : flags.redo;
+  int64_t const piece = p.key_heads * kTile * 2 * p.dim, all = unions.tiles * (unions.capacity / kTile);
+  a.most = fits_masks(p) ? portable::ceil_div(unions.tiles * portable::ceil_div(p.keys, kTile), kDense) : all;
+  a.band = std::min(kShareBytes / (piece * static_cast<int64_t>(sizeof(float))), a.most);
+  a.bands = std::min(portable::ceil_div(a.most, a.band), kMostBands);
+  a.most = std::min(a.most, a.bands * a.band);
+  a.starts = arena.take<int>(p.batch * (unions.tiles + 1));
+  a.firsts = arena.take<int>(p.batch * (a.bands + 1));
+  a.shares = arena.take<float>(a.band * piece);
+  a.sums = a.bands > 1 ? arena.take<float>(p.keys * p.key_heads * 2 * p.dim) : nullptr;
+  return a;
 }
 
 template <class Traits>
@@ -115,11 +118,10 @@ Status launch_dense(BackwardLaunch const& a, void* stream) {
 }
 
 template <Dtype kDtype, int kDim>
-Status launch_union(UnionParts const& parts, void* stream) {
+Status launch_union(UnionBackwardLaunch a, void* stream) {
   using T = Element<kDtype>;
   using Queries = UnionTraits<T, kDim, false>;
   using Keys = UnionTraits<T, kDim, true>;
-  UnionBackwardLaunch a = parts.launch;
   AttentionBackwardParams const& p = a.p;
   int const heads = static_cast<int>(p.query_heads / p.key_heads);
   UnionMaps maps;
@@ -131,9 +133,8 @@ Status launch_union(UnionParts const& parts, void* stream) {
                                    Queries::kThreads, sizeof(typename Queries::Shared), stream, a, maps);
   if (of_queries != kOk) return of_queries;
   for (a.row = 0; a.row < p.batch; ++a.row) {
-    for (a.first = 0; a.first < a.unions.tiles; a.first += parts.band) {
-      a.count = std::min(parts.band, a.unions.tiles - a.first);
-      Status const of_keys = launch(union_backward_kernel<Keys>, a.count * p.key_heads, Keys::kThreads,
+    for (a.number = 0; a.number < a.bands; ++a.number) {
+      Status const of_keys = launch(union_backward_kernel<Keys>, a.unions.tiles * p.key_heads, Keys::kThreads,
                                     sizeof(typename Keys::Shared), stream, a, maps);
       if (of_keys != kOk) return of_keys;
       Status const added =
@@ -159,18 +160,19 @@ Status dense_backward(BackwardLaunch const& a, void* stream) {
   return with_shape(a.p, [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, stream); });
 }
 
-Status union_backward(UnionParts const& parts, void* stream) {
-  UnionBackwardLaunch const& a = parts.launch;
+Status union_backward(UnionBackwardLaunch const& a, void* stream) {
   if (Status const s = make_unions(a.p, a.unions, a.redo, stream); s != kOk) return s;
+  if (Status const s = launch(start_kernel, a.p.batch, kStartThreads, 0, stream, a); s != kOk) return s;
   Status const transposed = launch(transpose_unions, a.p.batch * a.unions.tiles * (a.unions.capacity / kTile),
                                    kTile, 0, stream, a.unions, const_cast<uint4*>(a.key_bits));
   if (transposed != kOk) return transposed;
-  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_union<dtype, dim>(parts, stream); });
+  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_union<dtype, dim>(a, stream); });
 }
 
 }  // namespace
 
 Status attention_backward_supports(AttentionBackwardParams const& p) {
+  if (is_step(p)) return "the Hopper kernels of the backward pass take T from 64";
   if (!tma_compatible(queries(p, p.dout, p.dim)))
     return "the Hopper kernels take a gradient of o with strides of multiples of 8 elements";
   return attention_supports(p);

@@ -23,10 +23,11 @@ Status launch_forward(ForwardLaunch const& a, void* stream) {
 }  // namespace
 
 int64_t attention_workspace(AttentionForwardParams const& p) {
+  if (is_step(p)) return 0;
   Arena arena{nullptr};
   int* const redo = take_flags(arena).redo;
   if (gathers(p)) {
-    take_unions(p, arena, p.keys);
+    take_unions(p, arena);
   } else {
     take_masks(p, arena, redo, nullptr);
   }
@@ -34,6 +35,7 @@ int64_t attention_workspace(AttentionForwardParams const& p) {
 }
 
 Status attention(AttentionForwardParams const& p, float* workspace, void* stream) {
+  if (is_step(p)) return attention_step(p, stream);
   Arena arena{workspace};
   Flags const flags = take_flags(arena);
   int* const redo = flags.redo;
@@ -41,7 +43,7 @@ Status attention(AttentionForwardParams const& p, float* workspace, void* stream
   bool const gather = gathers(p);
   ForwardLaunch a{p, {}, {}};
   if (gather) {
-    a.unions = take_unions(p, arena, p.keys);
+    a.unions = take_unions(p, arena);
     a.masks.redo = redo;
   } else {
     a.masks = take_masks(p, arena, redo, nullptr);

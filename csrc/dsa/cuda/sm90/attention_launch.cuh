@@ -58,7 +58,8 @@ struct Arena {
   }
 };
 
-// Zero at first: whether to gather for each query alone, and whether a list of keys is full.
+// Zero at first: whether to gather for each query alone, and whether neighbours select too many keys
+// together.
 struct Flags {
   int *redo, *full;
 };
@@ -76,17 +77,19 @@ inline Masks take_masks(AttentionParams const& p, Arena& arena, int* redo, int c
 }
 Status make_masks(AttentionParams const& p, Masks const& masks, void* stream);
 
-// With room for `most` keys of a tile.
-inline Unions take_unions(AttentionParams const& p, Arena& arena, int64_t most) {
+inline Unions take_unions(AttentionParams const& p, Arena& arena) {
   int const queries = static_cast<int>(kTile / (p.query_heads / p.key_heads));
   int64_t const tiles = portable::ceil_div(p.tokens, queries), all = p.batch * tiles;
-  int64_t const keys = std::min({p.keys, queries * p.topk, most});
-  int64_t const capacity = portable::ceil_div(keys, kTile) * kTile;
+  int64_t const capacity = portable::ceil_div(std::min(p.keys, queries * p.topk), kTile) * kTile;
   Unions unions{tiles, capacity, queries, arena.take<int>(all), arena.take<int32_t>(all * capacity)};
   unions.bits = arena.take<uint4>(all * (capacity / kTile) * queries);
   return unions;
 }
 Status make_unions(AttentionParams const& p, Unions const& unions, int* redo, void* stream);
+
+// Whether there are too few queries for tiles: then each gathers alone, by warps that share its selection.
+inline bool is_step(AttentionParams const& p) { return p.tokens < kTileSide; }
+Status attention_step(AttentionForwardParams const& p, void* stream);
 
 // Whether to go through what queries select together, instead of through all tiles.
 inline bool gathers(AttentionParams const& p) {

@@ -1,7 +1,8 @@
 // Gradients of attention over a selection, for the keys that the queries of a tile select together
 // (union.cuh). A block keeps a tile's 128 rows of queries and of gradients of their outputs while its keys
 // pass by, 128 at a time; one pass adds up dq, another gives the tile's share of dk and dv of each key, in
-// fp32. Shares of a band of tiles are in memory together, and are added in the order of the tiles.
+// fp32. Pieces are 128 keys of a tile, in the order of tiles; the shares of a band of pieces are in memory
+// together, and are added in that order.
 #pragma once
 
 #include "dsa/cuda/sm90/attention_backward.cuh"
@@ -19,14 +20,18 @@ struct UnionBackwardLaunch {
   Unions unions;
   uint4 const* key_bits;      // [B, tiles, capacity / 128, 128 keys]: as unions.bits, of rows
   float const *lse, *delta;   // as in BackwardLaunch
-  float* shares;              // [tiles of the band, H, capacity, 2, D]: of dk, then of dv
-  float* sums;                // [S, H, 2, D]: of the bands of a batch row so far, where there are several
-  int64_t row, first, count;  // the band: tiles of a batch row
+  int *starts, *full;         // [B, tiles + 1]: first pieces; set if there are more than `most` of a row
+  int* firsts;                // [B, bands + 1]: tiles with the bands' first pieces
+  int64_t bands, band, most;  // of a batch row; pieces
+  float* shares;              // [pieces of a band, H, 128, 2, D]: of dk, then of dv
+  float* sums;                // [S, H, 2, D]: of the bands of a batch row so far
+  int64_t row, number;        // the band
 };
 
 struct UnionUnit {
   int row, head, key_head, heads;  // first query head, of a key head
-  int tile, local, token, size;    // of all, of the batch row or band; first query; keys
+  int tile, token, size;           // of all; first query; keys
+  int first, last, start;          // its pieces of the band, and the piece of the row that is its first
 
   // The last tile first: its queries may select from most keys.
   template <bool kKeys>
@@ -38,11 +43,18 @@ struct UnionUnit {
     u.key_head = unit % key_heads;
     u.head = u.key_head * u.heads;
     u.row = static_cast<int>(kKeys ? a.row : order % batch);
-    u.local = static_cast<int>((kKeys ? a.count : a.unions.tiles) - 1 - (kKeys ? order : order / batch));
-    int const tile = static_cast<int>(kKeys ? a.first : 0) + u.local;
+    int const tile = static_cast<int>(a.unions.tiles) - 1 - (kKeys ? order : order / batch);
     u.token = tile * a.unions.queries;
     u.tile = static_cast<int>(a.unions.tile(u.row, tile));
     u.size = a.unions.sizes[u.tile];
+    u.first = 0;
+    u.last = (u.size + kTile - 1) / kTile;
+    if constexpr (kKeys) {
+      int const begin = static_cast<int>(a.number * a.band);
+      u.start = a.starts[u.tile + u.row] - begin;  // in the band
+      u.first = max(0, -u.start);
+      u.last = min(u.last, static_cast<int>(a.band) - u.start);
+    }
     return u;
   }
 };
@@ -73,7 +85,7 @@ struct UnionTraits {
 
 __device__ inline bool is_idle(UnionBackwardLaunch const& a) {
   return __syncthreads_or(threadIdx.x == 0 && (*static_cast<int volatile*>(a.redo) != 0 ||
-                                               *static_cast<int volatile*>(a.unions.full) != 0));
+                                               *static_cast<int volatile*>(a.full) != 0));
 }
 
 // A warpgroup copies the keys and values of the tile, 128 at a time.
@@ -85,11 +97,11 @@ __device__ void gather_backward(typename Traits::Shared& shared, UnionBackwardLa
   UnionUnit const& unit = shared.unit;  // stays there: a loader has few registers
   int const lane = thread % kWarp, half = thread / kTileSide, first = thread % kTileSide - lane;
   auto const key_of = [&](int i) {
-    int const at = i * kTile + thread;
+    int const at = (unit.first + i) * kTile + thread;
     return at < unit.size ? unions.keys[unit.tile * unions.capacity + at] : -1;
   };
   int next = key_of(0);
-  for (int i = 0; i * kTile < unit.size; ++i) {
+  for (int i = 0; i < unit.last - unit.first; ++i) {
     int const stage = i % kStages, key = next;
     Barrier& loaded = shared.loaded[stage];
     if (i >= kStages) shared.released[stage].wait((i / kStages - 1) & 1);
@@ -97,7 +109,7 @@ __device__ void gather_backward(typename Traits::Shared& shared, UnionBackwardLa
       uint32_t const bytes = (Traits::kKeys ? kTile : unions.queries) * sizeof(uint4);
       loaded.arrive_expecting(bytes);
       load_bytes(shared.mask[stage],
-                 Traits::kKeys ? a.key_bits + unit.tile * unions.capacity + i * kTile
+                 Traits::kKeys ? a.key_bits + unit.tile * unions.capacity + (unit.first + i) * kTile
                                : unions.bits + unions.bits_of(unit.tile, i),
                  bytes, loaded);
     }
@@ -139,7 +151,7 @@ __device__ void differentiate_union(typename Traits::Shared& shared, UnionBackwa
   int const warp = thread / kWarp, lane = thread % kWarp, row = group * kTileSide + 16 * warp + lane / 4;
   float const scale = a.p.scale * portable::kLog2E;
   int const mask_rows[2] = {kKeys ? row : row / unit.heads, kKeys ? row + 8 : (row + 8) / unit.heads};
-  int const count = (unit.size + kTile - 1) / kTile;
+  int const count = unit.last - unit.first;
   bool finite = true;
   Gradients<typename Traits::T, kDim, kKeys> g;
   g.clear();
@@ -152,8 +164,9 @@ __device__ void differentiate_union(typename Traits::Shared& shared, UnionBackwa
     return reinterpret_cast<uint32_t const*>(shared.mask[stage] + mask_rows[half])[lane % 4];
   };
   if constexpr (kKeys) {
-    float* share = a.shares + (unit.local * a.p.key_heads + unit.key_head) * a.unions.capacity * 2 * kDim;
-    for (int i = 0; i < count; ++i, share += kTile * 2 * kDim) {
+    int64_t const piece = kTile * 2 * kDim;
+    float* share = a.shares + (int64_t{unit.start + unit.first} * a.p.key_heads + unit.key_head) * piece;
+    for (int i = 0; i < count; ++i, share += a.p.key_heads * piece) {
       int const stage = i % kStages;
       wait_for(i);
       char const *const k = shared.k[stage][group], *const v = shared.v[stage][group];
@@ -211,6 +224,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
   if (is_idle(a)) return;
   UnionUnit const unit = UnionUnit::of<Traits::kKeys>(a, static_cast<int>(blockIdx.x));
+  if (Traits::kKeys && unit.first >= unit.last) return;
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
     shared.unit = unit;
@@ -247,103 +261,128 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-inline constexpr int kAddThreads = 256, kAddTiles = 1024;  // tiles whose words are in shared memory together
-
-// Adds a band's shares of dk and dv, in the order of its tiles, to what the bands before gave; the last
-// band's sums are the results. A block takes a word's 32 keys of one key head, a warp 4 of them.
-template <class T, int kDim>
-__global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ UnionBackwardLaunch const a) {
-  constexpr int kEach = 2 * kDim / kWarp, kWarps = kAddThreads / kWarp, kOwn = kWarp / kWarps, kBatch = 8;
-  constexpr int kTiles = kAddTiles / kAddThreads;  // of a thread
-  struct alignas(16) Part {
-    float x[kEach];
-  };
-  struct Entry {
-    int tile;
-    uint2 word;
-  };
-  __shared__ Entry entries[kAddTiles];
-  __shared__ int warp_sums[kWarps];
-  if (is_idle(a)) return;
-  AttentionBackwardParams const& p = a.p;
-  int64_t const number = blockIdx.x / p.key_heads, key_head = blockIdx.x % p.key_heads;
+// starts and firsts of a batch row, a block each.
+inline constexpr int kStartThreads = 1024;
+__global__ void __launch_bounds__(kStartThreads) start_kernel(__grid_constant__ UnionBackwardLaunch const a) {
+  __shared__ int sums[kStartThreads / kWarp];
   int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  bool const is_first = a.first == 0, is_last = a.first + a.count == a.unions.tiles;
-  Part sums[kOwn];
-  auto const kept = [&](int j) {
-    int64_t const key = number * kWarp + warp * kOwn + j;
-    return reinterpret_cast<Part*>(a.sums + (key * p.key_heads + key_head) * 2 * kDim) + lane;
-  };
-  auto const exists = [&](int j) { return number * kWarp + warp * kOwn + j < p.keys; };
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) sums[j] = is_first || !exists(j) ? Part{} : *kept(j);
-  for (int64_t begin = 0; begin < a.count; begin += kAddTiles) {
-    uint2 words[kTiles];
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      int64_t const local = begin + threadIdx.x * kTiles + i;
-      words[i] = local < a.count
-                     ? a.unions.words[a.unions.tile(a.row, a.first + local) * a.unions.word_count + number]
-                     : uint2{};
-      own += words[i].x != 0;
-    }
-    int sum = own, found = 0;
+  int64_t const row = blockIdx.x, tiles = a.unions.tiles;
+  int* const starts = a.starts + row * (tiles + 1);
+  int* const firsts = a.firsts + row * (a.bands + 1);
+  for (int64_t i = threadIdx.x; i <= a.bands; i += kStartThreads) firsts[i] = static_cast<int>(tiles);
+  __syncthreads();
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < tiles; begin += kStartThreads) {
+    int64_t const tile = begin + threadIdx.x;
+    int const own = tile < tiles ? (a.unions.sizes[a.unions.tile(row, tile)] + kTile - 1) / kTile : 0;
+    int sum = own;
     for (int d = 1; d < kWarp; d *= 2) {
       int const before = __shfl_up_sync(0xffffffffu, sum, d);
       if (lane >= d) sum += before;
     }
+    if (lane == kWarp - 1) sums[warp] = sum;
+    __syncthreads();
+    int64_t last = total + sum;
+    for (int w = 0; w < kStartThreads / kWarp; ++w) {
+      if (w < warp) last += sums[w];
+      total += sums[w];
+    }
+    if (tile < tiles) {
+      starts[tile] = static_cast<int>(last - own);
+      for (int64_t i = portable::ceil_div(last - own, a.band); i * a.band < last && i <= a.bands; ++i)
+        firsts[i] = static_cast<int>(tile);
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    starts[tiles] = static_cast<int>(total);
+    if (total > a.most) *a.full = 1;
+  }
+}
+
+inline constexpr int kAddThreads = 1024;
+
+// Adds a band's shares of dk and dv, in the order of its pieces, to what the bands before gave; the last
+// band's sums are the results. A block takes a word's 32 keys of one key head, a warp each.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ UnionBackwardLaunch const a) {
+  constexpr int kEach = 2 * kDim / kWarp, kWarps = kAddThreads / kWarp, kBatch = 4;
+  static_assert(kWarps == kWarp);
+  struct alignas(16) Part {
+    float x[kEach];
+  };
+  struct Entry {
+    uint2 word;
+    int start;  // of the tile, in the band
+  };
+  __shared__ Entry entries[kAddThreads];
+  __shared__ int warp_sums[kWarps];
+  if (is_idle(a)) return;
+  AttentionBackwardParams const& p = a.p;
+  int64_t const number = blockIdx.x / p.key_heads, key_head = blockIdx.x % p.key_heads;
+  int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, band = static_cast<int>(a.band);
+  int const* const starts = a.starts + a.row * (a.unions.tiles + 1);
+  int const begin = static_cast<int>(a.number) * band, total = starts[a.unions.tiles];
+  if (begin >= total && begin > 0) return;
+  bool const is_first = begin == 0, is_last = begin + band >= total;
+  // The next band's first tile may have pieces in this one.
+  int const* const firsts = a.firsts + a.row * (a.bands + 1) + a.number;
+  int const first_tile = firsts[0];
+  int const last_tile = is_last ? static_cast<int>(a.unions.tiles) : firsts[1] + 1;
+  Part sum = {};
+  bool touched = false;
+  for (int tile = first_tile; tile < last_tile; tile += kAddThreads) {
+    int const own = tile + threadIdx.x;
+    uint2 const word =
+        own < last_tile ? a.unions.words[a.unions.tile(a.row, own) * a.unions.word_count + number] : uint2{};
+    uint32_t const ballot = __ballot_sync(0xffffffffu, word.x != 0);
     __syncthreads();  // the last round's entries are done with
-    if (lane == kWarp - 1) warp_sums[warp] = sum;
+    if (lane == 0) warp_sums[warp] = __popc(ballot);
     __syncthreads();
-    int at = sum - own;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) at += warp_sums[w];
-      found += warp_sums[w];
-    }
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if (words[i].x != 0) entries[at++] = {static_cast<int>(begin + threadIdx.x * kTiles + i), words[i]};
-    }
+    int const before = warp_sums[lane];
+    int const found = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));
+    int const at = static_cast<int>(__reduce_add_sync(0xffffffffu, lane < warp ? before : 0u)) +
+                   __popc(ballot & ((1u << lane) - 1));
+    if (word.x != 0) entries[at] = {word, starts[own] - begin};
     __syncthreads();
+    touched |= found > 0;
+    for (int first = 0; first < found; first += kWarp) {
+      Entry const e = first + lane < found ? entries[first + lane] : Entry{};
+      int const rank = e.word.y + __popc(e.word.x & ((1u << warp) - 1)), piece = e.start + rank / kTile;
+      int64_t const from = (piece * p.key_heads + key_head) * kTile + rank % kTile;
+      uint32_t left = __ballot_sync(0xffffffffu, (e.word.x >> warp & 1) != 0 && piece >= 0 && piece < band);
+      while (left != 0) {
+        Part parts[kBatch] = {};
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      int const bit = warp * kOwn + j;
-      for (int first = 0; first < found; first += kWarp) {
-        Entry const e = first + lane < found ? entries[first + lane] : Entry{};
-        int64_t const rank = e.word.y + __popc(e.word.x & ((1u << bit) - 1));
-        int64_t const from = (e.tile * p.key_heads + key_head) * a.unions.capacity + rank;
-        uint32_t left = __ballot_sync(0xffffffffu, e.word.x >> bit & 1);
-        while (left != 0) {
-          Part parts[kBatch] = {};
+        for (int b = 0; b < kBatch; ++b) {
+          int64_t const share = __shfl_sync(0xffffffffu, from, left == 0 ? 0 : __ffs(left) - 1);
+          if (left != 0) parts[b] = *(reinterpret_cast<Part const*>(a.shares + share * 2 * kDim) + lane);
+          left &= left - 1;
+        }
 #pragma unroll
-          for (int b = 0; b < kBatch; ++b) {
-            int64_t const share = __shfl_sync(0xffffffffu, from, left == 0 ? 0 : __ffs(left) - 1);
-            if (left != 0) parts[b] = *(reinterpret_cast<Part const*>(a.shares + share * 2 * kDim) + lane);
-            left &= left - 1;
-          }
+        for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-          for (int b = 0; b < kBatch; ++b) {
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) sums[j].x[i] += parts[b].x[i];
-          }
+          for (int i = 0; i < kEach; ++i) sum.x[i] += parts[b].x[i];
         }
       }
     }
   }
+  int64_t const key = number * kWarp + warp;
+  if (key >= p.keys) return;
+  auto* const kept = reinterpret_cast<Part*>(a.sums + (key * p.key_heads + key_head) * 2 * kDim) + lane;
+  if (!is_first && (touched || is_last)) {
+    Part const so_far = *kept;
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    if (!exists(j)) continue;
-    if (!is_last) {
-      *kept(j) = sums[j];
-      continue;
-    }
-    int64_t const key = number * kWarp + warp * kOwn + j;
-    T* const to = portable::row_of<T>(lane < kWarp / 2 ? p.dk : p.dv, a.row, key, key_head) +
-                  lane % (kWarp / 2) * kEach;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) to[i] = from_float<T>(sums[j].x[i]);
+    for (int i = 0; i < kEach; ++i) sum.x[i] += so_far.x[i];
   }
+  if (!is_last) {
+    if (is_first || touched) *kept = sum;
+    return;
+  }
+  T* const to =
+      portable::row_of<T>(lane < kWarp / 2 ? p.dk : p.dv, a.row, key, key_head) + lane % (kWarp / 2) * kEach;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) to[i] = from_float<T>(sum.x[i]);
 }
 
 }  // namespace lt2::dsa::sm90

@@ -90,11 +90,16 @@ struct Candidates {
   }
 };
 
-// Keeps the best `most` candidates at most, but all of the k best; of equals the first ones. k <= most <
-// count. bins: kBins of the warp's own.
-__device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
-  Candidate* const list = c.list;
-  int const count = c.count;
+// The best candidates: all with an order from `low` on, or of those that equal it only the first `equals`.
+struct Bound {
+  uint32_t low;
+  bool all;
+  int equals;
+};
+
+// Of at least the k best of `count` candidates and at most `most`, k <= most < count. bins: kBins of the
+// warp's own.
+__device__ inline Bound find_bound(Candidate const* list, int count, int k, int most, uint32_t* bins) {
   int const lane = threadIdx.x % 32;
   __syncwarp();
   uint32_t low = UINT32_MAX, high = 0;  // the k-th best is in [low, high]
@@ -146,7 +151,14 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
     if (kept <= most || shift == 0) break;
   }
   // Either all from low on are kept, or low is the k-th best itself.
-  bool const all = kept <= most;
+  return {low, kept <= most, equals};
+}
+
+// Keeps the best `most` candidates at most, but all of the k best; of equals the first ones.
+__device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
+  Candidate* const list = c.list;
+  int const count = c.count, lane = threadIdx.x % 32;
+  auto [low, all, equals] = find_bound(list, count, k, most, bins);
   int written = 0;
   unsigned below;
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));

@@ -46,6 +46,8 @@ struct Traits {
     uint32_t bins[kSelect ? kSelectWarps : 1][kBins];
     Sight sights[kQueries];
     Barrier key_full[kStages][2], key_empty[kStages][2], score_full[kSlots], score_empty[kSlots];
+    Barrier judged;  // an item with a sample has passed: whether its keys have to pass again
+    uint32_t again;  // number of the last item with a sample of which they have to
   };
 };
 
@@ -63,6 +65,23 @@ struct Item {
   int begin, steps;
   int inner_begin, inner_end;  // keys that all queries see that see any
 };
+
+// A sample of the keys passes before all keys. It tells what a query's topk-th best score may be, so that
+// fewer candidates are kept; if the guess was too high, all keys pass again without one.
+struct Sample {
+  int steps;  // of the item's steps, evenly spread; 0: none
+
+  __device__ int step(int i, int all) const {
+    return static_cast<int>((2 * i + 1) * int64_t{all} / (2 * steps));
+  }
+};
+template <class Traits>
+__device__ Sample sample_of(IndexLaunch const& a, Item const& item) {
+  constexpr int kMost = 8, kLongest = 8;  // steps; a sample is at most 1 / kLongest of all
+  if constexpr (!Traits::kSelect) return {0};
+  if (int64_t{item.steps} * kKeys < kLongest * int64_t{a.kept}) return {0};
+  return {min(min(kMost, a.capacity / kKeys - 1), item.steps / kLongest)};
+}
 
 // Items are dealt to blocks in turns, there and back, those with most keys first.
 __device__ inline int64_t item_number(int64_t round) {
@@ -153,6 +172,7 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
   float const least = a.p.relu ? 0.f : -INFINITY;
   bool const loads = thread % kWarpgroup == 0;
   uint32_t met = 0;  // steps of earlier items
+  [[maybe_unused]] uint32_t samples = 0;
   int64_t const items = a.rows.tiles * a.spans;
   for (int64_t round = 0; round * gridDim.x < items; ++round) {
     int64_t const number = item_number(round);
@@ -160,10 +180,17 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
     Sight sight;
     Item const item = find_item<Traits>(a, number, sight);
     if (item.steps == 0) continue;
-    if (loads) {
-      for (int i = 0; i < min(item.steps, Traits::kStages); ++i)
-        load_keys<Traits>(map, item, warpgroup, i, met + i, shared);
-    }
+    Sample const sample = sample_of<Traits>(a, item);
+    int passes = sample.steps + item.steps;
+    auto const step_of = [&](int i) {
+      if (i < sample.steps) return sample.step(i, item.steps);
+      i -= sample.steps;
+      return i < item.steps ? i : i - item.steps;
+    };
+    auto const load = [&](int i) {
+      if (loads && i < passes) load_keys<Traits>(map, item, warpgroup, step_of(i), met + i, shared);
+    };
+    for (int i = 0; i < Traits::kStages; ++i) load(i);
     __syncwarp();
     named_barrier(1, 32 * kScoreWarps);  // nobody reads the last item's queries any more
     if (thread < Traits::kQueries) shared.sights[thread] = sight;
@@ -262,8 +289,9 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
       }
     };
 
-    for (int step = 0; step < item.steps; ++step) {
-      uint32_t const now = met + step, stage = now % Traits::kStages, slot = now % Traits::kSlots;
+    for (int i = 0; i < passes; ++i) {
+      int const step = step_of(i);
+      uint32_t const now = met + i, stage = now % Traits::kStages, slot = now % Traits::kSlots;
       shared.key_full[stage][warpgroup].wait((now / Traits::kStages) & 1);
       multiply(0, stage);
       multiply(1, stage);
@@ -279,12 +307,18 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
         __syncwarp();
         if (lane == 0) shared.score_full[slot].arrive();
       }
-      if (loads && step + Traits::kStages < item.steps) {
-        load_keys<Traits>(map, item, warpgroup, step + Traits::kStages, now + Traits::kStages, shared);
-      }
+      load(i + Traits::kStages);
       __syncwarp();
+      if constexpr (Traits::kSelect) {
+        if (i + 1 < passes || sample.steps == 0 || passes > sample.steps + item.steps) continue;
+        shared.judged.wait(samples++ & 1);
+        if (*static_cast<uint32_t volatile*>(&shared.again) != samples) continue;
+        passes += item.steps;
+        for (int j = 1; j <= Traits::kStages; ++j) load(i + j);
+        __syncwarp();
+      }
     }
-    met += item.steps;
+    met += passes;
   }
 }
 
@@ -297,14 +331,16 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       (a.candidates == nullptr ? reinterpret_cast<Candidate*>(&shared + 1)
                                : a.candidates + int64_t{blockIdx.x} * Traits::kQueries * a.capacity) +
       warp * kOwn * a.capacity;
-  uint32_t met = 0;
+  uint32_t met = 0, samples = 0;
   int64_t const items = a.rows.tiles * a.spans;
   for (int64_t round = 0; round * gridDim.x < items; ++round) {
     int64_t const number = item_number(round);
     if (number >= items) continue;
     Sight sight;
     Item const item = find_item<Traits>(a, number, sight);
+    Sample const sample = sample_of<Traits>(a, item);
     Candidates own[kOwn];
+    bool guessed[kOwn] = {};
     int first[kOwn];
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -312,23 +348,21 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       bool const sees = __shfl_sync(kAll, sight.count, warp * kOwn + j) > 0;
       own[j] = {lists + j * a.capacity, 0, sees ? -INFINITY : NAN};
     }
-    for (int step = 0; step <= item.steps; ++step) {
-      bool const last = step == item.steps;
-      if (!last) {
-        uint32_t const now = met + step, slot = now % Traits::kSlots;
-        shared.score_full[slot].wait((now / Traits::kSlots) & 1);
-        float4 scores[kOwn];
+    auto const append = [&](int step) {
+      uint32_t const now = met++, slot = now % Traits::kSlots;
+      shared.score_full[slot].wait((now / Traits::kSlots) & 1);
+      float4 scores[kOwn];
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) {
-          scores[j] = *reinterpret_cast<float4 const*>(&shared.scores[slot][warp * kOwn + j][4 * lane]);
-        }
-        __syncwarp();
-        if (lane == 0) shared.score_empty[slot].arrive();
-        int const key = item.begin + step * kKeys + 4 * lane;
-#pragma unroll
-        for (int j = 0; j < kOwn; ++j) own[j].append(scores[j], key - first[j]);
+      for (int j = 0; j < kOwn; ++j) {
+        scores[j] = *reinterpret_cast<float4 const*>(&shared.scores[slot][warp * kOwn + j][4 * lane]);
       }
-      int const limit = last ? a.kept : a.capacity - kKeys;
+      __syncwarp();
+      if (lane == 0) shared.score_empty[slot].arrive();
+      int const key = item.begin + step * kKeys + 4 * lane;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) own[j].append(scores[j], key - first[j]);
+    };
+    auto const cut_to = [&](int limit, int most) {
       for (;;) {
         int full = -1;
         Candidates c;
@@ -339,14 +373,68 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
           c = own[j];
         }
         if (full < 0) break;
-        cut(c, a.kept, last ? a.kept : a.kept + (a.capacity - a.kept) / 4, shared.bins[warp]);
+        cut(c, a.kept, most, shared.bins[warp]);
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
           if (j == full) own[j] = c;
         }
       }
+    };
+    for (int i = 0; i < sample.steps; ++i) append(sample.step(i, item.steps));
+    if (sample.steps > 0) {
+#pragma unroll 1
+      for (int turn = 0; turn < kOwn; ++turn) {
+        Candidates c;
+        int seen = 0;
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          int const count = __shfl_sync(kAll, sight.count, warp * kOwn + j);
+          if (j == turn) c = own[j], seen = count;
+        }
+        // As many of the sample are expected among the topk best, and more for safety.
+        float const expected = static_cast<float>(a.kept) * c.count / max(seen, 1);
+        int const rank = static_cast<int>(expected + 4.f * sqrtf(expected) + 4.f), most = rank + rank / 4;
+        bool const guess = most < c.count;
+        __syncwarp();
+        if (guess)
+          c.least = portable::score_of(find_bound(c.list, c.count, rank, most, shared.bins[warp]).low);
+        c.count = 0;
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          if (j == turn) own[j] = c, guessed[j] = guess;
+        }
+      }
     }
-    met += item.steps;
+    int const limit = a.capacity - kKeys, room = a.kept + (a.capacity - a.kept) / 4;
+    for (int step = 0; step < item.steps; ++step) {
+      append(step);
+      cut_to(limit, room);
+    }
+    if (sample.steps > 0) {
+      ++samples;
+      bool failed = false;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) failed |= guessed[j] && own[j].count < a.kept;
+      if (lane == 0) {
+        if (failed) *static_cast<uint32_t volatile*>(&shared.again) = samples;
+        shared.judged.arrive();
+      }
+      __syncwarp();
+      shared.judged.wait((samples - 1) & 1);
+      if (*static_cast<uint32_t volatile*>(&shared.again) == samples) {
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          bool const anew = guessed[j] && own[j].count < a.kept;
+          own[j].least = anew ? -INFINITY : NAN;
+          if (anew) own[j].count = 0;
+        }
+        for (int step = 0; step < item.steps; ++step) {
+          append(step);
+          cut_to(limit, room);
+        }
+      }
+    }
+    cut_to(a.kept, a.kept);
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -376,6 +464,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char bytes[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(bytes);
   if (threadIdx.x == 0) {
+    shared.judged.init(kSelectWarps);
+    shared.again = 0;
     for (int i = 0; i < Traits::kStages; ++i) {
       for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
         shared.key_full[i][warpgroup].init(1);

@@ -5,6 +5,7 @@
 #include "common/cuda/launch.cuh"
 #include "dsa/cuda/sm90/indexer.cuh"
 #include "dsa/cuda/sm90/indexer_launch.h"
+#include "dsa/cuda/sm90/indexer_step.cuh"
 
 namespace lt2::dsa::sm90::indexer {
 
@@ -48,12 +49,43 @@ Status launch_items(IndexLaunch const& a, int shared_bytes, Dtype dtype, void* s
   return launch(index_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, map);
 }
 
+// So few queries that each may read its keys alone, if a cluster's shared memory holds its scores.
+struct StepPlan {
+  int blocks, shared_bytes;  // of a query, of a block
+};
+template <class Traits>
+StepPlan plan_step(IndexerParams const& p) {
+  constexpr int64_t kWorthABlock = 1024;
+  int blocks = 1;
+  while (blocks < kMostStepBlocks && p.keys > blocks * kWorthABlock) blocks *= 2;
+  int64_t const slice = portable::ceil_div(p.keys, kTileSide * blocks) * kTileSide;
+  return {blocks, static_cast<int>(sizeof(typename Traits::Shared) + slice * sizeof(uint32_t))};
+}
+template <class Traits>
+bool is_step(IndexerParams const& p) {
+  constexpr int64_t kFew = 4;
+  bool const alone = p.cu_seqlens.data != nullptr && p.sequences >= p.tokens;
+  return (p.tokens <= kFew || alone) && plan_step<Traits>(p).shared_bytes <= kSharedBytes;
+}
+template <class Traits>
+Status launch_step(IndexerParams const& p, Dtype dtype, void* stream) {
+  CUtensorMap map;
+  if (Status const made = make_tensor_map(&map, keys_of(p), dtype, kTileSide); made != kOk) return made;
+  StepPlan const plan = plan_step<Traits>(p);
+  int64_t const blocks = p.batch * p.tokens * plan.blocks;
+  if (blocks > INT32_MAX) return "too many queries for one launch (2^31 - 1 blocks)";
+  return launch_overlapped(step_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), kStepThreads,
+                           plan.shared_bytes, plan.blocks, stream, p, map, plan.blocks);
+}
+
 template <class T, Dtype kDtype, int kDim, int kHeads>
 struct Indexer {
+  using Step = StepTraits<T, kDim, kHeads == 16 ? 16 : 8>;
   using Select = Traits<T, kDim, kHeads, true>;
   using Scores = Traits<T, kDim, kHeads, false>;
 
   static int64_t workspace(IndexerParams const& p) {
+    if (is_step<Step>(p)) return 0;
     if (!streams(p, Select::kQueries)) return portable::score_workspace(p, Scores::kQueries);
     int64_t floats;
     int shared_bytes;
@@ -62,6 +94,7 @@ struct Indexer {
   }
 
   static Status run(IndexerParams const& p, float* workspace, void* stream) {
+    if (is_step<Step>(p)) return launch_step<Step>(p, kDtype, stream);
     if (streams(p, Select::kQueries)) {
       int64_t floats;
       int shared_bytes;

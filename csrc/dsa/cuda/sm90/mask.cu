@@ -35,19 +35,20 @@ __global__ void __launch_bounds__(portable::kThreads)
 }  // namespace
 
 Status attention_supports(AttentionParams const& p) {
-  constexpr int64_t kFewest = 64;
   if (p.dtype == Dtype::kFloat32) return "the Hopper kernels take bfloat16 and float16";
   if (p.dim != p.value_dim || (p.dim != 64 && p.dim != 128))
     return "the Hopper kernels take D = DV = 64 or 128";
   if (!(p.scale > 0.f)) return "the Hopper kernels take a positive scale";
   if (p.batch == 0 || p.keys == 0) return "the Hopper kernels take at least one key";
-  if (p.tokens < kFewest || p.tokens > kMaxTiles * kTile || p.keys > kMaxTiles * kTile)
-    return "the Hopper kernels take T from 64, T and S up to 2^17";
+  if (!runs_sm90_code()) return "the Hopper kernels need compute capability 9.0";
+  if (is_step(p)) return kOk;
+  if (p.tokens > kMaxTiles * kTile || p.keys > kMaxTiles * kTile)
+    return "the Hopper kernels take T and S up to 2^17";
   if (!gathers(p) && !fits_masks(p)) return "the Hopper kernels take S up to 64 topk";
   for (TokenMajor const& x : {queries(p, p.q, p.dim), keys(p, p.k, p.dim), keys(p, p.v, p.dim)}) {
     if (!tma_compatible(x)) return "the Hopper kernels take q, k, v with strides of multiples of 8 elements";
   }
-  return runs_sm90_code() ? kOk : "the Hopper kernels need compute capability 9.0";
+  return kOk;
 }
 
 Status clear(Flags const& flags, void* stream) {

@@ -46,12 +46,7 @@ __global__ void __launch_bounds__(kUnionThreads)
     if (w < warp) rank += warp_sums[w];
     size += warp_sums[w];
   }
-  bool const full = size > unions.capacity;
-  if (thread == 0) unions.sizes[tile] = full ? 0 : size;
-  if (full) {
-    if (thread == 0) *unions.full = 1;
-    return;
-  }
+  if (thread == 0) unions.sizes[tile] = size;
   int32_t* const keys = unions.keys + tile * unions.capacity;
   for (int i = first; i < last; ++i) {
     ranks[i] = rank;

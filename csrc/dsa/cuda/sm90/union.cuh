@@ -10,7 +10,7 @@ namespace lt2::dsa::sm90 {
 using namespace cuda::sm90;
 
 struct Unions {
-  int64_t tiles, capacity;  // of a batch row; keys of a tile that there is room for, a multiple of 128
+  int64_t tiles, capacity;  // of a batch row; keys of a tile at most, a multiple of 128
   int queries;              // of a tile
   int* sizes;               // [B, tiles]
   int32_t* keys;            // [B, tiles, capacity]
@@ -18,7 +18,6 @@ struct Unions {
   // Null, or where to find a key in the lists: which of 32 keys each word has, and the rank of the first.
   uint2* words;        // [B, tiles, ceil(S / 32)]
   int64_t word_count;  // of a tile
-  int* full;           // set where there is no room for a tile's keys; null: there is always room
 
   __host__ __device__ int64_t tile(int64_t row, int64_t tile) const { return row * tiles + tile; }
   // Of the queries for the i-th 128 keys.
