@@ -60,7 +60,7 @@ BackwardLaunch take_dense(AttentionBackwardParams const& p, Arena& arena, int* r
 }
 
 // Where neighbours select more together than what bits for all keys cost less for, or than a fixed number of
-// bands holds, the flag `full` is set and other kernels compute everything.
+// bands holds, the flag `full` is set and other kernels compute dk and dv.
 UnionBackwardLaunch take_union(AttentionBackwardParams const& p, Arena& arena, Flags const& flags,
                                Rows const& rows) {
   constexpr int64_t kShareBytes = int64_t{1} << 31, kMostBands = 16, kDense = 8;
@@ -96,7 +96,7 @@ Status launch_pass(BackwardLaunch const& a, BackwardMaps const& maps, void* stre
 }
 
 template <Dtype kDtype, int kDim>
-Status launch_dense(BackwardLaunch const& a, void* stream) {
+Status launch_dense(BackwardLaunch const& a, bool of_queries, void* stream) {
   using T = Element<kDtype>;
   AttentionBackwardParams const& p = a.p;
   BackwardMaps maps;
@@ -110,8 +110,11 @@ Status launch_dense(BackwardLaunch const& a, void* stream) {
   if (made != kOk) return made;
   Status const of_keys = launch_pass<BackwardTraits<T, kDim, true>>(a, maps, stream);
   if (of_keys != kOk) return of_keys;
-  Status const of_queries = launch_pass<BackwardTraits<T, kDim, false>>(a, maps, stream);
-  if (of_queries != kOk || a.dk == nullptr) return of_queries;
+  if (of_queries) {
+    Status const s = launch_pass<BackwardTraits<T, kDim, false>>(a, maps, stream);
+    if (s != kOk) return s;
+  }
+  if (a.dk == nullptr) return kOk;
   int64_t const pieces = p.batch * p.keys * p.key_heads * kDim / portable::kElements;
   return launch(sum_parts<T, kDim>, portable::ceil_div(pieces, portable::kThreads), portable::kThreads, 0,
                 stream, a);
@@ -152,12 +155,12 @@ Status launch_rows(AttentionBackwardParams const& p, Rows const& rows, void* str
                 portable::kThreads, 0, stream, p, rows.tokens, rows.lse, rows.delta);
 }
 
-Status dense_backward(BackwardLaunch const& a, void* stream) {
+Status dense_backward(BackwardLaunch const& a, bool of_queries, void* stream) {
   if (Status const s = make_masks(a.p, a.masks, stream); s != kOk) return s;
   Status const transposed = launch(transpose_masks, a.p.batch * a.masks.query_tiles * a.masks.key_tiles,
                                    kTile, 0, stream, a.masks, const_cast<uint4*>(a.key_bits));
   if (transposed != kOk) return transposed;
-  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, stream); });
+  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, of_queries, stream); });
 }
 
 Status union_backward(UnionBackwardLaunch const& a, void* stream) {
@@ -206,7 +209,7 @@ Status attention_backward(AttentionBackwardParams const& p, float* workspace, vo
   }
   if (!gather || fits_masks(p)) {
     int const* const condition = gather ? flags.full : nullptr;
-    Status const s = dense_backward(take_dense(p, arena, flags.redo, rows, condition), stream);
+    Status const s = dense_backward(take_dense(p, arena, flags.redo, rows, condition), !gather, stream);
     if (s != kOk) return s;
   }
   return portable::attention_backward_if(p, rest, stream, flags.redo);

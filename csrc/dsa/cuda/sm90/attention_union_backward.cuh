@@ -83,9 +83,11 @@ struct UnionTraits {
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
 
-__device__ inline bool is_idle(UnionBackwardLaunch const& a) {
-  return __syncthreads_or(threadIdx.x == 0 && (*static_cast<int volatile*>(a.redo) != 0 ||
-                                               *static_cast<int volatile*>(a.full) != 0));
+// dq is always of use.
+__device__ inline bool is_idle(UnionBackwardLaunch const& a, bool of_keys) {
+  return __syncthreads_or(threadIdx.x == 0 &&
+                          (*static_cast<int volatile*>(a.redo) != 0 ||
+                           (of_keys && *static_cast<int volatile*>(a.full) != 0)));
 }
 
 // A warpgroup copies the keys and values of the tile, 128 at a time.
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                           __grid_constant__ UnionMaps const maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
-  if (is_idle(a)) return;
+  if (is_idle(a, Traits::kKeys)) return;
   UnionUnit const unit = UnionUnit::of<Traits::kKeys>(a, static_cast<int>(blockIdx.x));
   if (Traits::kKeys && unit.first >= unit.last) return;
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
@@ -317,7 +319,7 @@ __global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ Unio
   };
   __shared__ Entry entries[kAddThreads];
   __shared__ int warp_sums[kWarps];
-  if (is_idle(a)) return;
+  if (is_idle(a, true)) return;
   AttentionBackwardParams const& p = a.p;
   int64_t const number = blockIdx.x / p.key_heads, key_head = blockIdx.x % p.key_heads;
   int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, band = static_cast<int>(a.band);
