@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_dsa_indexer import BF16, FP32, check_close, check_exact, indexer_on, integers, normals
+from test_dsa_indexer import BF16, FP32, Indexer, check_close, check_exact, integers, normals
 
 from lt2_ext import ops
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.cuda
 
 @pytest.fixture
 def indexer():
-    return indexer_on("cuda")
+    return Indexer("cuda")
 
 
 def on_cuda(x):

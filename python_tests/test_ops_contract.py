@@ -115,12 +115,13 @@ def conv_step() -> list[dict[str, Any]]:
 
 def indexer_samples() -> list[dict[str, Any]]:
     plain = {"q_idx": torch.randn(2, 5, 3, 8), "k_idx": torch.randn(2, 7, 8), "w_idx": None, "cu_seqlens": None,
-             "cu_seqlens_k": None, "q_offset": None, "topk": 4, "scale": 0.3, "relu": False}  # fmt: skip
+             "cu_seqlens_k": None, "q_offset": None, "topk": 4, "scale": 0.3, "relu": False, "pool": 0,
+             "blocks": 0}  # fmt: skip
     full = {"q_idx": torch.randn(1, 9, 2, 8).to(BF16), "k_idx": torch.randn(1, 12, 8).to(BF16),
             "w_idx": torch.randn(1, 9, 2), "cu_seqlens": torch.tensor([0, 3, 3, 9]),
             "cu_seqlens_k": torch.tensor([1, 5, 5, 12]), "q_offset": torch.tensor([1, 0, -2]),
             "relu": True}  # fmt: skip
-    return [plain, plain | full]
+    return [plain, plain | full, plain | {"pool": 64, "blocks": 1}]
 
 
 def attention_samples() -> list[dict[str, Any]]:
@@ -217,7 +218,7 @@ CONTRACTS = {
     "causal_conv1d_step_": Contract(conv_step, {"state": torch.zeros(2, 6, 3)}),
     "lightning_indexer": Contract(
         indexer_samples,
-        {"k_idx": torch.zeros(2, 7, 16), "w_idx": torch.zeros(2, 5, 2), "topk": 0},
+        {"k_idx": torch.zeros(2, 7, 16), "w_idx": torch.zeros(2, 5, 2), "topk": 0, "pool": 48},
     ),
     "dsa_attention_fwd": Contract(
         attention_samples,

@@ -74,7 +74,8 @@ void check_status(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", statu
 
 Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& weights,
                OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
-               OptionalTensor const& q_offset, int64_t topk, double scale, bool relu) {
+               OptionalTensor const& q_offset, int64_t topk, double scale, bool relu, int64_t pool,
+               int64_t blocks) {
   Tensor const q_idx = with_unit_last_stride(q_any), k_idx = with_unit_last_stride(k_any);
   LT2_CHECK_DIM(OP, q_idx, 4);
   int64_t const B = q_idx.size(0), T = q_idx.size(1), HI = q_idx.size(2), DI = q_idx.size(3);
@@ -89,12 +90,16 @@ Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& w
   LT2_CHECK_DTYPE(OP, k_idx, q_idx.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, k_idx, q_idx);
   STD_TORCH_CHECK(topk >= 1, OP ": topk must be at least 1, got ", topk);
+  STD_TORCH_CHECK(pool >= 0 && pool % 32 == 0, OP ": pool must be a multiple of 32, got ", pool);
+  STD_TORCH_CHECK(pool == 0 || blocks > (topk - 1) / pool, OP ": blocks must have topk keys, got ", blocks);
   IndexerParams p{};
   static_cast<Sequences&>(p) = sequences_of(OP, q_idx, k_idx.size(1), cu_seqlens, cu_seqlens_k, q_offset);
   p.dtype = kernel_dtype(q_idx);
   p.heads = HI;
   p.dim = DI;
   p.topk = topk;
+  p.pool = pool;
+  p.blocks = blocks;
   p.scale = static_cast<float>(scale);
   p.relu = relu;
   p.q = heads_of(q_idx);
@@ -110,11 +115,15 @@ Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& w
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   if (q_idx.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q_idx.get_device_index());
-    bool const hopper = sm90::indexer_supports(p) == kOk;
-    if (!hopper) check_status(portable::indexer_supports(p));
-    Tensor workspace = empty(q_idx, {hopper ? sm90::indexer_workspace(p) : portable::indexer_workspace(p)},
-                             ScalarType::Float);
-    auto const run = hopper ? sm90::lightning_indexer : portable::lightning_indexer;
+    bool const hopper = pool == 0 && sm90::indexer_supports(p) == kOk;
+    if (!hopper) check_status((pool ? portable::pooled_indexer_supports : portable::indexer_supports)(p));
+    auto const size = hopper ? sm90::indexer_workspace
+                      : pool ? portable::pooled_indexer_workspace
+                             : portable::indexer_workspace;
+    Tensor workspace = empty(q_idx, {size(p)}, ScalarType::Float);
+    auto const run = hopper ? sm90::lightning_indexer
+                     : pool ? portable::pooled_indexer
+                            : portable::lightning_indexer;
     check_status(run(p, floats(workspace), current_cuda_stream(q_idx)));
     return indices;
   }

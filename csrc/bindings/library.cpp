@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(lt2, m) {
   m.def(
       "lightning_indexer(Tensor q_idx, Tensor k_idx, Tensor? w_idx, Tensor? cu_seqlens, Tensor? "
       "cu_seqlens_k, "
-      "Tensor? q_offset, int topk, float scale, bool relu) -> Tensor");
+      "Tensor? q_offset, int topk, float scale, bool relu, int pool, int blocks) -> Tensor");
 
   m.def(
       "dsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? cu_seqlens, Tensor? "

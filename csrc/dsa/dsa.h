@@ -41,6 +41,10 @@ struct Sequences {
 struct IndexerParams : Sequences {
   Dtype dtype;  // of q and k
   int64_t heads, dim, topk;
+  // pool > 0: only keys of the query's newest block of `pool` keys (they count from the sequence's first) and
+  // of `blocks` older ones are eligible: those whose mean key has the best scores, of equals the first; NaN
+  // counts as -inf.
+  int64_t pool, blocks;
   float scale;
   bool relu;
   Heads q;        // [B, T, HI, DI]
@@ -121,6 +125,9 @@ namespace portable {
 Status indexer_supports(IndexerParams const& p);
 int64_t indexer_workspace(IndexerParams const& p);
 Status lightning_indexer(IndexerParams const& p, float* workspace, void* cuda_stream);
+Status pooled_indexer_supports(IndexerParams const& p);  // these three with pool > 0
+int64_t pooled_indexer_workspace(IndexerParams const& p);
+Status pooled_indexer(IndexerParams const& p, float* workspace, void* cuda_stream);
 Status attention_supports(AttentionParams const& p);
 int64_t attention_workspace(AttentionForwardParams const& p);
 Status attention(AttentionForwardParams const& p, float* workspace, void* cuda_stream);

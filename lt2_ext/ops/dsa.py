@@ -29,8 +29,16 @@ def lightning_indexer(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_offset: Tensor | int | None = None,
+    pool: int | None = None,
+    oversample: int = 4,
 ) -> Tensor:
     """The ``topk`` visible keys of each query with the highest ``I[t, s] = sum_j w[t, j] act(scale q[t, j] . k[s])``.
+
+    With ``pool``, of the keys of some blocks only, which are found first, so that the work is linear in T but for one
+    score per query and block. A block is ``pool`` keys, counted from the first of the document. Each query takes the
+    newest block that it sees, and of the older ones the ``ceil(oversample * topk / pool)`` whose mean key has the best
+    scores (of equals the older one; NaN counts as -inf). While these are all blocks, as up to ``topk`` visible keys,
+    the result is the same as without.
 
     Query t stands at position ``q_offset + t`` and sees the keys up to and including it. Scores accumulate in float32
     and are selected from exactly: of equal ones (-0 equals 0) the smaller index wins, -inf comes last, NaN is never
@@ -51,16 +59,18 @@ def lightning_indexer(
         cu_seqlens_k: the same for the keys; None: those of the queries.
         q_offset: position of the first query among the keys of its document: an int, or an int tensor ``[B]`` (``[N]``
             with ``cu_seqlens``). None: the last query stands at the last key.
+        pool: None, or a multiple of 32 (64 or 128, as a rule).
+        oversample: with ``pool``, at least 1: more finds more of what the whole search finds, and takes longer.
 
     Returns:
         int32 ``[B, T, topk]``: ascending, unique, counted from the first key of the document, ``-1`` where fewer keys
         can be selected. The same with and without gradients, on each run and with any number of threads, and however a
         sequence is split into calls. The CPU, the Hopper kernels (2-byte dtypes, DI 64 or 128, HI up to 16, a positive
         scale, rows of multiples of 16 bytes) and the other CUDA kernels sum a score in different orders: between them,
-        keys within rounding of the threshold may be swapped.
+        keys within rounding of the threshold may be swapped, and blocks (on CUDA means have the dtype of the keys).
 
     Raises:
-        ValueError: a wrong dtype or activation.
+        ValueError: a wrong dtype, activation, pool or oversample.
         RuntimeError: a wrong shape; on the CPU, offsets that do not ascend within the tokens.
     """
     op = "lightning_indexer"
@@ -70,10 +80,13 @@ def lightning_indexer(
     if w_idx is not None:
         check(w_idx.is_floating_point(), op, "w_idx", "have a float dtype", w_idx.dtype)
         w_idx = w_idx.detach().float()
+    check(pool is None or (pool > 0 and pool % 32 == 0), op, "pool", "be None or a multiple of 32", pool)
+    check(oversample >= 1, op, "oversample", "be at least 1", oversample)
     offset = _positions(op, q_idx, cu_seqlens, q_offset)
     scale = (q_idx.shape[-1] or 1) ** -0.5 if scale is None else scale
+    blocks = 0 if pool is None else -(-oversample * topk // pool)
     return _indexer(q_idx.detach(), k_idx.detach(), w_idx, cu_seqlens, cu_seqlens_k, offset, topk, scale,
-                    activation is not None)  # fmt: skip
+                    activation is not None, pool or 0, blocks)  # fmt: skip
 
 
 def dsa_attention(
@@ -222,7 +235,7 @@ def _positions(op: str, q: Tensor, cu_seqlens: Tensor | None, q_offset: Tensor |
 @fake("lightning_indexer")
 def _(
     q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None, topk: int, scale: float, relu: bool,
+    q_offset: Tensor | None, topk: int, scale: float, relu: bool, pool: int, blocks: int,
 ) -> Tensor:  # fmt: skip
     return q_idx.new_empty((q_idx.shape[0], q_idx.shape[1], topk), dtype=torch.int32)
 

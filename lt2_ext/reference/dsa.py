@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -66,6 +67,27 @@ def select(scores: Tensor, visible: Tensor, topk: int, empty: int = -1) -> Tenso
     return indices
 
 
+def pooled(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    w_idx: Tensor | None,
+    visible: Tensor,
+    blocks: int,
+    pool: int,
+    scale: float | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """bool ``[T, S]``: the keys of the newest block of ``pool`` keys that each query of a sequence sees, and of those
+    ``blocks`` older ones whose mean keys have the best scores; NaN counts as -inf."""
+    full, newest = len(k_idx) // pool, (visible.sum(1, keepdim=True) - 1).clamp_min(0) // pool
+    means = k_idx[: full * pool].unflatten(0, (full, pool)).mean(1)
+    scores = index_scores(q_idx, means, w_idx, scale, activation)
+    older = select(scores.masked_fill(scores.isnan(), -torch.inf), torch.arange(full) < newest, blocks)
+    chosen = torch.zeros(len(q_idx), full + 2, dtype=torch.bool)
+    chosen.scatter_(1, torch.cat([newest, older.long().masked_fill(older < 0, full + 1)], 1), value=True)
+    return chosen[:, : full + 1].repeat_interleave(pool, 1)[:, : len(k_idx)]
+
+
 def lightning_indexer(
     q_idx: Tensor,
     k_idx: Tensor,
@@ -77,14 +99,18 @@ def lightning_indexer(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_offset: Tensor | int | None = None,
+    pool: int | None = None,
+    oversample: int = 4,
 ) -> Tensor:
     """As :func:`lt2_ext.ops.lightning_indexer`."""
     (B, T), S = q_idx.shape[:2], k_idx.shape[1]
     indices = torch.full((B, T, topk), -1, dtype=torch.int32)
     for d in documents(B, T, S, cu_seqlens, cu_seqlens_k, q_offset):
         q, k = q_idx[d.row, d.queries], k_idx[d.row, d.keys]
-        scores = index_scores(q, k, None if w_idx is None else w_idx[d.row, d.queries], scale, activation)
-        indices[d.row, d.queries] = select(scores, d.visible(len(k)), topk)
+        w, eligible = None if w_idx is None else w_idx[d.row, d.queries], d.visible(len(k))
+        if pool is not None:
+            eligible &= pooled(q, k, w, eligible, math.ceil(oversample * topk / pool), pool, scale, activation)
+        indices[d.row, d.queries] = select(index_scores(q, k, w, scale, activation), eligible, topk)
     return indices
 
 

@@ -45,8 +45,14 @@ std::vector<Block> blocks(std::vector<Document> const& list, int64_t Document::*
   return result;
 }
 
-int64_t panels(IndexerParams const& p) {
-  return static_cast<int64_t>(blocks(documents(p), &Document::keys, kBlockKeys).size());
+// First panels of the documents, then how many there are; a panel is of kBlockKeys rows, each of `tokens`
+// keys.
+std::vector<int64_t> panels(std::vector<Document> const& list, int64_t tokens) {
+  std::vector<int64_t> first(list.size() + 1);
+  for (size_t n = 0; n < list.size(); ++n) {
+    first[n + 1] = first[n] + (list[n].keys / tokens + kBlockKeys - 1) / kBlockKeys;
+  }
+  return first;
 }
 
 // Rows of a contiguous [1, T, ..] tensor that belong to no sequence, filled by the element.
@@ -124,28 +130,35 @@ bool selects(LossParams const& p, Document const& d, int64_t t) {
 }  // namespace
 
 int64_t indexer_workspace(IndexerParams const& p, ThreadPool const& pool) {
-  return panels(p) * kBlockKeys * p.dim + pool.num_threads * select_workspace(p);
+  auto const list = documents(p);
+  int64_t const means = p.pool == 0 ? 0 : panels(list, p.pool).back();
+  return (panels(list, 1).back() + means) * kBlockKeys * p.dim + pool.num_threads * select_workspace(p);
 }
 
 void lightning_indexer(IndexerParams const& p, float* workspace, ThreadPool const& pool) {
   fill_outside(p, p.indices, p.topk, -1);
   auto const list = documents(p);
-  auto const keys = blocks(list, &Document::keys, kBlockKeys);
   auto const queries = blocks(list, &Document::queries, kBlockQueries);
   int64_t const panel = kBlockKeys * p.dim;
-  std::vector<int64_t> first_panel(list.size() + 1);
-  for (size_t n = 0; n < list.size(); ++n) {
-    first_panel[n + 1] = first_panel[n] + (list[n].keys + kBlockKeys - 1) / kBlockKeys;
-  }
-  float* const lanes = workspace + first_panel.back() * panel;
-  pool.items(static_cast<int64_t>(keys.size()), [&](int64_t item, int) {
-    auto const [n, i] = keys[item];
-    kernels().pack(p, list[n], i, workspace + (first_panel[n] + i) * panel);
-  });
+  // Packed rows of all documents at workspace; returns their first panels.
+  auto const packed = [&](int64_t tokens, auto pack) {
+    auto const first = panels(list, tokens);
+    auto const items = blocks(list, &Document::keys, tokens * kBlockKeys);
+    pool.items(static_cast<int64_t>(items.size()), [&](int64_t item, int) {
+      auto const [n, i] = items[item];
+      if (first[n] + i < first[n + 1]) pack(p, list[n], i, workspace + (first[n] + i) * panel);
+    });
+    workspace += first.back() * panel;
+    return first;
+  };
+  float const* const keys = workspace;
+  auto const first_key = packed(1, kernels().pack);
+  float const* const means = workspace;
+  auto const first_mean = p.pool == 0 ? first_key : packed(p.pool, kernels().pack_means);
   pool.items(static_cast<int64_t>(queries.size()), [&](int64_t item, int lane) {
     auto const [n, i] = queries[item];
-    kernels().select(p, list[n], i * kBlockQueries, workspace + first_panel[n] * panel,
-                     lanes + lane * select_workspace(p));
+    kernels().select(p, list[n], i * kBlockQueries, keys + first_key[n] * panel,
+                     means + first_mean[n] * panel, workspace + lane * select_workspace(p));
   });
 }
 

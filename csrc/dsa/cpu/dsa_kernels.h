@@ -8,6 +8,6 @@
 namespace lt2::dsa::LT2_ISA {
 
 extern Kernels const kKernels;
-Kernels const kKernels = {&pack, &select, &attend, &attend_backward, &reduce, &loss};
+Kernels const kKernels = {&pack, &pack_means, &select, &attend, &attend_backward, &reduce, &loss};
 
 }  // namespace lt2::dsa::LT2_ISA

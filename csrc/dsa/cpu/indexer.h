@@ -1,5 +1,6 @@
 // Lightning indexer of one block of queries: scores of a panel of keys at a time, never more, from which each
-// query keeps its candidates. A score is the same sum in the same order wherever its query and key lie.
+// query keeps its candidates. A score is the same sum in the same order wherever its query and key lie, and
+// whether a pool is on the way to it.
 #pragma once
 
 #include "common/cpu/gemm.h"
@@ -12,6 +13,7 @@ using namespace lt2::LT2_ISA;
 
 static_assert(kBlockQueries == kPanel && kBlockKeys == kPanel);
 
+using lt2::LT2_ISA::splat;
 inline VecI splat(int32_t x) { return x - VecI{}; }
 
 // A number in the order of scores: -0 equals 0, NaN is below everything.
@@ -113,6 +115,16 @@ void pack_keys(IndexerParams const& p, Document const& document, int64_t panel, 
             static_cast<int>(left < kPanel ? left : kPanel), p.dim, packed);
 }
 
+// rows[i][j][d] = q[first + i, j, d]
+template <class T>
+inline void copy_queries(IndexerParams const& p, int64_t row, int64_t first, int64_t count, float* rows) {
+  auto const* const q = static_cast<T const*>(p.q.data) + row * p.q.batch + first * p.q.token;
+  for (int64_t i = 0; i < count * p.heads; ++i) {
+    T const* const from = q + i / p.heads * p.q.token + i % p.heads * p.q.head;
+    for (int64_t d = 0; d < p.dim; ++d) rows[i * p.dim + d] = to_float(from[d]);
+  }
+}
+
 // Packed queries [HI][DI][kPanel] and weights [HI][kPanel] of a block.
 struct Queries {
   float *packed, *weights;
@@ -134,6 +146,16 @@ inline void pack_queries(IndexerParams const& p, int64_t row, int64_t first, Que
   }
 }
 
+// out[0, 2 kLanes) of a query += what head j has of its score, out of the products with the keys; = for j =
+// 0.
+inline void add_head(IndexerParams const& p, float weight, int64_t j, Vec const (&products)[2], float* out) {
+  for (int v = 0; v < 2; ++v) {
+    Vec x = products[v] * p.scale;
+    if (p.relu) x = x < 0.f ? Vec{} : x;
+    store(out + v * kLanes, j == 0 ? x * weight : load(out + v * kLanes) + x * weight);
+  }
+}
+
 // scores[i][:] of one panel of keys, for all queries of the block.
 inline void score(IndexerParams const& p, Queries const& queries, float const* keys,
                   float (*scores)[kPanel]) {
@@ -145,14 +167,25 @@ inline void score(IndexerParams const& p, Queries const& queries, float const* k
                             static_cast<int>(p.dim), 0.f);
         float const* const weights = queries.weights + j * kPanel + i;
         for (int r = 0; r < kTileRows; ++r) {
-          for (int v = 0; v < kTileCols; v += kLanes) {
-            Vec x = load(dots[r] + v) * p.scale;
-            if (p.relu) x = x < 0.f ? Vec{} : x;
-            float* const out = scores[i + r] + c + v;
-            store(out, j == 0 ? x * weights[r] : load(out) + x * weights[r]);
-          }
+          Vec const products[] = {load(dots[r]), load(dots[r] + kLanes)};
+          add_head(p, weights[r], j, products, scores[i + r] + c);
         }
       }
+    }
+  }
+}
+
+// Means [panel * kPanel, ..) of the document; every one is of p.pool keys.
+template <class T>
+void pack_mean_rows(IndexerParams const& p, Document const& document, int64_t panel, float* packed) {
+  int64_t const first = panel * kPanel, left = document.keys / p.pool - first;
+  auto const* const k = static_cast<T const*>(p.k.data) + document.row * p.k.batch +
+                        (document.key + first * p.pool) * p.k.token;
+  float const factor = 1.f / static_cast<float>(p.pool);
+  for (int64_t i = 0; i < kPanel; ++i) {
+    for (int64_t d = 0; d < p.dim; ++d) packed[d * kPanel + i] = 0.f;
+    for (int64_t s = i * p.pool; s < (i + 1) * p.pool && i < left; ++s) {
+      for (int64_t d = 0; d < p.dim; ++d) packed[d * kPanel + i] += to_float(k[s * p.k.token + d]) * factor;
     }
   }
 }
@@ -161,37 +194,151 @@ void pack(IndexerParams const& p, Document const& document, int64_t panel, float
   (p.dtype == Dtype::kBFloat16 ? pack_keys<Bf16> : pack_keys<float>)(p, document, panel, packed);
 }
 
-void select(IndexerParams const& p, Document const& document, int64_t first, float const* packed,
-            float* workspace) {
-  int64_t const left = document.queries - first;
-  int const count = static_cast<int>(left < kBlockQueries ? left : kBlockQueries);
-  int const k = static_cast<int>(kept(p));
-  int64_t const size = candidates(p);
-  Candidates lists[kBlockQueries];
-  for (int i = 0; i < count; ++i) {
-    auto* const list = reinterpret_cast<int32_t*>(workspace) + 2 * i * size;
-    lists[i] = {list, list + size, 0, kLowest};
-  }
-  float* const q = workspace + kBlockQueries * 2 * size;
-  Queries const queries{q, q + p.heads * p.dim * kPanel, count};
-  (p.dtype == Dtype::kBFloat16 ? pack_queries<Bf16> : pack_queries<float>)(p, document.row,
-                                                                           document.query + first, queries);
-  alignas(64) float scores[kBlockQueries][kPanel];
-  int64_t const seen = visible(document, first + count - 1);
-  for (int64_t key = 0; key < seen; key += kPanel) {
-    score(p, queries, packed + key * p.dim, scores);
+void pack_means(IndexerParams const& p, Document const& document, int64_t panel, float* packed) {
+  (p.dtype == Dtype::kBFloat16 ? pack_mean_rows<Bf16> : pack_mean_rows<float>)(p, document, panel, packed);
+}
+
+// Lists of candidates of a block of queries, each up to its own limit.
+struct Lists {
+  Candidates list[kBlockQueries];
+  int64_t limits[kBlockQueries] = {};  // never falling
+  int count;
+  int kept;
+  int64_t size;
+
+  // Takes 2 * kBlockQueries * candidates(kept) floats.
+  Lists(int64_t kept, int count, float* storage)
+      : count(count), kept(static_cast<int>(kept)), size(candidates(kept)) {
     for (int i = 0; i < count; ++i) {
-      int64_t const limit = visible(document, first + i);
-      if (key >= limit) continue;
-      if (lists[i].count + kPanel > size) lists[i].cut(k);
-      lists[i].append(scores[i], key, limit);
+      auto* const at = reinterpret_cast<int32_t*>(storage) + 2 * i * size;
+      list[i] = {at, at + size, 0, kLowest};
     }
   }
+
+  void append(int i, float const* scores, int64_t first) {
+    if (first >= limits[i]) return;
+    if (list[i].count + kPanel > size) list[i].cut(kept);
+    list[i].append(scores, first, limits[i]);
+  }
+
+  void finish() {
+    for (int i = 0; i < count; ++i) {
+      if (list[i].count > kept) list[i].cut(kept);
+    }
+  }
+};
+
+// Of all keys.
+void search(IndexerParams const& p, Queries const& queries, float const* keys, Lists& lists) {
+  alignas(64) float scores[kBlockQueries][kPanel];
+  for (int64_t key = 0; key < lists.limits[lists.count - 1]; key += kPanel) {
+    score(p, queries, keys + key * p.dim, scores);
+    for (int i = 0; i < lists.count; ++i) lists.append(i, scores[i], key);
+  }
+}
+
+// The blocks of keys for each query: all that it sees if they are few enough, else those whose means are
+// best, and its newest.
+void search_blocks(IndexerParams const& p, Queries const& queries, float const* means, Lists& blocks) {
+  alignas(64) float scores[kBlockQueries][kPanel];
+  bool const all = blocks.limits[blocks.count - 1] <= blocks.kept;
+  for (int64_t block = 0; !all && block < blocks.limits[blocks.count - 1]; block += kPanel) {
+    score(p, queries, means + block * p.dim, scores);
+    for (int i = 0; i < blocks.count; ++i) {
+      for (int c = 0; c < kPanel; c += kLanes) {
+        Vec const x = load(scores[i] + c);
+        store(scores[i] + c, x == x ? x : splat(-__builtin_inff()));
+      }
+      blocks.append(i, scores[i], block);
+    }
+  }
+  blocks.finish();
+  for (int i = 0; i < blocks.count; ++i) {
+    auto& list = blocks.list[i];
+    for (; all && list.count < blocks.limits[i]; ++list.count) list.indices[list.count] = list.count;
+    list.indices[list.count++] = static_cast<int32_t>(blocks.limits[i]);
+  }
+}
+
+// scores[n][:] of one panel of keys for the n-th of the `chosen` queries; rows: all queries, [query][HI][DI].
+void score_chosen(IndexerParams const& p, Queries const& queries, float const* rows, int const* chosen,
+                  int count, float const* keys, float (*scores)[kPanel]) {
+  int const heads = static_cast<int>(p.heads), all = count * heads;
+  for (int first = 0; first < all; first += kTileRows) {
+    float const* row[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      int const at = first + r < all ? first + r : all - 1;
+      row[r] = rows + (chosen[at / heads] * heads + at % heads) * p.dim;
+    }
+    for (int c = 0; c < kPanel; c += kTileCols) {
+      Vec acc[kTileRows][2] = {};
+      for (int64_t d = 0; d < p.dim; ++d) {
+        Vec const b0 = load(keys + d * kPanel + c), b1 = load(keys + d * kPanel + c + kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+          Vec const x = splat(row[r][d]);
+          acc[r][0] += x * b0;
+          acc[r][1] += x * b1;
+        }
+      }
+      for (int r = 0; r < kTileRows && first + r < all; ++r) {
+        int const n = (first + r) / heads, head = (first + r) % heads;
+        add_head(p, queries.weights[head * kPanel + chosen[n]], head, acc[r], scores[n] + c);
+      }
+    }
+  }
+}
+
+// Of the keys of the blocks that each query has; block after block, for all queries that have it.
+void search_chosen(IndexerParams const& p, Queries const& queries, float const* rows, float const* keys,
+                   Lists const& blocks, Lists& lists) {
+  alignas(64) float scores[kBlockQueries][kPanel];
+  int next[kBlockQueries] = {}, chosen[kBlockQueries];
+  for (int64_t block = 0; block * p.pool < lists.limits[lists.count - 1]; ++block) {
+    int count = 0;
+    for (int i = 0; i < lists.count; ++i) {
+      auto const& list = blocks.list[i];
+      if (next[i] == list.count || list.indices[next[i]] != block) continue;
+      ++next[i];
+      chosen[count++] = i;
+    }
+    if (count == 0) continue;
+    int64_t const seen = lists.limits[chosen[count - 1]], end = (block + 1) * p.pool;
+    for (int64_t key = block * p.pool; key < end && key < seen; key += kPanel) {
+      score_chosen(p, queries, rows, chosen, count, keys + key * p.dim, scores);
+      for (int n = 0; n < count; ++n) lists.append(chosen[n], scores[n], key);
+    }
+  }
+}
+
+void select(IndexerParams const& p, Document const& document, int64_t first, float const* packed,
+            float const* means, float* workspace) {
+  int64_t const left = document.queries - first, row = document.row, query = document.query + first;
+  int const count = static_cast<int>(left < kBlockQueries ? left : kBlockQueries);
+  bool const narrow = p.dtype == Dtype::kBFloat16;
+  Lists lists(kept(p), count, workspace);
+  for (int i = 0; i < count; ++i) lists.limits[i] = visible(document, first + i);
+  float* const q = workspace + kBlockQueries * 2 * lists.size;
+  Queries const queries{q, q + p.heads * p.dim * kPanel, count};
+  (narrow ? pack_queries<Bf16> : pack_queries<float>)(p, row, query, queries);
+  if (p.pool == 0) {
+    search(p, queries, packed, lists);
+  } else {
+    float* const rows = queries.weights + p.heads * kPanel;
+    (narrow ? copy_queries<Bf16> : copy_queries<float>)(p, row, query, count, rows);
+    Lists blocks(kept_blocks(p), count, rows + kBlockQueries * p.heads * p.dim);
+    for (int i = 0; i < count; ++i) {
+      blocks.limits[i] = lists.limits[i] == 0 ? 0 : (lists.limits[i] - 1) / p.pool;
+    }
+    search_blocks(p, queries, means, blocks);
+    search_chosen(p, queries, rows, packed, blocks, lists);
+  }
+  lists.finish();
   for (int i = 0; i < count; ++i) {
-    if (lists[i].count > k) lists[i].cut(k);
-    int32_t* const out = p.indices + (document.row * p.tokens + document.query + first + i) * p.topk;
-    __builtin_memcpy(out, lists[i].indices, lists[i].count * sizeof(int32_t));
-    for (int64_t c = lists[i].count; c < p.topk; ++c) out[c] = -1;
+    auto const& list = lists.list[i];
+    int32_t* const out = p.indices + (row * p.tokens + query + i) * p.topk;
+    __builtin_memcpy(out, list.indices, list.count * sizeof(int32_t));
+    for (int64_t c = list.count; c < p.topk; ++c) out[c] = -1;
   }
 }
 

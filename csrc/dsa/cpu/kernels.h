@@ -24,13 +24,18 @@ constexpr int kBlockKeys = 32;     // a panel of packed keys, [DI][kBlockKeys]
 // Scores are met in the order of keys, so a query keeps those above the topk-th best so far; when the list is
 // full, it is cut down to the topk best again.
 static inline int64_t kept(IndexerParams const& p) { return p.topk < p.keys ? p.topk : p.keys; }
-static inline int64_t candidates(IndexerParams const& p) {
-  int64_t const k = kept(p);
-  return (k + (k < 128 ? 128 : k) + 2 * kBlockKeys) / kBlockKeys * kBlockKeys;
+static inline int64_t kept_blocks(IndexerParams const& p) {
+  int64_t const all = p.pool == 0 ? 0 : p.keys / p.pool;
+  return p.blocks < all ? p.blocks : all;
 }
-// Floats of one thread: candidates (scores and indices), packed queries, weights.
+static inline int64_t candidates(int64_t kept) {
+  return (kept + (kept < 128 ? 128 : kept) + 2 * kBlockKeys) / kBlockKeys * kBlockKeys;
+}
+// Floats of one thread: candidates (scores and indices), packed queries, weights; with a pool also candidate
+// blocks and the queries in rows.
 static inline int64_t select_workspace(IndexerParams const& p) {
-  return kBlockQueries * (2 * candidates(p) + p.heads * p.dim + p.heads);
+  int64_t const pooled = p.pool == 0 ? 0 : 2 * candidates(kept_blocks(p)) + p.heads * p.dim;
+  return kBlockQueries * (2 * candidates(kept(p)) + p.heads * p.dim + p.heads + pooled);
 }
 
 constexpr int kRowMultiple = 16;   // rows of keys and values are padded to it in fp32
@@ -54,10 +59,13 @@ static inline int64_t loss_lane(LossParams const& p) {
 }
 
 struct Kernels {
-  // Keys [panel * kBlockKeys, ..) of the document, transposed, zeros after the last.
+  // Keys [panel * kBlockKeys, ..) of the document, transposed, zeros after the last; pack_means: so many
+  // means of `pool` keys.
   void (*pack)(IndexerParams const& p, Document const& document, int64_t panel, float* packed);
+  void (*pack_means)(IndexerParams const& p, Document const& document, int64_t panel, float* packed);
+  // `means` is not read without a pool.
   void (*select)(IndexerParams const& p, Document const& document, int64_t first, float const* packed,
-                 float* workspace);
+                 float const* means, float* workspace);
 
   // Query heads of one key head, queries [first, first + kAttendQueries) of the document.
   void (*attend)(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,

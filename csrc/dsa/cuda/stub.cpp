@@ -7,6 +7,9 @@ static constexpr Status kNotBuilt = "lt2_ext was built without CUDA kernels (no 
 Status indexer_supports(IndexerParams const&) { return kNotBuilt; }
 int64_t indexer_workspace(IndexerParams const&) { return 0; }
 Status lightning_indexer(IndexerParams const&, float*, void*) { return kNotBuilt; }
+Status pooled_indexer_supports(IndexerParams const&) { return kNotBuilt; }
+int64_t pooled_indexer_workspace(IndexerParams const&) { return 0; }
+Status pooled_indexer(IndexerParams const&, float*, void*) { return kNotBuilt; }
 
 Status attention_supports(AttentionParams const&) { return kNotBuilt; }
 int64_t attention_workspace(AttentionForwardParams const&) { return 0; }
