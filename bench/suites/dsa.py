@@ -30,6 +30,8 @@ CUDA = [
     (32768, 8, 64, 64, False),
     (32768, 8, 64, 2048, False),
 ]
+# T, HI, DI, topk, pool, whether quick
+CUDA_POOLED = [(32768, 8, 64, 512, 64, True), (131072, 8, 64, 512, 64, False), (131072, 8, 64, 512, 128, False)]
 # B, S, topk, whether quick: one query that sees S keys
 CUDA_STEPS = [(8, 32768, 512, True), (1, 32768, 2048, False), (8, 131072, 2048, False), (64, 32768, 2048, False)]
 # T, HQ, H, D, topk, what neighbouring queries have in common (SELECTIONS), whether quick
@@ -59,9 +61,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             for backward in (False, True)
         ]
         indexer = [indexer_case(*shape, BF16, device) for *shape, fast in CUDA if fast or not quick]
+        indexer += [indexer_case(*x, BF16, device, pool) for *x, pool, fast in CUDA_POOLED if fast or not quick]
         return indexer + decode + attention + steps
     lengths = [4096] if quick else [2048, 4096, 8192]
     selection = [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
+    selection += [
+        indexer_case(T, 4, 64, 256, dtype, device, pool=64)
+        for T in ([4096] if quick else [4096, 16384])
+        for dtype in (F32, BF16)
+    ]
     # A gather in torch takes seconds, its backward more.
     shapes = [(T, True) for T in lengths] + [(1024 if quick else 4096, False)]
     losses = [loss_case(1024 if quick else 4096, 16, 4, 128, 4, 64, 256, dtype, device) for dtype in (F32, BF16)]
@@ -73,23 +81,32 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
-def indexer_case(T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device: torch.device) -> Case:
+def indexer_case(
+    T: int, HI: int, DI: int, topk: int, dtype: torch.dtype, device: torch.device, pool: int | None = None
+) -> Case:
+    """With a pool torch still scores all keys. The check is on as many tokens as have blocks to choose from."""
+    pairs, checked = T * (T + 1) // 2, 1024
+    if pool is not None:
+        blocks = torch.arange(T) // pool
+        eligible = torch.arange(1, T + 1).clamp(max=-(-4 * topk // pool) * pool + pool)
+        pairs, checked = int((blocks + eligible).sum()), 6 * topk
+
     def inputs(T: int = T) -> Tensors:
         randn = generator(device)
         return {"q": randn(1, T, HI, DI).to(dtype), "k": randn(1, T, DI).to(dtype), "w": randn(1, T, HI)}
 
     return Case(
         op="lightning_indexer",
-        shape=f"T={T} HI={HI} DI={DI} topk={topk} {NAMES[dtype]}",
+        shape=f"T={T} HI={HI} DI={DI} topk={topk} {'' if pool is None else f'pool={pool} '}{NAMES[dtype]}",
         dtype=dtype,
-        flops=T * (T + 1) * HI * DI,
+        flops=2 * pairs * HI * DI,
         moved=T * (HI + 1) * DI * dtype.itemsize + T * (HI + topk) * 4,
         inputs=inputs,
-        ours=timed(lambda x: {"indices": ops.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}),
+        ours=timed(lambda x: {"indices": ops.lightning_indexer(x["q"], x["k"], x["w"], topk=topk, pool=pool)}),
         torch=timed(lambda x: {"indices": indexer_torch(x["q"], x["k"], x["w"], topk)}),
-        oracle=lambda x: exact_indices(x, topk),
+        oracle=lambda x: exact_indices(x, topk, pool),
         compared=selected_scores,
-        checked=None if T <= 1024 else lambda: inputs(1024),
+        checked=lambda: inputs(min(T, checked)),
     )
 
 
@@ -116,9 +133,9 @@ def step_case(B: int, S: int, HI: int, DI: int, topk: int, dtype: torch.dtype, d
     )
 
 
-def exact_indices(x: Tensors, topk: int) -> Tensors:
+def exact_indices(x: Tensors, topk: int, pool: int | None = None) -> Tensors:
     x = {n: t.cpu() for n, t in cast(x, torch.float64).items()}
-    return {"indices": reference.lightning_indexer(x["q"], x["k"], x["w"], topk=topk)}
+    return {"indices": reference.lightning_indexer(x["q"], x["k"], x["w"], topk=topk, pool=pool)}
 
 
 def selected_scores(x: Tensors, outputs: Tensors) -> Tensors:

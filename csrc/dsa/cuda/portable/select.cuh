@@ -5,6 +5,7 @@
 #include "common/cuda/cluster.cuh"
 #include "common/cuda/overlap.cuh"
 #include "dsa/cuda/portable/order.cuh"
+#include "dsa/cuda/portable/scan.cuh"
 #include "dsa/cuda/portable/score_rows.h"
 #include "dsa/cuda/portable/sequences.cuh"
 
@@ -22,28 +23,6 @@ struct SelectShared {
   uint32_t warps[kSelectThreads / 32];
   uint32_t bin, above, better, equal;
 };
-
-// Exclusive sum over the threads before this one, and over all.
-__device__ inline uint32_t block_scan(uint32_t x, uint32_t* warps, uint32_t* total) {
-  int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t sum = x;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    uint32_t const y = __shfl_up_sync(0xffffffffu, sum, distance);
-    if (lane >= distance) sum += y;
-  }
-  __syncthreads();
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  uint32_t before = 0;
-  *total = 0;
-#pragma unroll
-  for (int w = 0; w < kSelectThreads / 32; ++w) {
-    if (w < warp) before += warps[w];
-    *total += warps[w];
-  }
-  return before + sum - x;
-}
 
 // Orders of scores [at + i * stride, + 4), i < kVectors, of a row; 0 from `end` on.
 __device__ inline void load_orders(float const* row, int64_t at, int64_t stride, int64_t end,
@@ -117,7 +96,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_row(IndexerParams p, Sc
     }
 #pragma unroll
     for (int i = 0; i < kBinsPerThread; ++i) sum += local[i];
-    uint32_t above = block_scan(sum, shared.warps, &total);
+    uint32_t above = block_scan<kSelectThreads>(sum, shared.warps, &total);
     if (total < wanted) {  // some were NaN
       all = true;
       break;
@@ -145,8 +124,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_row(IndexerParams p, Sc
     better += key > prefix;
     equal += key == prefix;
   });
-  block_scan(better, shared.warps, &total_better);
-  block_scan(equal, shared.warps, &total_equal);
+  block_scan<kSelectThreads>(better, shared.warps, &total_better);
+  block_scan<kSelectThreads>(equal, shared.warps, &total_equal);
   if (thread == 0) {
     shared.better = total_better;
     shared.equal = total_equal;
@@ -175,7 +154,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_row(IndexerParams p, Sc
     for (int i = 0; i < kThreadScores; ++i) {
       if (at + i < end) mine += (keys[i] > prefix) + (keys[i] == prefix ? 1u << 16 : 0);
     }
-    uint32_t const before = block_scan(mine, shared.warps, &total), left = wanted - min(equals, wanted);
+    uint32_t const before = block_scan<kSelectThreads>(mine, shared.warps, &total),
+                   left = wanted - min(equals, wanted);
     uint32_t rank_equal = equals + (before >> 16);
     int64_t position = written + (before & 0xffff) + min(before >> 16, left);
 #pragma unroll
