@@ -103,6 +103,25 @@ def test_every_loop_trains_a_shared_indexer():
     torch.testing.assert_close(torch.autograd.grad(out.loss, weight)[0], sum(parts) / 2)
 
 
+@pytest.mark.parametrize("reuse", ["none", "indices"])
+@torch.no_grad()
+def test_blocks_of_keys_in_a_stream_and_beside_padding(reuse):
+    model, x = make(index_pool=32, state_reuse=reuse).eval(), ids(2, 150)
+    whole = model(x)
+    assert not torch.allclose(whole[:, 140:], make(state_reuse=reuse)(x)[:, 140:], atol=1e-3)
+    state = model.new_state(2, 150)
+    pieces = [model(piece, state=state) for piece in x.split([70, 1, 2, 57, 20], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    padded, mask = torch.cat([ids(2, 45), x], 1), torch.ones(2, 195, dtype=torch.bool)
+    mask[0, :45] = False
+    first = model(padded, attention_mask=mask)[0, 45:]
+    torch.testing.assert_close(first, whole[0], rtol=1e-4, atol=1e-4)
+    state = model.new_state(2, 195)
+    pieces = [model(padded[:, :180], state=state, attention_mask=mask[:, :180])]
+    pieces += [model(piece, state=state) for piece in padded[:, 180:].split(5, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1)[0, 45:], whole[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pattern", ["dsa", "interleaved:1:1:gdn:dsa"])
 def test_learns(pattern):
     model, x = make(layer_pattern=pattern), ids(4, 24)
@@ -149,6 +168,7 @@ def test_compiles_into_one_graph(options, checkpointed):
     [
         ({"num_attention_heads": 8}, "hidden_size must be a multiple of 8 num_attention_heads = 64 with dsa layers"),
         ({"index_head_dim": 12}, "index_head_dim must be a multiple of 8, got 12"),
+        ({"index_pool": 40}, "index_pool must be 0 or a multiple of 32, got 40"),
         ({"index_topk": 0}, r"index_topk must be an integer in 1\.\.1048576, got 0"),
         ({"index_loss_weight": -1.0}, "index_loss_weight must be a positive number or 0, got -1.0"),
         ({"layer_pattern": "full->dsa"}, "layer 0 of 'full->dsa' is full and dsa, which share no weights"),

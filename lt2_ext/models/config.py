@@ -81,6 +81,7 @@ class LT2Config:
         linear_conv_kernel_dim: Taps of the short convolution in front of ``gdn``.
         index_n_heads, index_head_dim, index_topk: Heads of the indexer of ``dsa`` layers, their dim (a multiple of 8),
             and how many keys a token attends to.
+        index_pool: The indexer first chooses blocks of so many keys by their mean, a multiple of 32; 0: it scores all keys.
         index_loss_weight: Of the indexer's loss beside the language model's; 0: the indexer is not trained.
         state_reuse: What loops 2 and later of a layer read instead of a state of their own, a list of ``kind:mode``
             with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"index:share"``:
@@ -115,6 +116,7 @@ class LT2Config:
     index_n_heads: int = 4
     index_head_dim: int = 64
     index_topk: int = 512
+    index_pool: int = 0
     index_loss_weight: float = 1.0
     state_reuse: str = "none"
 
@@ -157,6 +159,8 @@ class LT2Config:
             rule = f"be a multiple of 8 num_attention_heads = {8 * heads} with dsa layers"
             self._check("hidden_size", self.head_dim % 8 == 0, rule)
             self._check("index_head_dim", self.index_head_dim % 8 == 0, "be a multiple of 8")
+            pool = self.index_pool
+            self._check("index_pool", type(pool) is int and pool >= 0 and pool % 32 == 0, "be 0 or a multiple of 32")
 
     @property
     def head_dim(self) -> int:

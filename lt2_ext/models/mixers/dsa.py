@@ -29,7 +29,7 @@ class SparseAttention(Attention):
 
     def __init__(self, config: LT2Config) -> None:
         super().__init__(config)
-        d, self.topk = config.hidden_size, config.index_topk
+        d, self.topk, self.pool = config.hidden_size, config.index_topk, config.index_pool or None
         self.share_selection = config.reuse.index == "share"
         self.reused += ("index_k",) if self.share_selection else ()
         self.index_heads, self.index_dim = config.index_n_heads, config.index_head_dim
@@ -81,6 +81,7 @@ class SparseAttention(Attention):
         indices = ops.lightning_indexer(
             *(tokens.pack(t) for t in (index.q, k, index.weights)),
             topk=min(self.topk, tokens.visible),
+            pool=self.pool,
             cu_seqlens=tokens.bounds,
             q_offset=tokens.offset,
         ).view(*index.q.shape[:2], -1)
