@@ -81,7 +81,7 @@ class LT2Config:
         linear_conv_kernel_dim: Taps of the short convolution in front of ``gdn``.
         index_n_heads, index_head_dim, index_topk: Heads of the indexer of ``dsa`` layers, their dim (a multiple of 8),
             and how many keys a token attends to.
-        index_pool: The indexer first chooses blocks of so many keys by their mean, a multiple of 32; 0: it scores all keys.
+        index_pool: The indexer first chooses blocks of so many keys, a multiple of 32, by their mean; 0: it scores all.
         index_loss_weight: Of the indexer's loss beside the language model's; 0: the indexer is not trained.
         state_reuse: What loops 2 and later of a layer read instead of a state of their own, a list of ``kind:mode``
             with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"index:share"``:

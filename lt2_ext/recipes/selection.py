@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lt2_ext.models import LT2
+from lt2_ext.models.loop_state import Tokens
 from lt2_ext.models.mixers import SparseAttention
+from lt2_ext.models.mixers._mixer import Selection
 
 from . import stdlib_bytes
 
@@ -30,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 WARMUP = 0.3  # share of the steps in which every key is attended to, in every run
 MEASURED = 4  # windows that the selections are measured on, a few times a run
+POOLS = (32, 64, 128)
 
 
 @dataclass
@@ -62,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, changes in RUNS.items():
         results.append(run(name, changes, corpus, args.steps))
         print(describe(results[-1]), flush=True)
+    windows = corpus.held_out[:MEASURED].long()
+    for pool in POOLS:
+        keys, mass = found(results[0].model, windows, pool)
+        print(
+            f"{results[0].name}, {windows.shape[1]} bytes, blocks of {pool} keys first: "
+            f"{100 * keys:.0f} % of its keys, {100 * mass:.0f} % of the attention on them"
+        )
     draw(args.plot, results)
     print(f"Figure: {args.plot}")
     return 0
@@ -87,23 +97,55 @@ def run(name: str, changes: dict[str, Any], corpus: stdlib_bytes.Corpus, steps: 
 
 
 @torch.no_grad()
-def measure(model: LT2, tokens: Tensor) -> Selections:
-    """Of tokens ``[B, T]``, in the last of the layers that select."""
-    mixer = [m for m in model.modules() if isinstance(m, SparseAttention)][-1]
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []  # attention, keys of the indexer, keys of a random one
+def observe(
+    model: LT2, tokens: Tensor, others: Callable[[SparseAttention, Tensor, Tokens, Selection], Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """In each loop of the last layer that selects: attention to all visible keys, the keys of the indexer, and those of
+    ``others``, ``[B, T, T]``."""
+    mixer = last_mixer(model)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def watch(module: nn.Module, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         x, where, *_ = arguments
         index = results[1].selection  # may be that of the first loop
-        other = random_indexer(mixer).index(x, where)
         q, k = mixer.queries(x, where), mixer.keys(x, where, None, None).k
-        ours, theirs = (selected(mixer.select(i, i.k, where), x.shape[1]) for i in (index, other))
-        seen.append((attention(q, k), ours, theirs))
+        ours, theirs = mixer.select(index, index.k, where), others(mixer, x, where, index)
+        seen.append((attention(q, k), selected(ours, x.shape[1]), selected(theirs, x.shape[1])))
 
     handle = mixer.register_forward_hook(watch)
     model(tokens)
     handle.remove()
-    T, topk = tokens.shape[1], mixer.topk
+    return seen
+
+
+def last_mixer(model: LT2) -> SparseAttention:
+    return [m for m in model.modules() if isinstance(m, SparseAttention)][-1]
+
+
+def found(model: LT2, tokens: Tensor, pool: int) -> tuple[float, float]:
+    """What a two-level search finds of the whole one, over the tokens that see more keys than are selected: share of
+    the keys, and of the attention on them."""
+
+    def two_level(mixer: SparseAttention, x: Tensor, where: Tokens, index: Selection) -> Tensor:
+        pooled = copy.copy(mixer)
+        pooled.pool = pool
+        return pooled.select(index, index.k, where)
+
+    chosen, seen = slice(last_mixer(model).topk, None), observe(model, tokens, two_level)
+    keys = sum(float((a & b)[:, chosen].sum() / a[:, chosen].sum()) for _, a, b in seen)
+    mass = sum(float((p * b)[:, chosen].sum() / (p * a)[:, chosen].sum()) for p, a, b in seen)
+    return keys / len(seen), mass / len(seen)
+
+
+def measure(model: LT2, tokens: Tensor) -> Selections:
+    """Of tokens ``[B, T]``, in the last of the layers that select."""
+
+    def random(mixer: SparseAttention, x: Tensor, where: Tokens, index: Selection) -> Tensor:
+        other = random_indexer(mixer).index(x, where)
+        return mixer.select(other, other.k, where)
+
+    seen = observe(model, tokens, random)
+    T, topk = tokens.shape[1], last_mixer(model).topk
     age = torch.arange(T)[:, None] - torch.arange(T)
     newest, chosen = (age >= 0) & (age < topk), slice(topk, None)
 

@@ -1,5 +1,5 @@
-// Attention of a block of queries and the query heads of one key head over the selected keys, gathered as
-// fp32 into tiles of kLanes rows. A query's sums run in the order of its indices.
+// Attention of a block of queries and the query heads of one key head over the selected keys, which are read
+// where they lie, once for several heads. A query's sums run in the order of its indices.
 #pragma once
 
 #include "common/cpu/gemm.h"
@@ -81,6 +81,11 @@ inline Vec first_lanes(Vec x, int64_t n, float rest) {
   VecI lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   return lane < static_cast<int32_t>(n < kLanes ? n : kLanes) - VecI{} ? x : splat(rest);
+}
+
+// Lanes [count, ..) of a row up to a whole vector.
+inline void end_row(float* row, int64_t count, float value) {
+  for (int64_t i = count; i % kLanes != 0; ++i) row[i] = value;
 }
 
 // Turns a row x, of which the lanes after the last hold -inf, into e^(x - base), which sums to total.
@@ -176,20 +181,159 @@ struct Block {
     }
   }
 
-  // f(query, tile) for every tile of each query in order; of ascending indices all those of a span of keys
-  // come together, so that its rows are in the cache when the next query wants them.
+  // f(query, first, n) for runs [first, first + n) of what each query selects, in order; first is a multiple
+  // of kLanes. Of ascending indices all those of a span of keys come together, so that its rows are in the
+  // cache when the next query wants them.
   template <class F>
-  void tiles(int64_t keys, F const& f) const {
+  void runs(int64_t keys, F const& f) const {
     constexpr int64_t kSpan = 256;
     int64_t next[kAttendQueries] = {};
     for (int64_t end = kSpan; end < keys + kSpan; end += kSpan) {
       for (int i = 0; i < count; ++i) {
         auto const& s = selected[i];
-        for (; next[i] < s.count && (end >= keys || s.keys[next[i]] < end); next[i] += kLanes) f(i, next[i]);
+        int64_t const first = next[i];
+        while (next[i] < s.count && (end >= keys || s.keys[next[i]] < end)) next[i] += kLanes;
+        if (next[i] > first) f(i, first, (next[i] < s.count ? next[i] : s.count) - first);
       }
     }
   }
+
+  // f(query, first) for every kLanes of each run.
+  template <class F>
+  void tiles(int64_t keys, F const& f) const {
+    runs(keys, [&](int query, int64_t first, int64_t n) {
+      for (int64_t i = first; i < first + n; i += kLanes) f(query, i);
+    });
+  }
 };
+
+// Registers hold kLanes sums of products with so many heads, or 16 vectors (8 where there are 16 registers).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMostHeads = 4, kAccumulators = 16;
+#else
+constexpr int kMostHeads = 2, kAccumulators = 8;
+#endif
+
+// f<n>(first) for all heads, n at a time.
+template <class F>
+inline void each_heads(int64_t heads, F const& f) {
+  int64_t h = 0;
+  if constexpr (kMostHeads == 4) {
+    for (; h + 4 <= heads; h += 4) f.template operator()<4>(h);
+  }
+  for (; h + 2 <= heads; h += 2) f.template operator()<2>(h);
+  for (; h < heads; ++h) f.template operator()<1>(h);
+}
+
+// f<n>(vector) for all vectors of a row, n at a time.
+template <int kMost, class F>
+inline void each_vectors(int64_t size, F const& f) {
+  int64_t d = 0;
+  for (; d + kMost * kLanes <= size; d += kMost * kLanes) f.template operator()<kMost>(d);
+  for (; d < size; d += kLanes) f.template operator()<1>(d);
+}
+
+template <class T>
+inline Vec load_first(T const* row, int64_t n) {
+  if (n >= kLanes) return load(row);
+  T part[kLanes] = {};
+  __builtin_memcpy(part, row, static_cast<size_t>(n) * sizeof(T));
+  return load(part);
+}
+
+// out[h * stride + j] = scale x[h] . rows[keys[j]] for j < n, and anything up to a multiple of kLanes. x:
+// kHeads padded rows.
+template <int kHeads, class T>
+inline void dot_heads(float const* x, Rows<T> const& rows, int32_t const* keys, int64_t n, float scale,
+                      float* out, int64_t stride) {
+  constexpr int kKeys = kLanes / kHeads, kStep = kKeys < 8 ? kKeys : 8;
+  int64_t const size = padded(rows.dim);
+  for (int64_t first = 0; first < n; first += kKeys) {
+    Vec acc[kLanes] = {};
+#pragma GCC unroll 2
+    for (int group = 0; group < kKeys; group += kStep) {
+      T const* row[kStep];
+      for (int j = 0; j < kStep; ++j) {
+        int64_t const at = first + group + j;
+        row[j] = rows.data + keys[at < n ? at : n - 1] * rows.stride;
+      }
+      auto const step = [&](int64_t d, auto const& fetch) __attribute__((always_inline)) {
+        Vec a[kHeads];
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; ++h) a[h] = load(x + h * size + d);
+#pragma GCC unroll 8
+        for (int j = 0; j < kStep; ++j) {
+          Vec const b = fetch(row[j] + d);
+#pragma GCC unroll 4
+          for (int h = 0; h < kHeads; ++h) acc[h * kKeys + group + j] += a[h] * b;
+        }
+      };
+      int64_t d = 0;
+      for (; d + kLanes <= rows.dim; d += kLanes) step(d, [](T const* at) { return load(at); });
+      if (d < rows.dim) step(d, [&](T const* at) { return load_first(at, rows.dim - d); });
+    }
+    float lanes[kLanes];
+    store(lanes, sums(acc) * scale);
+    for (int h = 0; h < kHeads; ++h) {
+      __builtin_memcpy(out + h * stride + first, lanes + h * kKeys, kKeys * sizeof(float));
+    }
+  }
+}
+
+// out[h] += sum_j factors[h * stride + j] rows[keys[j]], j < n; out: kHeads padded rows.
+template <int kHeads, class T>
+inline void add_heads(float const* factors, int64_t stride, Rows<T> const& rows, int32_t const* keys,
+                      int64_t n, float* out) {
+  constexpr int kMost = kAccumulators / kHeads < 8 ? kAccumulators / kHeads : 8;
+  int64_t const size = padded(rows.dim);
+  auto const columns = [&]<int kVecs>(int64_t d, auto const& fetch) __attribute__((always_inline)) {
+    Vec acc[kHeads][kVecs];
+    for (int h = 0; h < kHeads; ++h) {
+      for (int v = 0; v < kVecs; ++v) acc[h][v] = load(out + h * size + d + v * kLanes);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      T const* const row = rows.data + keys[j] * rows.stride + d;
+      Vec b[kVecs];
+      for (int v = 0; v < kVecs; ++v) b[v] = fetch(row + v * kLanes);
+      for (int h = 0; h < kHeads; ++h) {
+        Vec const a = splat(factors[h * stride + j]);
+        for (int v = 0; v < kVecs; ++v) acc[h][v] += a * b[v];
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      for (int v = 0; v < kVecs; ++v) store(out + h * size + d + v * kLanes, acc[h][v]);
+    }
+  };
+  int64_t const whole = rows.dim / kLanes * kLanes;
+  each_vectors<kMost>(whole, [&]<int kVecs>(int64_t d) {
+    columns.template operator()<kVecs>(d, [](T const* at) { return load(at); });
+  });
+  if (whole < rows.dim) {
+    columns.template operator()<1>(whole, [&](T const* at) { return load_first(at, rows.dim - whole); });
+  }
+}
+
+// to[keys[j] * row] += sum_h factors[h * stride + j] x[h], j < n; x: kHeads rows of `size` floats, padded.
+template <int kHeads>
+inline void add_outer(float const* factors, int64_t stride, float const* x, int64_t size, int32_t const* keys,
+                      int64_t n, float* to, int64_t row) {
+  each_vectors<kAccumulators / 4>(size, [&]<int kVecs>(int64_t d) {
+    Vec b[kHeads][kVecs];
+    for (int h = 0; h < kHeads; ++h) {
+      for (int v = 0; v < kVecs; ++v) b[h][v] = load(x + h * size + d + v * kLanes);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      float* const out = to + keys[j] * row + d;
+      Vec acc[kVecs];
+      for (int v = 0; v < kVecs; ++v) acc[v] = load(out + v * kLanes);
+      for (int h = 0; h < kHeads; ++h) {
+        Vec const a = splat(factors[h * stride + j]);
+        for (int v = 0; v < kVecs; ++v) acc[v] += a * b[h][v];
+      }
+      for (int v = 0; v < kVecs; ++v) store(out + v * kLanes, acc[v]);
+    }
+  });
+}
 
 template <class T>
 void attend_block(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
@@ -200,36 +344,34 @@ void attend_block(AttentionForwardParams const& p, Document const& document, int
   float* const q = arena.take(kAttendQueries * G * D);
   float* const o = arena.take(kAttendQueries * G * DV);
   float* const scores = arena.take(kAttendQueries * G * width);
-  float* const tile = arena.take(kLanes * (D > DV ? D : DV));
   Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
   Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
   for (int64_t r = 0; r < block.count * G; ++r) {
     widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
   }
-  block.tiles(document.keys, [&](int query, int64_t i) {
-    auto const& selected = block.selected[query];
-    k.gather(selected, i, tile);
-    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
-      Vec const x = dots(q + r * D, tile, D) * p.scale;
-      store(scores + r * width + i, first_lanes(x, selected.count - i, -__builtin_inff()));
-    }
+  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+    each_heads(G, [&]<int kHeads>(int64_t h) {
+      int64_t const r = query * G + h;
+      dot_heads<kHeads>(q + r * D, k, block.selected[query].keys + i, n, p.scale, scores + r * width + i,
+                        width);
+    });
   });
   float* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
   for (int64_t r = 0; r < block.count * G; ++r) {
     int64_t const count = block.selected[r / G].count;
     float* const row = scores + r * width;
+    end_row(row, count, -__builtin_inff());
     auto const [base, total] = Exponentials(row, count);
     lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
     float const factor = total == 0.f ? 0.f : 1.f / total;
     for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
   }
   __builtin_memset(o, 0, block.count * G * DV * sizeof(float));
-  block.tiles(document.keys, [&](int query, int64_t i) {
-    auto const& selected = block.selected[query];
-    v.gather(selected, i, tile);
-    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
-      add_rows(scores + r * width + i, 1, tile, selected.in_tile(i), DV, o + r * DV);
-    }
+  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+    each_heads(G, [&]<int kHeads>(int64_t h) {
+      int64_t const r = query * G + h;
+      add_heads<kHeads>(scores + r * width + i, width, v, block.selected[query].keys + i, n, o + r * DV);
+    });
   });
   for (int64_t r = 0; r < block.count * G; ++r) {
     narrow(o + r * DV, p.value_dim, row_of<T>(p.o, document, first + r / G, head * G + r % G));
@@ -247,8 +389,6 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   float* const dout = arena.take(kAttendQueries * G * DV);
   float* const probability = arena.take(kAttendQueries * G * width);
   float* const gradient = arena.take(kAttendQueries * G * width);  // of the probability, then of the score
-  float* const k_tile = arena.take(kLanes * D);
-  float* const v_tile = arena.take(kLanes * DV);
   Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
   Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
   for (int64_t r = 0; r < block.count * G; ++r) {
@@ -257,24 +397,27 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   }
   int64_t const at = (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
   auto const per_row = [&](float const* x, int64_t r) { return x[at + r / G * p.query_heads + r % G]; };
-  block.tiles(document.keys, [&](int query, int64_t i) {
-    auto const& selected = block.selected[query];
-    k.gather(selected, i, k_tile);
-    v.gather(selected, i, v_tile);
-    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
-      float const lse = per_row(p.lse, r);
-      Vec const e = exp(dots(q + r * D, k_tile, D) * p.scale - lse);
-      store(probability + r * width + i,
-            lse == -__builtin_inff() ? Vec{} : first_lanes(e, selected.count - i, 0.f));
-      store(gradient + r * width + i, dots(dout + r * DV, v_tile, DV));
-    }
+  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+    int32_t const* const keys = block.selected[query].keys + i;
+    each_heads(G, [&]<int kHeads>(int64_t h) {
+      int64_t const r = query * G + h, at = r * width + i;
+      dot_heads<kHeads>(q + r * D, k, keys, n, p.scale, probability + at, width);
+      dot_heads<kHeads>(dout + r * DV, v, keys, n, 1.f, gradient + at, width);
+    });
   });
   for (int64_t r = 0; r < block.count * G; ++r) {
     int64_t const count = block.selected[r / G].count;
-    float const* const e = probability + r * width;
+    float* const e = probability + r * width;
     float* const de = gradient + r * width;
+    float const lse = per_row(p.lse, r);
+    end_row(e, count, -__builtin_inff());
+    end_row(de, count, 0.f);
     Vec parts{};
-    for (int64_t i = 0; i < count; i += kLanes) parts += load(e + i) * load(de + i);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec const x = lse == -__builtin_inff() ? Vec{} : exp(load(e + i) - lse);
+      store(e + i, x);
+      parts += x * load(de + i);
+    }
     float const delta = sum(parts) - (p.dlse == nullptr ? 0.f : per_row(p.dlse, r));
     for (int64_t i = 0; i < count; i += kLanes) {
       Vec const x = load(e + i);
@@ -283,19 +426,15 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
     }
   }
   __builtin_memset(dq, 0, block.count * G * D * sizeof(float));
-  block.tiles(document.keys, [&](int query, int64_t i) {
-    auto const& selected = block.selected[query];
-    int const n = selected.in_tile(i);
-    k.gather(selected, i, k_tile);
-    for (int64_t r = query * G; r < (query + 1) * G; ++r) {
-      add_rows(gradient + r * width + i, 1, k_tile, n, D, dq + r * D);
-    }
-    int64_t const r = query * G;
-    for (int j = 0; j < n; ++j) {
-      float* const row = partial + (document.key + selected.keys[i + j]) * (D + DV);
-      add_rows(gradient + r * width + i + j, width, q + r * D, static_cast<int>(G), D, row);
-      add_rows(probability + r * width + i + j, width, dout + r * DV, static_cast<int>(G), DV, row + D);
-    }
+  float* const dk = partial + document.key * (D + DV);
+  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+    int32_t const* const keys = block.selected[query].keys + i;
+    each_heads(G, [&]<int kHeads>(int64_t h) {
+      int64_t const r = query * G + h, at = r * width + i;
+      add_heads<kHeads>(gradient + at, width, k, keys, n, dq + r * D);
+      add_outer<kHeads>(gradient + at, width, q + r * D, D, keys, n, dk, D + DV);
+      add_outer<kHeads>(probability + at, width, dout + r * DV, DV, keys, n, dk + D, D + DV);
+    });
   });
   for (int64_t r = 0; r < block.count * G; ++r) {
     narrow(dq + r * D, p.dim, row_of<T>(p.dq, document, first + r / G, head * G + r % G));
