@@ -103,7 +103,7 @@ def test_every_loop_trains_a_shared_indexer():
     torch.testing.assert_close(torch.autograd.grad(out.loss, weight)[0], sum(parts) / 2)
 
 
-@pytest.mark.parametrize("reuse", ["none", "indices"])
+@pytest.mark.parametrize("reuse", ["none", "index:share"])
 @torch.no_grad()
 def test_blocks_of_keys_in_a_stream_and_beside_padding(reuse):
     model, x = make(index_pool=32, state_reuse=reuse).eval(), ids(2, 150)
