@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models.mixers import MIXERS
 
 VOCAB, LENGTH = 64, 27
 KINDS = {
@@ -40,6 +41,7 @@ KINDS = {
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
     "hybrid_schedule": {"layer_pattern": "gdn,window:5,full->gdn,full,window:7->gdn,window:11,full->gdn,full,full"},
 }
+KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lt2_ext.models import LT2, LT2Config
 from lt2_ext.models.loop_state import Tokens
+from lt2_ext.models.mixers import MIXERS, LinearMixer
 
 VOCAB = 64
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -35,6 +36,8 @@ KINDS = {
     "read_and_first": {"layer_pattern": "gdn,full,gdn", **GROUPED, "state_reuse": "gdn:read,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,window:7->window:5,gdn,full->window:3,gdn,window:9->full,gdn,full"},
 }
+KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
+KINDS["delta"]["linear_num_key_heads"] = 2  # in narrow heads q.k is often nearly zero, and the norm magnifies rounding
 
 
 @pytest.fixture(autouse=True)
@@ -122,34 +125,80 @@ def plain_attention(
     return o @ w["o_proj.weight"].T
 
 
-def plain_gdn(
-    config: LT2Config, w: dict[str, Tensor], x: Tensor, before: list | None = None
-) -> tuple[Tensor, list]:  # fmt: skip
-    """The result, and the states ``[head][token]``; before: those of the loop before, which ``read_gate`` lets in."""
-    heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-    kd, vd, taps = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
-    past = F.pad(x @ w["qkv_proj.weight"].T, (0, 0, taps - 1, 0))
-    qkv = F.silu(sum(past[i : i + len(x)] * w["conv_weight"][:, i] for i in range(taps)))
-    q = qkv[:, : heads * kd].view(-1, heads, kd)
-    k = qkv[:, heads * kd : 2 * heads * kd].view(-1, heads, kd)
-    v = qkv[:, 2 * heads * kd :].view(-1, value_heads, vd)
-    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    decay = torch.exp(-w["A_log"].exp() * F.softplus(x @ w["a_proj.weight"].T + w["dt_bias"]))
-    beta = torch.sigmoid(x @ w["b_proj.weight"].T)
+def plain_linear(
+    kind: str, config: LT2Config, w: dict[str, Tensor], x: Tensor, before: list | None = None
+) -> tuple[Tensor, list]:
+    """Every mixer with a matrix state, as its paper has it: decay, erase, write, read. The result, and the states
+    ``[head][token]``; before: those of the loop before, which ``read_gate`` lets in."""
+    T, d, heads = *x.shape, config.linear_num_key_heads
+    key_heads, kd, vd, value_heads = heads, d // heads, d // heads, heads
+    if kind == "gdn":
+        kd, vd, value_heads = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_num_value_heads
+    elif kind == "gla":
+        kd = kd // 2
+    elif kind in ("retnet", "mamba2"):
+        key_heads, kd, vd = (1, 64, 2 * vd) if kind == "mamba2" else (heads, kd, 2 * vd)
+
+    def project(name: str) -> Tensor:
+        y = x
+        for layer in sorted(n.removesuffix("weight") for n in w if n.startswith(name) and n.endswith("weight")):
+            y = y @ w[layer + "weight"].T + w.get(layer + "bias", 0)
+        return y
+
+    qkv = project("qkv_proj")
+    if "conv_weight" in w:
+        taps = w["conv_weight"].shape[1]
+        past = F.pad(qkv, (0, 0, taps - 1, 0))
+        qkv = F.silu(sum(past[i : i + T] * w["conv_weight"][:, i] for i in range(taps)))
+    q, k, v = qkv.split([key_heads * kd, key_heads * kd, value_heads * vd], 1)
+    if kind == "retnet":
+        q, k = (rotated(config, y, kd) for y in (q, k))
+    q, k, v = q.reshape(T, key_heads, kd), k.reshape(T, key_heads, kd), v.reshape(T, value_heads, vd)
+    decay, beta, scale = x.new_ones(T, value_heads, kd), x.new_ones(T, value_heads), kd**-0.5
+    erases = kind in ("gdn", "delta", "kda")
+    if erases:
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+        beta = torch.sigmoid(project("b_proj"))
+    if kind == "linear":
+        q, k = (torch.where(y > 0, y + 1, y.exp()) for y in (q, k))
+    elif kind == "retnet":
+        decay = decay * (1 - 2.0 ** (-5 - torch.arange(heads)))[:, None]
+    elif kind == "gdn":
+        decay = decay * torch.exp(-w["A_log"].exp() * F.softplus(project("a_proj") + w["dt_bias"]))[..., None]
+    elif kind == "mamba2":
+        beta, scale = F.softplus(project("dt_proj") + w["dt_bias"]), 1
+        decay = decay * torch.exp(-w["A_log"].exp() * beta)[..., None]
+    elif kind == "gla":
+        decay = torch.sigmoid(project("f_proj")).view_as(decay) ** (1 / 16)
+    elif kind == "hgrn2":
+        decay = torch.sigmoid(k)
+        q, k = F.silu(q), 1 - decay
+    elif kind == "kda":
+        step = F.softplus(project("f_proj") + w["dt_bias"]).view_as(decay)
+        decay = torch.exp(-w["A_log"].exp()[:, None] * step)
+
     o, states = torch.zeros_like(v), []
     for h in range(value_heads):
-        qh = h // (value_heads // heads)
+        qh = h // (value_heads // key_heads)
         state = x.new_zeros(kd, vd)
         states.append([])
-        for t in range(len(x)):
-            state = decay[t, h] * state
-            state = state + beta[t, h] * torch.outer(k[t, qh], v[t, h] - k[t, qh] @ state)
-            o[t, h] = kd**-0.5 * (q[t, qh] @ state)
+        for t in range(T):
+            state = decay[t, h][:, None] * state
+            write = v[t, h] - k[t, qh] @ state if erases else v[t, h]
+            state = state + beta[t, h] * torch.outer(k[t, qh], write)
+            o[t, h] = scale * (q[t, qh] @ state)
             if before is not None:
-                o[t, h] += w["read_gate"][h] * kd**-0.5 * (q[t, qh] @ before[h][t])
+                o[t, h] += w["read_gate"][h] * scale * (q[t, qh] @ before[h][t])
             states[h].append(state)
-    z = (x @ w["z_proj.weight"].T).view_as(o)
-    return (plain_norm(o, w["norm_weight"]) * F.silu(z)).flatten(1) @ w["o_proj.weight"].T, states
+
+    z = project("z_proj").view_as(o) if kind not in ("linear", "delta", "hgrn2") else None
+    if kind == "mamba2":
+        o = (o + w["D"][:, None] * v) * F.silu(z)
+    whole = kind in ("mamba2", "hgrn2")
+    o = plain_norm(o.flatten(1) if whole else o, w["norm_weight"])
+    if z is not None and not whole:
+        o = o * (torch.sigmoid(z) if kind == "kda" else F.silu(z))
+    return o.reshape(T, -1) @ w["o_proj.weight"].T, states
 
 
 @torch.no_grad()
@@ -167,8 +216,8 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
             x = plain_norm(h, layer["mixer_norm.weight"])
             if kind == "dsa" and (i not in selections or config.reuse.index is None):
                 selections[i] = plain_selection(config, mixer, x)
-            if kind == "gdn":
-                y, written = plain_gdn(config, mixer, x, states.get(i))
+            if issubclass(MIXERS[kind], LinearMixer):
+                y, written = plain_linear(kind, config, mixer, x, states.get(i))
                 if config.reuse.gdn == "read":
                     states[i] = written
             else:

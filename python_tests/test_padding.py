@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models.mixers import MIXERS
 
 VOCAB = 64
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -24,6 +25,7 @@ KINDS = {
     "reuse": {"layer_pattern": "gdn,full,gdn", "state_reuse": "gdn:read,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
 }
+KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
 LENGTHS = [30, 19, 1, 24]
 WIDTH = 30
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lt2_ext.models import LT2, LoopState, LT2Config
 from lt2_ext.models.config import Layer
-from lt2_ext.models.mixers import MIXERS, Attention, GatedDeltaNet, SparseAttention
+from lt2_ext.models.mixers import MIXERS, Attention, LinearMixer, SparseAttention
 from lt2_ext.models.presets import PRESETS
 
 from . import checkpoint, settings, shards
@@ -146,10 +146,11 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
                 total += 2 * (-sum(map(matrices, projections)) if reused else index)
             elif isinstance(mixer, Attention):
                 total += 4 * mixer.heads * mixer.head_dim * seen(layer.window)
-            elif isinstance(mixer, GatedDeltaNet):
-                total += 2 * mixer.conv_weight.numel()
-                scans = 2 if number > 0 and reuse.gdn == "read" else 1
-                total += scans * GDN_FLOPS * mixer.value_heads * mixer.key_dim * mixer.value_dim
+            elif isinstance(mixer, LinearMixer):
+                total += 2 * mixer.conv_weight.numel() if mixer.short_conv else 0
+                scans = 2 if number > 0 and layer.mixer == "gdn" and reuse.gdn == "read" else 1
+                per_entry = GDN_FLOPS if mixer.erases else GDN_FLOPS - 2
+                total += scans * per_entry * mixer.value_heads * mixer.key_dim * mixer.value_dim
             else:
                 raise UserError(f"lt2 plan does not know the FLOPs of {layer.mixer}; known: {', '.join(MIXERS)}")
     return round(total)

@@ -1,11 +1,23 @@
-"""The token mixers, one file each; ``_mixer.py`` says what they share. May import: torch and ``lt2_ext.ops``."""
+"""The token mixers; ``_mixer.py`` says what they share, ``_linear.py`` what those with a matrix state do. May import:
+torch and ``lt2_ext.ops``."""
 
+from ._linear import LinearMixer
 from ._mixer import Mixer, Shared, State
 from .attention import Attention
 from .dsa import SparseAttention
 from .gdn import GatedDeltaNet
+from .scalar import DeltaNet, LinearAttention, Mamba2, RetNet
 
 # Names of layer_pattern. Two names of one class have the same weights: a layer can be one in one loop, one in another.
-MIXERS: dict[str, type[Mixer]] = {"full": Attention, "window": Attention, "gdn": GatedDeltaNet, "dsa": SparseAttention}
+MIXERS: dict[str, type[Mixer]] = {
+    "full": Attention,
+    "window": Attention,
+    "dsa": SparseAttention,
+    "gdn": GatedDeltaNet,
+    "linear": LinearAttention,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "delta": DeltaNet,
+}
 
-__all__ = ["MIXERS", "Attention", "GatedDeltaNet", "Mixer", "Shared", "SparseAttention", "State"]
+__all__ = ["MIXERS", "Attention", "GatedDeltaNet", "LinearMixer", "Mixer", "Shared", "SparseAttention", "State"]
