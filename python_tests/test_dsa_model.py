@@ -166,7 +166,7 @@ def test_compiles_into_one_graph(options, checkpointed):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_attention_heads": 8}, "hidden_size must be a multiple of 8 num_attention_heads = 64 with dsa layers"),
+        ({"num_attention_heads": 8}, "hidden_size must be a multiple of 8 num_attention_heads = 64 with dsa"),
         ({"index_head_dim": 12}, "index_head_dim must be a multiple of 8, got 12"),
         ({"index_pool": 40}, "index_pool must be 0 or a multiple of 32, got 40"),
         ({"index_topk": 0}, r"index_topk must be an integer in 1\.\.1048576, got 0"),

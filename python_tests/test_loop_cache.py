@@ -40,6 +40,9 @@ KINDS = {
     "dsa_wide": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 40, "attn_output_gate": True},
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
     "hybrid_schedule": {"layer_pattern": "gdn,window:5,full->gdn,full,window:7->gdn,window:11,full->gdn,full,full"},
+    "nsa": {"layer_pattern": "nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5} | {
+        "num_key_value_heads": 2
+    },
 }
 KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
 

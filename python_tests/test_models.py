@@ -35,6 +35,9 @@ KINDS = {
     "gdn_read": {"layer_pattern": "interleaved:2:1:gdn:full", "state_reuse": "gdn:read"},
     "read_and_first": {"layer_pattern": "gdn,full,gdn", **GROUPED, "state_reuse": "gdn:read,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,window:7->window:5,gdn,full->window:3,gdn,window:9->full,gdn,full"},
+    "nsa": {"layer_pattern": "nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5} | {
+        "num_key_value_heads": 2
+    },
 }
 KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
 KINDS["delta"]["linear_num_key_heads"] = 2  # in narrow heads q.k is often nearly zero, and the norm magnifies rounding
@@ -123,6 +126,33 @@ def plain_attention(
     if config.attn_output_gate:
         o = o * torch.sigmoid(x @ w["gate_proj.weight"].T)
     return o @ w["o_proj.weight"].T
+
+
+def plain_nsa(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    size = config.nsa_block_size
+    q = rotated(config, x @ w["q_proj.weight"].T, d)
+    k = rotated(config, x @ w["k_proj.weight"].T, d)
+    v = (x @ w["v_proj.weight"].T).view(len(x), groups, d)
+    gates = torch.sigmoid(x @ w["branch_proj.weight"].T).view(len(x), heads, 3)
+    o = torch.zeros_like(q)
+    for t in range(len(x)):
+        whole, own = (t + 1) // size, t // size
+        for g in range(groups):
+            group = range(g * heads // groups, (g + 1) * heads // groups)
+            key = [k[m * size : (m + 1) * size, g].mean(0) for m in range(whole)]
+            value = [v[m * size : (m + 1) * size, g].mean(0) for m in range(whole)]
+            p = {h: torch.softmax(torch.stack(key) @ q[t, h] / d**0.5, 0) for h in group} if whole else {}
+            best = sorted((m for m in range(whole) if m != own), key=lambda m: (
+                m != 0, m != own - 1, -sum(float(p[h][m]) for h in group)))  # fmt: skip
+            blocks = [*best[: config.nsa_block_count - 1], own]
+            chosen = [s for m in blocks for s in range(m * size, (m + 1) * size) if s <= t]
+            near = list(range(max(0, t - config.nsa_window_size + 1), t + 1))
+            for h in group:
+                reads = [p[h] @ torch.stack(value) if whole else torch.zeros(d, dtype=x.dtype)]
+                reads += [torch.softmax(k[s, g] @ q[t, h] / d**0.5, 0) @ v[s, g] for s in (chosen, near)]
+                o[t, h] = sum(gate * read for gate, read in zip(gates[t, h], reads, strict=True))
+    return o.flatten(1) @ w["o_proj.weight"].T
 
 
 def plain_linear(

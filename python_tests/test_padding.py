@@ -24,6 +24,9 @@ KINDS = {
     "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "kv:first,index:share"},
     "reuse": {"layer_pattern": "gdn,full,gdn", "state_reuse": "gdn:read,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
+    "nsa": {"layer_pattern": "nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5} | {
+        "num_key_value_heads": 2
+    },
 }
 KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
 LENGTHS = [30, 19, 1, 24]

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("tqdm")
 
 from lt2_ext.models import LT2, LT2Config
+from lt2_ext.models.mixers import MIXERS
 from lt2_ext.models.presets import PRESETS, preset
 from lt2_ext.recipes import checkpoint, plan
 from lt2_ext.recipes.trainer import count_parameters
@@ -48,6 +49,23 @@ def test_published_digits(name, changes, billions):
     assert abs(count / 1e9 - float(billions)) < 6e-4
 
 
+@pytest.mark.parametrize("size", ["0.6b", "1.3b"])
+def test_presets_of_one_mixer_have_the_size_of_that_of_attention(size):
+    published = count_parameters(preset(f"lt2-{size}-full"))
+    found = [mixer for mixer in MIXERS if f"lt2-{size}-{mixer}" in PRESETS]
+    assert found == list(MIXERS)
+    for mixer in found:
+        assert abs(count_parameters(preset(f"lt2-{size}-{mixer}")) / published - 1) < 0.025, mixer
+        assert set(preset(f"lt2-{size}-{mixer}").layer_types) == {mixer}
+
+
+@pytest.mark.parametrize("name", ["lt2-1.3b-bookend", "lt2-1.3b-front", "lt2-1.3b-back"])
+def test_hybrids_differ_in_the_order_of_their_layers_only(name):
+    types = preset(name).layer_types
+    assert sorted(types) == sorted(preset("lt2-1.3b-full-gdn").layer_types)
+    assert count_parameters(preset(name)) == count_parameters(preset("lt2-1.3b-full-gdn"))
+
+
 def test_the_hybrid_has_17_gdn_and_4_full_layers():
     types = preset("lt2-1.3b-full-gdn").layer_types
     assert (types.count("gdn"), types.count("full"), len(types)) == (17, 4, 21)
@@ -56,7 +74,8 @@ def test_the_hybrid_has_17_gdn_and_4_full_layers():
 
 def test_every_preset_is_a_model():
     for name in PRESETS:
-        assert 0 < count_parameters(preset(name, num_hidden_layers=2)) < count_parameters(preset(name))
+        shallow = preset(name, num_hidden_layers=2, layer_pattern=preset(name).layer_types[0])
+        assert 0 < count_parameters(shallow) < count_parameters(preset(name))
 
 
 @pytest.mark.parametrize("pattern", ["full", "gdn", "gdn,full,gdn"])

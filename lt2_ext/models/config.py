@@ -33,6 +33,9 @@ _SIZES = {
     "index_n_heads": 256,
     "index_head_dim": 512,
     "index_topk": 2**20,
+    "nsa_block_size": 2**12,
+    "nsa_block_count": 2**12,
+    "nsa_window_size": 2**20,
 }
 
 
@@ -83,6 +86,8 @@ class LT2Config:
             and how many keys a token attends to.
         index_pool: The indexer first chooses blocks of so many keys, a multiple of 32, by their mean; 0: it scores all.
         index_loss_weight: Of the indexer's loss beside the language model's; 0: the indexer is not trained.
+        nsa_block_size, nsa_block_count, nsa_window_size: Tokens of a block of ``nsa`` layers, blocks that a token
+            selects, and how many of the newest tokens it sees.
         state_reuse: What loops 2 and later of a layer read instead of a state of their own, a list of ``kind:mode``
             with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"index:share"``:
             the keys that the first loop of a ``dsa`` layer selects; its indexer learns from all loops.
@@ -118,6 +123,9 @@ class LT2Config:
     index_topk: int = 512
     index_pool: int = 0
     index_loss_weight: float = 1.0
+    nsa_block_size: int = 64
+    nsa_block_count: int = 16
+    nsa_window_size: int = 512
     state_reuse: str = "none"
 
     def __post_init__(self) -> None:
@@ -155,9 +163,10 @@ class LT2Config:
         self._check("linear_num_value_heads", grouped, f"be a multiple of linear_num_key_heads = {key_heads}")
         self._check("layer_pattern", isinstance(self.layer_pattern, str), "be a string")
         self._check_reuse()
-        if "dsa" in self.layer_types:
-            rule = f"be a multiple of 8 num_attention_heads = {8 * heads} with dsa layers"
+        if {"dsa", "nsa"} & set(self.layer_types):
+            rule = f"be a multiple of 8 num_attention_heads = {8 * heads} with dsa and nsa layers"
             self._check("hidden_size", self.head_dim % 8 == 0, rule)
+        if "dsa" in self.layer_types:
             self._check("index_head_dim", self.index_head_dim % 8 == 0, "be a multiple of 8")
             pool = self.index_pool
             self._check("index_pool", type(pool) is int and pool >= 0 and pool % 32 == 0, "be 0 or a multiple of 32")

@@ -14,7 +14,7 @@ from torch import nn
 
 from lt2_ext.models import LT2, LoopState, LT2Config
 from lt2_ext.models.config import Layer
-from lt2_ext.models.mixers import MIXERS, Attention, LinearMixer, SparseAttention
+from lt2_ext.models.mixers import MIXERS, Attention, LinearMixer, NativeSparseAttention, SparseAttention
 from lt2_ext.models.presets import PRESETS
 
 from . import checkpoint, settings, shards
@@ -144,6 +144,9 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
                 projections = (mixer.index_q_proj, mixer.index_k_proj, mixer.index_weights_proj)
                 reused = number > 0 and reuse.index == "share"
                 total += 2 * (-sum(map(matrices, projections)) if reused else index)
+            elif isinstance(mixer, NativeSparseAttention):
+                keys = seen(mixer.window) + seen(mixer.count * mixer.block) + seen(None) / mixer.block
+                total += 4 * mixer.heads * mixer.head_dim * keys
             elif isinstance(mixer, Attention):
                 total += 4 * mixer.heads * mixer.head_dim * seen(layer.window)
             elif isinstance(mixer, LinearMixer):
@@ -190,8 +193,12 @@ def decode_bytes(model: LT2, context: int) -> tuple[int, int]:
     memory = 0.0
     for loop in model.new_state(1, context).layers:
         for block, tensors in zip(model.layers, loop, strict=True):
-            seen = min(block.mixer.topk / context, 1) if isinstance(block.mixer, SparseAttention) else 1
-            parts = {"k": seen, "v": seen, "index_k": 1}
+            seen, mixer = 1.0, block.mixer
+            if isinstance(mixer, SparseAttention):
+                seen = min(mixer.topk / context, 1)
+            elif isinstance(mixer, NativeSparseAttention):
+                seen = min((mixer.window + mixer.count * mixer.block) / context, 1)
+            parts = {"k": seen, "v": seen, "index_k": 1, "k_mean": 1, "v_mean": 1}
             memory += sum(tensor.nbytes * parts.get(name, 2) for name, tensor in tensors.items())
     return model.config.loop_count * blocks + head, round(memory)
 

@@ -37,12 +37,13 @@ class Corpus:
 @dataclass
 class Step:
     """Where training stood after a step: seconds and tokens since the start, loss of the language model in bits per
-    byte, loss of its indexers or 0."""
+    byte, loss of its indexers or 0, norm of the gradient before it is clipped."""
 
     seconds: float
     tokens: int
     loss: float
     index_loss: float = 0.0
+    grad_norm: float = 0.0
 
 
 def is_held_out(name: str) -> bool:
@@ -99,12 +100,12 @@ def train(
         loss, _, index_loss = model(tokens, labels=tokens)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         index = 0.0 if index_loss is None else index_loss.item()
         language = loss.item() - model.config.index_loss_weight * index
         seen = (len(history) + 1) * tokens.numel()
-        history.append(Step(time.perf_counter() - start, seen, language / math.log(2), index))
+        history.append(Step(time.perf_counter() - start, seen, language / math.log(2), index, norm.item()))
         tick(history[-1])
     return history
 

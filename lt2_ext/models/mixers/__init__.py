@@ -6,6 +6,7 @@ from ._mixer import Mixer, Shared, State
 from .attention import Attention
 from .dsa import SparseAttention
 from .gdn import GatedDeltaNet
+from .nsa import NativeSparseAttention
 from .scalar import DeltaNet, LinearAttention, Mamba2, RetNet
 
 # Names of layer_pattern. Two names of one class have the same weights: a layer can be one in one loop, one in another.
@@ -13,6 +14,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "full": Attention,
     "window": Attention,
     "dsa": SparseAttention,
+    "nsa": NativeSparseAttention,
     "gdn": GatedDeltaNet,
     "linear": LinearAttention,
     "retnet": RetNet,
@@ -20,4 +22,14 @@ MIXERS: dict[str, type[Mixer]] = {
     "delta": DeltaNet,
 }
 
-__all__ = ["MIXERS", "Attention", "GatedDeltaNet", "LinearMixer", "Mixer", "Shared", "SparseAttention", "State"]
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "GatedDeltaNet",
+    "LinearMixer",
+    "Mixer",
+    "NativeSparseAttention",
+    "Shared",
+    "SparseAttention",
+    "State",
+]
