@@ -63,7 +63,8 @@ class GatedDeltaNet(LinearMixer):
             read, _, _ = super().recur(inputs | dict(zip(names, earlier, strict=True)), before, tokens, False, None)
             o = o + (self.read_gate[:, None] * read).to(o.dtype)
         start = None if start is None else start.clone()  # the next loop reads from what this one overwrites
-        return o, matrix, Shared(writes=Writes(*(inputs[name] for name in names), start))
+        k, v, a, b = (inputs[name] for name in names)
+        return o, matrix, Shared(writes=Writes(k, v, a, b, start))
 
     def decode(
         self, x: Tensor, qkv: Tensor, z: Tensor | None, tokens: Tokens, state: State, shared: Shared | None
