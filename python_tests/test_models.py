@@ -250,6 +250,8 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
                 y, written = plain_linear(kind, config, mixer, x, states.get(i))
                 if config.reuse.gdn == "read":
                     states[i] = written
+            elif kind == "nsa":
+                y = plain_nsa(config, mixer, x)
             else:
                 if i not in keys or config.reuse.kv is None:
                     keys[i] = plain_keys(config, mixer, x)
