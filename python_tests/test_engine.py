@@ -38,7 +38,8 @@ class Alone:
 @pytest.mark.parametrize(
     "kind, buckets, operations",
     [("interleaved", None, 2000), ("interleaved", (1, 4, 6), 2000), ("window", (1, 3), 500), ("dsa", None, 300),
-     ("all_first", (1, 2, 4), 300), ("read_and_first", None, 300)],
+     ("all_first", (1, 2, 4), 300), ("read_and_first", None, 300),
+     ("segment_first", (1, 4, 6), 300)],
 )  # fmt: skip
 @torch.no_grad()
 def test_random_operations_give_every_sequence_what_it_says_alone(kind, buckets, operations, device):

@@ -11,6 +11,8 @@ from lt2_ext.models import LT2, LT2Config
 from lt2_ext.models.mixers import MIXERS
 
 VOCAB, LENGTH = 64, 27
+# Through the segments random blocks that are not much smaller than h would magnify any rounding.
+CALM = {"norm_placement": "sandwich"}
 KINDS = {
     "full": {"layer_pattern": "full"},
     "gdn": {"layer_pattern": "gdn"},
@@ -36,6 +38,9 @@ KINDS = {
     "all_first": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 3, "state_reuse": "kv:first,index:share"},
     "gdn_read": {"layer_pattern": "gdn", "state_reuse": "gdn:read"},
     "read_and_first": {"layer_pattern": "gdn,window:6,gdn", "state_reuse": "gdn:read,kv:first"},
+    "segment": {"layer_pattern": "gdn", "state_reuse": "gdn:segment:5"} | CALM,
+    "segment_of_one": {"layer_pattern": "back:1:full:gdn", "state_reuse": "gdn:segment:1"} | CALM,
+    "segment_first": {"layer_pattern": "gdn,full,window:6", "state_reuse": "gdn:segment:9,kv:first"} | CALM,
     "dsa_warmup": {"layer_pattern": "dsa", "num_key_value_heads": 2},
     "dsa_wide": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 40, "attn_output_gate": True},
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
@@ -65,15 +70,15 @@ def make(kind: str, loops: int, seed: int = 0) -> LT2:
     model.dense_warmup = kind == "dsa_warmup"
     with torch.no_grad():
         model.rho.normal_(std=0.3)
-        sandwich = model.config.norm_placement == "sandwich"
+        sandwich, step = model.config.norm_placement == "sandwich", 0.03 if model.config.reuse.segment else 0.3
         for block in model.layers:
             if getattr(block.mixer, "gate_proj", None) is not None:
                 block.mixer.gate_proj.weight.normal_(std=0.3)
             if getattr(block.mixer, "read_gate", None) is not None:
                 block.mixer.read_gate.normal_(std=0.5)
             if sandwich:  # smaller steps: random blocks as large as h itself magnify any rounding from loop to loop
-                block.mixer_post_norm.weight.fill_(0.3)
-                block.mlp_post_norm.weight.fill_(0.3)
+                block.mixer_post_norm.weight.fill_(step)
+                block.mlp_post_norm.weight.fill_(step)
     return model.eval()
 
 

@@ -34,6 +34,8 @@ KINDS = {
     "all_first": {"layer_pattern": "dsa,window:6,dsa", "index_topk": 5, "state_reuse": "index:share,kv:first"},
     "gdn_read": {"layer_pattern": "interleaved:2:1:gdn:full", "state_reuse": "gdn:read"},
     "read_and_first": {"layer_pattern": "gdn,full,gdn", **GROUPED, "state_reuse": "gdn:read,kv:first"},
+    "segment": {"layer_pattern": "gdn,full,full", "state_reuse": "gdn:segment:4"},
+    "segment_first": {"layer_pattern": "gdn,full,window:6", **GROUPED, "state_reuse": "kv:first,gdn:segment:5"},
     "schedule": {"layer_pattern": "full,gdn,window:7->window:5,gdn,full->window:3,gdn,window:9->full,gdn,full"},
     "nsa": {"layer_pattern": "nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5} | {
         "num_key_value_heads": 2
@@ -156,10 +158,11 @@ def plain_nsa(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def plain_linear(
-    kind: str, config: LT2Config, w: dict[str, Tensor], x: Tensor, before: list | None = None
+    kind: str, config: LT2Config, w: dict[str, Tensor], x: Tensor, before: list | None = None, ends: list | None = None
 ) -> tuple[Tensor, list]:
     """Every mixer with a matrix state, as its paper has it: decay, erase, write, read. The result, and the states
-    ``[head][token]``; before: those of the loop before, which ``read_gate`` lets in."""
+    ``[head][token]``; before: those of the loop before, which ``read_gate`` lets in; ends: with which state ``[head]``
+    each segment but the first starts."""
     T, d, heads = *x.shape, config.linear_num_key_heads
     key_heads, kd, vd, value_heads = heads, d // heads, d // heads, heads
     if kind == "gdn":
@@ -213,6 +216,8 @@ def plain_linear(
         state = x.new_zeros(kd, vd)
         states.append([])
         for t in range(T):
+            if ends and t and t % config.reuse.segment == 0:
+                state = ends[t // config.reuse.segment - 1][h]
             state = decay[t, h][:, None] * state
             write = v[t, h] - k[t, qh] @ state if erases else v[t, h]
             state = state + beta[t, h] * torch.outer(k[t, qh], write)
@@ -233,7 +238,18 @@ def plain_linear(
 
 @torch.no_grad()
 def plain(model: LT2, ids: Tensor) -> Tensor:
-    """Logits [T, vocab] of the tokens ids [T], with every loop written out."""
+    """Logits [T, vocab] of the tokens ids [T], with every loop written out. Segments one after the other: with the
+    states that the last loop leaves at their ends a longer prefix is run."""
+    ends, length = {}, model.config.reuse.segment or len(ids)
+    for stop in range(length, len(ids) + length, length):
+        logits, states = plain_loops(model, ids[:stop], ends)
+        for i, heads in states.items():
+            ends.setdefault(i, []).append([tokens[-1] for tokens in heads])
+    return logits
+
+
+def plain_loops(model: LT2, ids: Tensor, ends: dict) -> tuple[Tensor, dict]:
+    """Logits, and the states of the last loop by layer."""
     config = model.config
     w = {name: t.double() for name, t in model.state_dict().items()}
     h, selections, keys, states = w["embed_tokens.weight"][ids], {}, {}, {}
@@ -247,9 +263,8 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
             if kind == "dsa" and (i not in selections or config.reuse.index is None):
                 selections[i] = plain_selection(config, mixer, x)
             if issubclass(MIXERS[kind], LinearMixer):
-                y, written = plain_linear(kind, config, mixer, x, states.get(i))
-                if config.reuse.gdn == "read":
-                    states[i] = written
+                before = states.get(i) if config.reuse.gdn == "read" else None
+                y, states[i] = plain_linear(kind, config, mixer, x, before, ends.get(i))
             elif kind == "nsa":
                 y = plain_nsa(config, mixer, x)
             else:
@@ -265,7 +280,7 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
         if config.inter_loop_norm or loop == config.loop_count - 1:
             h = plain_norm(h, w["norm.weight"])
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return h @ w[head].T
+    return h @ w[head].T, states
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -388,7 +403,8 @@ def test_gradients_reach_every_parameter(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["full", "grouped", "schedule", "kv_first", "kv_first_window", "gdn_read", "read_and_first"]
+    "kind",
+    ["full", "grouped", "schedule", "kv_first", "kv_first_window", "gdn_read", "read_and_first", "segment_first"],
 )
 def test_gradient_is_the_derivative_of_the_loss(kind):
     """Along one direction through all parameters, against the hand-written model in fp64."""

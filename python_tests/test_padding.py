@@ -23,6 +23,7 @@ KINDS = {
     "dsa_hybrid": {"layer_pattern": "back:1:dsa:gdn", "index_topk": 5, "num_key_value_heads": 2},
     "dsa_reuse": {"layer_pattern": "dsa,full,dsa", "index_topk": 3, "state_reuse": "kv:first,index:share"},
     "reuse": {"layer_pattern": "gdn,full,gdn", "state_reuse": "gdn:read,kv:first"},
+    "segment": {"layer_pattern": "gdn,full,window", "window_size": 6, "state_reuse": "gdn:segment:7"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,full->window:5,gdn,window:3->full,gdn,full"},
     "nsa": {"layer_pattern": "nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5} | {
         "num_key_value_heads": 2

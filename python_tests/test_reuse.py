@@ -3,7 +3,7 @@ equals its equation, streams, trains and packs is tested where all models are, b
 
 import pytest
 import torch
-from test_loop_cache import KINDS, error, ids, make
+from test_loop_cache import CALM, KINDS, error, ids, make
 
 from lt2_ext.models import LT2, LT2Config
 from lt2_ext.models.reuse import Reuse, parse
@@ -19,13 +19,14 @@ def _one_thread(threads):
 def test_grammar():
     assert parse("none") == Reuse()
     assert parse("gdn:read,kv:first") == parse("kv:first,gdn:read") == Reuse(kv="first", gdn="read")
+    assert parse("gdn:segment:64") == Reuse(gdn="segment", segment=64)
     assert LT2Config(**SIZES, layer_pattern="dsa", state_reuse="index:share").reuse == Reuse(index="share")
 
 
 @pytest.mark.parametrize(
     "text, pattern, message",
     [
-        ("indices", "dsa", "unknown mode 'indices' in 'indices'; known: none, kv:first, index:share, gdn:read"),
+        ("indices", "dsa", "unknown mode 'indices' in 'indices'; known: none, kv:first, index:share, gdn:read, "),
         ("kv:last", "full", "unknown mode 'kv:last' in 'kv:last'"),
         ("kv:first,none", "full", "unknown mode 'none' in 'kv:first,none'"),
         ("", "full", "unknown mode '' in ''"),
@@ -34,6 +35,10 @@ def test_grammar():
         ("index:share", "full", "must have a layer for index:share: dsa, got 'index:share'"),
         ("gdn:read", "full", "must have a layer for gdn:read: gdn, got 'gdn:read'"),
         ("kv:first", "full->full->full->window:8", "must not be kv:first when the window of a layer differs"),
+        ("gdn:segment", "gdn", "unknown mode 'gdn:segment' in 'gdn:segment'"),
+        ("gdn:segment:0", "gdn", "unknown mode 'gdn:segment:0'"),
+        ("gdn:segment:8,gdn:read", "gdn", "'gdn:segment:8,gdn:read' names 'gdn' twice"),
+        ("gdn:segment:8", "gdn,dsa", "must not be gdn:segment with layers other than gdn, full and window"),
         (None, "full", "must be a string, got None"),
     ],
 )
@@ -79,6 +84,26 @@ def test_the_state_at_the_end_of_a_loop_must_not_start_the_next():
 
     assert all(changed_logits(make("gdn", 2), handed_over))
     assert not any(changed_logits(make("gdn", 1), handed_over))  # nothing is handed over
+
+
+@torch.no_grad()
+def test_one_segment_is_no_segment_and_each_of_one_token_is_a_recurrence_of_the_last_loop():
+    """As long as the text: the model without the mode. One token: loops 1 to T continue what loop T left before."""
+    shape = SIZES | {"loop_count": 2, "num_hidden_layers": 1, "layer_pattern": "gdn"} | CALM
+    torch.manual_seed(0)
+    models = [LT2(LT2Config(**shape, state_reuse=reuse)) for reuse in ("none", "gdn:segment:27", "gdn:segment:1")]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    x = ids(2)
+    none, long, short = (model(x) for model in models)
+    assert torch.equal(none, long)
+    assert error(short, none) > 1e-3
+    state = models[0].new_state(2, 27)
+    steps = []
+    for t in range(27):
+        state.layers[0][0]["matrix"].copy_(state.layers[1][0]["matrix"])
+        steps.append(models[0](x[:, t : t + 1], state=state))
+    assert error(short, torch.cat(steps, 1)) < 1e-4
 
 
 @torch.no_grad()

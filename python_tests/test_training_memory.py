@@ -17,6 +17,7 @@ KINDS = {
     "hybrid": {"layer_pattern": "interleaved:2:1:gdn:full", "attn_output_gate": True},
     "sandwich": {"layer_pattern": "window", "window_size": 5, "norm_placement": "sandwich", "inter_loop_norm": True},
     "reuse": {"layer_pattern": "gdn,full,window:9", "state_reuse": "gdn:read,kv:first"},
+    "segment": {"layer_pattern": "gdn,full,window:9", "state_reuse": "gdn:segment:20"},
     "dsa_reuse": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 9, "state_reuse": "index:share,kv:first"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,window:3", "tie_word_embeddings": False},
 }

@@ -91,7 +91,8 @@ class LT2Config:
         state_reuse: What loops 2 and later of a layer read instead of a state of their own, a list of ``kind:mode``
             with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"index:share"``:
             the keys that the first loop of a ``dsa`` layer selects; its indexer learns from all loops.
-            ``"gdn:read"``: also the state of the loop before (docs/loop_state.md).
+            ``"gdn:read"``: also the state of the loop before. ``"gdn:segment:C"``: at every C-th token the state that
+            the last loop left there (docs/loop_state.md).
 
     Raises:
         ValueError: Naming the field, the rule and the value.
@@ -220,13 +221,16 @@ class LT2Config:
 
     def _check_reuse(self) -> None:
         self._check("state_reuse", isinstance(self.state_reuse, str), "be a string")
-        for kind, mode in vars(self.reuse).items():
-            mixers = KINDS[kind][0]
+        for kind, (mixers, _) in KINDS.items():
+            mode = getattr(self.reuse, kind)
             there = mode is None or any(name in mixers for name in self.layer_types)
             self._check("state_reuse", there, f"have a layer for {kind}:{mode}: {' or '.join(mixers)}")
         if self.reuse.kv == "first":
             same = all(len({layer.window for layer in loops}) == 1 for loops in zip(*self.schedule(), strict=True))
             self._check("state_reuse", same, "not be kv:first when the window of a layer differs between loops")
+        if self.reuse.segment:
+            plain = set(self.layer_types) <= {"gdn", "full", "window"}
+            self._check("state_reuse", plain, "not be gdn:segment with layers other than gdn, full and window")
 
     def _check(self, name: str, condition: bool, rule: str) -> None:
         if not condition:

@@ -185,6 +185,8 @@ class Engine:
         self.rows[:, :size] = torch.tensor([ids, slots, real])
         if drawn := _drawn(rows):
             self._fill_options(rows)
+        if self.cuda and (length := self.model.config.reuse.segment):  # of a list of slots the model sees to it
+            self.state.hand_over([g.slot for g in rows if used[g.slot] % length == 0])
         tokens = self._replay(size, drawn) if self.cuda else self._forward(size, drawn, slots)
         for slot, length in zip(slots, after, strict=True):
             used[slot] = length

@@ -147,6 +147,16 @@ class LoopState:
         for slot in slots:
             self.host_lengths[slot] = 0
 
+    def hand_over(self, slots: Sequence[int]) -> None:
+        """Every loop goes on with the matrices of the last one, as at the start of a segment of ``gdn:segment``."""
+        if not slots:
+            return
+        index = torch.tensor(slots, dtype=torch.int64, device=self.lengths.device)
+        for loop in self.layers[:-1]:
+            for mine, last in zip(loop, self.layers[-1], strict=True):
+                if "matrix" in mine:
+                    mine["matrix"][index] = last["matrix"][index]
+
     def reorder(self, order: Tensor) -> None:
         """Go on in slot b with what slot ``order[b]`` (int ``[batch_size]``) holds, as beam search does."""
         source, slots = order.to(torch.int64), torch.arange(self.batch_size, device=order.device)
@@ -224,6 +234,8 @@ class Tokens:
         slots: With a state, the slot of each row, int64 ``[B]``, or None: row b has slot b.
         rows, lengths, max_length: With a state only: the slots ``[B, 1]``, lengths after this call ``[B]``, and room.
         visible: The largest number of tokens that any of these can see.
+        segment: These are the tokens from ``start`` of every row, and states are not changed in place: a mixer is given
+            the state before them ({}: empty), and returns that after them.
         from_start: No sequence has a past, so these tokens see only each other.
     """
 
@@ -236,11 +248,13 @@ class Tokens:
         attention_mask: Tensor | None = None,
         state: LoopState | None = None,
         slots: Slots = None,
+        start: int | None = None,
     ) -> None:
         self.config, self.cu_seqlens = config, cu_seqlens
         self.batch_size, count = shape
         self.plain, self.visible, self.from_start = cu_seqlens is None and attention_mask is None, count, True
-        self.index = torch.arange(count, device=device)[None]
+        self.segment = start is not None
+        self.index = torch.arange(count, device=device)[None] + (start or 0)
         self.first = torch.zeros_like(self.index)
         self.pads = None if attention_mask is None else attention_mask == 0
         self.padding: Tensor | int = 0
@@ -272,6 +286,8 @@ class Tokens:
             rows = count * torch.arange(self.batch_size + 1, device=device)
             self.bounds = torch.stack((rows[:-1], rows[:-1] + self.padding), 1).flatten()
             self.bounds = torch.cat((self.bounds, rows[-1:]))
+        if self.segment and start:
+            self.visible, self.from_start = start + count, False
         self.dense = self.trained = False
 
     def once(self, key: Hashable, compute: Callable[[], X]) -> X:

@@ -36,6 +36,7 @@ from .loop_state import LoopState, Slots, Tokens
 from .loss import cross_entropy
 from .mixers import MIXERS, Mixer, Shared, State
 from .sampling import check_options
+from .segments import run_segments
 
 
 class LT2Output(NamedTuple):
@@ -174,13 +175,16 @@ class LT2(nn.Module):
             tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state, slots)
             tokens.dense = self.dense_warmup
             tokens.trained = labels is not None and torch.is_grad_enabled() and self.config.index_loss_weight > 0
-            h, index_loss = self._run_loops(tokens.clear_pads(self.embed_tokens(input_ids)), tokens, state)
-            weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-            if labels is None:
-                logits = F.linear(h[:, -(logits_to_keep or 0) :], weight)
+            h, index_loss = tokens.clear_pads(self.embed_tokens(input_ids)), None
+            if self.config.reuse.segment:
+                h = run_segments(self, h, tokens, state, slots)
+            else:
+                h, index_loss = self.run_loops(h, tokens, None if state is None else state.layers)
                 if state is not None:
                     state.advance(input_ids.shape[1], tokens.padding, slots)
-                return logits
+            weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+            if labels is None:
+                return F.linear(h[:, -(logits_to_keep or 0) :], weight)
         hidden = tokens.positions <= 0 if tokens.pads is None else (tokens.positions <= 0) | tokens.pads
         labels = labels.masked_fill(hidden, -100)[:, 1:]
         loss = cross_entropy(h[:, :-1].flatten(0, 1), weight, labels.flatten())
@@ -188,15 +192,18 @@ class LT2(nn.Module):
             loss = loss + self.config.index_loss_weight * index_loss
         return LT2Output(loss, None if logits_to_keep is None else F.linear(h[:, -logits_to_keep:], weight), index_loss)
 
-    def _run_loops(self, h: Tensor, tokens: Tokens, state: LoopState | None) -> tuple[Tensor, Tensor | None]:
-        """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop, and mean loss of the indexers."""
+    def run_loops(
+        self, h: Tensor, tokens: Tokens, states: list[list[State]] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop, and mean loss of the indexers.
+        states: ``[loop][layer]``, of a :class:`LoopState`, or of a segment, which replaces them."""
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         shared: list[Shared | None] = [None] * len(self.layers)
         losses: list[Tensor] = []
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
-                arguments = h, tokens, layer.window, None if state is None else state.layers[loop][i], shared[i]
+                arguments = h, tokens, layer.window, None if states is None else states[loop][i], shared[i]
                 if checkpointed:
                     h, result = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
@@ -205,6 +212,8 @@ class LT2(nn.Module):
                     losses.append(result.loss)
                 if self.config.state_reuse != "none":
                     shared[i] = result
+                if states is not None and result is not None and result.state is not None:
+                    states[loop][i] = result.state
             h, normed = self._end_loop(loop, h, h_in)
             if self.config.inter_loop_norm:
                 h = normed

@@ -123,7 +123,7 @@ class LinearMixer(Mixer):
     ) -> tuple[Tensor, Shared | None]:
         qkv = self.qkv_proj(x)
         z = None if self.z_proj is None else self.z_proj(x).unflatten(-1, (self.value_heads, self.value_dim))
-        if state is None or x.shape[1] > MAX_STEP:
+        if state is None or tokens.segment or x.shape[1] > MAX_STEP:
             o, shared = self.scan(x, qkv, z, tokens, state, shared)
         else:
             o, shared = self.decode(x, qkv, z, tokens, state, shared)
@@ -145,9 +145,12 @@ class LinearMixer(Mixer):
         inputs = self.inputs(x, *self.heads(qkv), tokens)
         o, matrix, shared = self.recur(inputs, past.get("matrix"), tokens, state is not None, shared)
         if state is not None and matrix is not None:
-            tokens.put(state["matrix"], matrix)
-            if self.short_conv and conv is not None:
-                tokens.put(state["conv"], conv)
+            new = {"matrix": matrix} | ({"conv": conv} if self.short_conv and conv is not None else {})
+            if tokens.segment:
+                shared = Shared(state=new)
+            else:
+                for name, t in new.items():
+                    tokens.put(state[name], t)
         return self.finish(o.float(), inputs["v"], z), shared
 
     def recur(

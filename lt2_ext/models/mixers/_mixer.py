@@ -44,11 +44,13 @@ class Writes(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What a layer hands to itself in the next loop, and the loss of its indexer in this one where that is trained."""
+    """What a layer hands to itself in the next loop; the loss of its indexer in this one, where that is trained; and
+    with ``tokens.segment`` its new state, as the old one is not changed."""
 
     keys: Keys | None = None
     writes: Writes | None = None
     selection: Selection | None = None
+    state: State | None = None
     loss: Tensor | None = None
 
 

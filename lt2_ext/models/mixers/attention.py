@@ -51,7 +51,8 @@ class Attention(Mixer):
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
         q, keys = self.queries(x, tokens), self.keys(x, tokens, state, shared)
-        return self.output(attend(q, keys, tokens, window), x), Shared(keys) if self.share_keys else None
+        kept: State | None = {"k": keys.k, "v": keys.v} if tokens.segment else None
+        return self.output(attend(q, keys, tokens, window), x), Shared(keys if self.share_keys else None, state=kept)
 
     def queries(self, x: Tensor, tokens: Tokens) -> Tensor:
         """``[B, T, heads, head_dim]``."""
@@ -63,7 +64,10 @@ class Attention(Mixer):
             return shared.keys
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), *tokens.rope(self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        return Keys(k, v, tokens.index) if state is None else append(k, v, tokens, state)
+        if tokens.segment and state:
+            k, v = torch.cat((state["k"], k), 1), torch.cat((state["v"], v), 1)
+            return Keys(k, v, torch.arange(k.shape[1], device=k.device)[None])
+        return Keys(k, v, tokens.index) if not state else append(k, v, tokens, state)
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Of o ``[B, T, heads, head_dim]``, with x for the gate."""
@@ -113,7 +117,7 @@ def attend(q: Tensor, keys: Keys, tokens: Tokens, window: int | None) -> Tensor:
     if places is None:
         return ops.loop_decode_attention(q, k, v, tokens.lengths, slots=tokens.slots)
     block = T = q.shape[1]
-    if window is not None and (wide := max(window, MIN_BLOCK)) * 2 < T:
+    if window is not None and (wide := max(window, MIN_BLOCK)) * 2 < T and k.shape[1] <= T + wide:
         block = wide
         q, k, v = _blocks(q, block, 0, T), _bands(k, block, T), _bands(v, block, T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
