@@ -122,6 +122,23 @@ def test_state_is_what_a_model_allocates(pattern):
         assert [(c.mixer, c.loops, c.layers) for c in costs] == [("full", "1", 3), ("window:7", "2", 3)]
 
 
+def test_what_reuse_spares_in_a_decode_step():
+    """No product with the projections of loops 2 and 3; their keys are read all the same."""
+    shape, bytes_of = {"layer_pattern": "dsa", "loop_count": 3, "index_topk": 10}, 2
+    plain, reused = (
+        LT2(LT2Config(**SIZES | shape, state_reuse=reuse)).to(torch.bfloat16)
+        for reuse in ("none", "kv:first,index:share")
+    )
+    names = (".k_proj.", ".v_proj.", ".index_q_proj.", ".index_k_proj.", ".index_weights_proj.")
+    spared = 2 * sum(p.numel() for n, p in plain.named_parameters() if any(name in n for name in names))
+    layers, index = SIZES["num_hidden_layers"], plain.config.index_head_dim
+    costs = [plan.decode_bytes(model, 100) for model in (plain, reused)]
+    assert costs[0][0] - costs[1][0] == bytes_of * spared
+    assert costs[0][1] - costs[1][1] == 2 * layers * bytes_of * 100 * index
+    flops = [plan.forward_flops(model, 100) for model in (plain, reused)]
+    assert flops[0] - flops[1] == 2 * spared + 2 * layers * 2 * plain.config.index_n_heads * index * 100
+
+
 def test_output(capsys):
     assert plan.main(["lt2-1.3b-full-gdn", "--context", "32768"]) == 0
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ from torch import nn
 
 from lt2_ext.models import LT2, LoopState, LT2Config
 from lt2_ext.models.config import Layer
-from lt2_ext.models.mixers import MIXERS, Attention, LinearMixer, NativeSparseAttention, SparseAttention
+from lt2_ext.models.mixers import MIXERS, Attention, LinearMixer, Mixer, NativeSparseAttention, SparseAttention
 from lt2_ext.models.presets import PRESETS
 
 from . import checkpoint, settings, shards
@@ -136,14 +136,12 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
         for block, layer in zip(model.layers, loop, strict=True):
             total += 2 * matrices(block)
             mixer, reuse = block.mixer, model.config.reuse
-            if number > 0 and reuse.kv == "first" and isinstance(mixer, Attention):
-                total -= 2 * (matrices(mixer.k_proj) + matrices(mixer.v_proj))
+            if number > 0 and isinstance(mixer, Mixer):
+                total -= 2 * sum(matrices(m) for m in first_loop_only(mixer))
             if isinstance(mixer, SparseAttention):
                 total += 4 * mixer.heads * mixer.head_dim * seen(mixer.topk)
-                index = mixer.index_heads * mixer.index_dim * seen(None)
-                projections = (mixer.index_q_proj, mixer.index_k_proj, mixer.index_weights_proj)
-                reused = number > 0 and reuse.index == "share"
-                total += 2 * (-sum(map(matrices, projections)) if reused else index)
+                if number == 0 or reuse.index != "share":
+                    total += 2 * mixer.index_heads * mixer.index_dim * seen(None)
             elif isinstance(mixer, NativeSparseAttention):
                 keys = seen(mixer.window) + seen(mixer.count * mixer.block) + seen(None) / mixer.block
                 total += 4 * mixer.heads * mixer.head_dim * keys
@@ -157,6 +155,12 @@ def _flops(model: LT2, seen: Callable[[int | None], float]) -> int:
             else:
                 raise UserError(f"lt2 plan does not know the FLOPs of {layer.mixer}; known: {', '.join(MIXERS)}")
     return round(total)
+
+
+def first_loop_only(mixer: Mixer) -> list[nn.Module]:
+    """The projections that later loops do not apply, because they read their results."""
+    names = {"k": ["k_proj"], "v": ["v_proj"], "index_k": ["index_q_proj", "index_k_proj", "index_weights_proj"]}
+    return [getattr(mixer, name) for kind in mixer.reused for name in names[kind]]
 
 
 @dataclass
@@ -191,16 +195,20 @@ def decode_bytes(model: LT2, context: int) -> tuple[int, int]:
     blocks = sum(p.nbytes for block in model.layers for p in block.parameters())
     head = model.config.vocab_size * model.config.hidden_size * model.embed_tokens.weight.itemsize
     memory = 0.0
-    for loop in model.new_state(1, context).layers:
-        for block, tensors in zip(model.layers, loop, strict=True):
-            seen, mixer = 1.0, block.mixer
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    layers = model.new_state(1, context).layers
+    for loop in layers:
+        for mixer, own, first in zip(mixers, loop, layers[0], strict=True):
+            tensors, seen = {name: first[name] for name in ("k", "v") if name in mixer.reused} | own, 1.0
             if isinstance(mixer, SparseAttention):
                 seen = min(mixer.topk / context, 1)
             elif isinstance(mixer, NativeSparseAttention):
                 seen = min((mixer.window + mixer.count * mixer.block) / context, 1)
             parts = {"k": seen, "v": seen, "index_k": 1, "k_mean": 1, "v_mean": 1}
             memory += sum(tensor.nbytes * parts.get(name, 2) for name, tensor in tensors.items())
-    return model.config.loop_count * blocks + head, round(memory)
+    spared = sum(p.nbytes for mixer in mixers for m in first_loop_only(mixer) for p in m.parameters())
+    loops = model.config.loop_count
+    return loops * blocks - (loops - 1) * spared + head, round(memory)
 
 
 def in_units(number: float, unit: str) -> str:
