@@ -12,7 +12,7 @@ import peers
 import report
 import run as bench
 import timing
-from suites import Case, causal_conv1d, dsa, gdn, loop_state, model
+from suites import Case, block_ops, causal_conv1d, dsa, gdn, loop_state, model
 
 from lt2_ext.testing import TOLERANCE
 
@@ -55,6 +55,8 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         model.prefill_case("sparse", 20, F32, CPU),
         model.train_case("demo", 20, F32, CPU),
         model.train_case("sparse", 20, F32, CPU),
+        *(block_ops.rowwise_case(name, (3, 5, 64), BF16, True, CPU) for name in block_ops.ROWWISE),
+        block_ops.rope_case(2, 9, 4, 2, 64, F32, CPU),
     ],
     ids=lambda case: f"{case.op} {case.shape}",
 )

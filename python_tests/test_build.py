@@ -61,7 +61,7 @@ def test_the_lowest_instruction_set():
 def test_every_instruction_set(isa):
     if not usable(isa):
         pytest.skip(f"this machine or process is below {isa}")
-    families = ["gdn", "gdn_step", "causal_conv1d", "dsa_indexer", "dsa_attention", "loop_state"]
+    families = ["gdn", "gdn_step", "causal_conv1d", "dsa_indexer", "dsa_attention", "loop_state", "block_ops"]
     tests = [ROOT / "python_tests" / f"test_{family}.py" for family in families]
     run_tests(isa, *(str(t) for t in tests if t.exists()))
     run_tests(isa, "-k", "test_the_instruction_set", "python_tests/test_build.py")

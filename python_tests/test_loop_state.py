@@ -24,6 +24,7 @@ RESIDUALS = {
 }
 
 both_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=["fp32", "bf16", "fp16"])
 both_residuals = pytest.mark.parametrize("name", RESIDUALS)
 
 
@@ -185,6 +186,8 @@ def decode_inputs(B=3, t=1, HQ=4, H=2, D=24, DV=40, S=50, slots=5, loops=None, d
 
 def check_decode(x, lengths, **options):
     dtype, device = x["q"].dtype, x["q"].device
+    if dtype == torch.float16 and device.type == "cpu":
+        pytest.skip("float16 is a CUDA dtype")
     lengths = torch.tensor(lengths, device=device)
     options = {n: torch.tensor(o, device=device) if isinstance(o, list) else o for n, o in options.items()}
     ours = loop_decode_attention(**x, lengths=lengths, **options)
@@ -205,22 +208,83 @@ def test_decode_lengths(length, dtype, device):
         check_decode(x, [length, max(length - 1, 0), 130])
 
 
-@both_dtypes
-@pytest.mark.parametrize("D,DV", [(1, 1), (8, 20), (64, 64), (96, 128), (128, 130), (200, 512)])
+@every_dtype
+@pytest.mark.parametrize("D,DV", [(1, 1), (8, 20), (64, 64), (96, 96), (96, 128), (128, 128), (128, 130), (200, 512)])
 def test_decode_head_dimensions(D, DV, dtype, device):
     check_decode(decode_inputs(t=2, D=D, DV=DV, dtype=dtype, device=device), [50, 17, 2])
 
 
-@both_dtypes
-@pytest.mark.parametrize("HQ,H", [(1, 1), (6, 6), (6, 3), (8, 1)])
+@every_dtype
+@pytest.mark.parametrize("HQ,H", [(1, 1), (6, 6), (6, 3), (8, 1), (20, 1)])
 def test_decode_head_ratios(HQ, H, dtype, device):
     for t in (1, 4):
         check_decode(decode_inputs(t=t, HQ=HQ, H=H, dtype=dtype, device=device), [50, 33, 4])
+    for D in (64, 128):
+        check_decode(decode_inputs(t=8, HQ=HQ, H=H, D=D, DV=D, S=90, dtype=dtype, device=device), [90, 66, 5])
 
 
 @both_dtypes
-def test_decode_long_context(dtype, device):
-    check_decode(decode_inputs(B=2, S=5000, D=32, DV=32, dtype=dtype, device=device), [4999, 2049])
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_decode_long_context(D, dtype, device):
+    check_decode(decode_inputs(B=2, S=5000, D=D, DV=D, dtype=dtype, device=device), [4999, 2049])
+    check_decode(decode_inputs(B=3, t=3, S=2600, D=D, DV=D, dtype=dtype, device=device), [513, 0, 2600])
+
+
+def selections(lengths, t, topk, device):
+    """Distinct keys of each query in any order, among foreign ones."""
+    lists = torch.full((len(lengths), t, topk), -1, dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        for i in range(t):
+            visible = max(length - t + i + 1, 0)
+            foreign = torch.tensor([visible, visible + 7, -5, 2**31 - 1, -(2**31)])
+            entries = torch.cat([torch.randperm(visible)[: topk // 2], foreign])
+            entries = entries[torch.randperm(len(entries))][:topk]
+            lists[b, i, torch.randperm(topk)[: len(entries)]] = entries.int()
+    return lists.to(device)
+
+
+@every_dtype
+@pytest.mark.parametrize("D,DV", [(24, 40), (64, 64), (96, 96), (128, 128)])
+def test_decode_by_indices(D, DV, dtype, device):
+    for t, topk in ((1, 1), (1, 40), (3, 1300)):
+        lengths = [1500, 33, 3]
+        x = decode_inputs(t=t, HQ=6, H=2, D=D, DV=DV, S=1500, dtype=dtype, device=device)
+        o = check_decode(x, lengths, indices=selections(lengths, t, topk, device))
+        assert o.any() or topk == 1
+
+
+@both_dtypes
+@pytest.mark.parametrize("D", [24, 64])
+def test_decode_by_all_indices_is_dense(D, dtype, device):
+    x = decode_inputs(B=2, t=2, D=D, DV=D, S=700, dtype=dtype, device=device)
+    lengths = torch.tensor([700, 65], device=device)
+    everything = torch.arange(700, dtype=torch.int32, device=device).expand(2, 2, 700).contiguous()
+    sparse = loop_decode_attention(**x, lengths=lengths, indices=everything)
+    dense = loop_decode_attention(**x, lengths=lengths)
+    check_close("o", sparse, dense.double())
+
+
+def test_decode_by_indices_in_slots_and_loops(device):
+    x = decode_inputs(B=6, t=2, loops=3, device=device)
+    lengths = [50, 3, 1, 20, 0, 7]
+    indices = selections(lengths, 2, 9, device)
+    check_decode(x, lengths, slots=[4, 0, 2, -1, 1, 4], loop_map=[0, 2, 1, 2, 0, 7], indices=indices)
+
+
+@pytest.mark.parametrize("D", [24, 64])
+def test_decode_reads_only_named_keys(D, device):
+    for dtype in (FP32, BF16):
+        x = decode_inputs(B=1, t=1, D=D, DV=D, slots=1, dtype=dtype, device=device)
+        named = torch.tensor([[[7, -1, 3, 49, 60, 11]]], dtype=torch.int32, device=device)
+        lengths = torch.tensor([50], device=device)
+        o = loop_decode_attention(**x, lengths=lengths, indices=named)
+        for cache in (x["k_cache"], x["v_cache"]):
+            others = torch.ones(50, dtype=torch.bool, device=device)
+            others[[7, 3, 49, 11]] = False
+            cache[:, others] = float("nan")
+        assert torch.equal(loop_decode_attention(**x, lengths=lengths, indices=named), o)
+        x["v_cache"][:, 3] = float("nan")
+        assert loop_decode_attention(**x, lengths=lengths, indices=named).isnan().all()
 
 
 def test_decode_extreme_scores(device):
@@ -267,8 +331,10 @@ def test_decode_is_safe_for_any_value(device):
     assert o[3].any()
 
 
-def test_decode_reads_only_visible_keys(device):
-    x = decode_inputs(t=3, device=device)
+@both_dtypes
+@pytest.mark.parametrize("D", [24, 64])
+def test_decode_reads_only_visible_keys(D, dtype, device):
+    x = decode_inputs(t=3, D=D, DV=D, dtype=dtype, device=device)
     lengths = torch.tensor([50, 33, 3], device=device)
     o = loop_decode_attention(**x, lengths=lengths)
     for cache in (x["k_cache"], x["v_cache"]):
@@ -286,12 +352,14 @@ def test_decode_reads_only_visible_keys(device):
 
 @both_dtypes
 def test_decode_new_tokens_at_once_or_one_by_one(dtype, device):
-    x = decode_inputs(t=4, S=70, dtype=dtype, device=device)
-    lengths = torch.tensor([70, 40, 4], device=device)
-    together = loop_decode_attention(**x, lengths=lengths)
-    for i in range(4):
-        one = loop_decode_attention(x["q"][:, i : i + 1], x["k_cache"], x["v_cache"], lengths - 3 + i)
-        assert torch.equal(together[:, i : i + 1], one)
+    for D, DV in ((24, 40), (64, 64)):
+        x = decode_inputs(t=4, S=70, D=D, DV=DV, dtype=dtype, device=device)
+        for lengths in ([70, 40, 4], [66, 2, 18]):
+            lengths = torch.tensor(lengths, device=device)
+            together = loop_decode_attention(**x, lengths=lengths)
+            for i in range(4):
+                one = loop_decode_attention(x["q"][:, i : i + 1], x["k_cache"], x["v_cache"], lengths - 3 + i)
+                assert torch.equal(together[:, i : i + 1], one)
 
 
 @both_dtypes
@@ -317,8 +385,10 @@ def test_threads_change_no_decode(dtype, threads):
     assert torch.equal(results[2], results[0])
 
 
-def test_decode_nan_is_not_hidden(device):
-    x = decode_inputs(device=device)
+@both_dtypes
+@pytest.mark.parametrize("D", [24, 64])
+def test_decode_nan_is_not_hidden(D, dtype, device):
+    x = decode_inputs(D=D, DV=D, dtype=dtype, device=device)
     x["q"][0, 0, 0, 0] = float("nan")
     o = loop_decode_attention(**x, lengths=torch.tensor([50, 33, 3], device=device))
     assert o[0, 0, 0].isnan().all()
@@ -411,8 +481,9 @@ def test_opcheck_decode_and_slots():
     x, lengths = decode_inputs(loops=2), torch.tensor([50, 33, 3])
     loop_map, slots = torch.tensor([0, 1, 1]), torch.tensor([2, -1, 0])
     decode = torch.ops.lt2.loop_decode_attention.default
-    torch.library.opcheck(decode, (*x.values(), lengths, slots, loop_map, 0.3))
-    torch.library.opcheck(decode, (*decode_inputs().values(), lengths.int(), None, None, 0.3))
+    torch.library.opcheck(decode, (*x.values(), lengths, slots, None, loop_map, 0.3))
+    lists = selections([50, 33, 3], 1, 7, "cpu")
+    torch.library.opcheck(decode, (*decode_inputs().values(), lengths.int(), None, lists, None, 0.3))
     pool = torch.randn(5, 3, 4)
     torch.library.opcheck(torch.ops.lt2.loop_state_zero_.default, (pool, slots))
     torch.library.opcheck(torch.ops.lt2.loop_state_copy_.default, (pool, slots, slots.flip(0)))
@@ -449,7 +520,7 @@ def test_compile_decode_and_slots(dynamic):
 
 
 RESIDUAL_REJECTED = {
-    "h must be float32 or bfloat16, got float16": {"h": torch.ones(2, 6).half()},
+    r"h must be float32 or bfloat16 \(or float16 on CUDA\), got float16": {"h": torch.ones(2, 6).half()},
     r"h_in must have the shape of h \[2, 6\], got \[1, 6\]": {"h_in": torch.ones(1, 6)},
     r"h_in must have the dtype of h \(float32\), got bfloat16": {"h_in": torch.ones(2, 6).bfloat16()},
     r"rho must be contiguous of shape \[6\], got \[1, 6\]": {"rho": torch.ones(1, 6)},
@@ -472,8 +543,11 @@ def test_residual_rejects(message):
 
 IDS = torch.zeros(3, dtype=torch.int64)
 DECODE_REJECTED = {
-    "indices must be None": {"indices": torch.zeros(3, 1, 4, dtype=torch.int32)},
-    "q must be float32 or bfloat16, got float16": {"q": torch.ones(3, 1, 4, 24).half()},
+    "indices must be int32, got int64": {"indices": torch.zeros(3, 1, 4, dtype=torch.int64)},
+    r"indices must be contiguous of shape \[B, t, topk\] = \[3, 1, topk\], got \[3, 2, 4\]": {
+        "indices": torch.zeros(3, 2, 4, dtype=torch.int32)
+    },
+    r"q must be float32 or bfloat16 \(or float16 on CUDA\), got float16": {"q": torch.ones(3, 1, 4, 24).half()},
     r"q must have shape \[B, t, HQ, D\], got \[3, 4, 24\]": {"q": torch.ones(3, 4, 24)},
     r"q must have a multiple of 2 heads, got shape \[3, 1, 5, 24\]": {"q": torch.ones(3, 1, 5, 24)},
     "k_cache must have head dimension 8": {"q": torch.ones(3, 1, 4, 8)},

@@ -187,12 +187,46 @@ def residual_rmsnorm_bwd() -> list[dict[str, Any]]:
     return samples
 
 
+def swiglu_samples() -> list[dict[str, Any]]:
+    gate, up = torch.randn(3, 2, 16).to(BF16).transpose(0, 1).chunk(2, -1)
+    return [{"gate": torch.randn(2, 3, 6), "up": torch.randn(2, 3, 6)}, {"gate": gate, "up": up}]
+
+
+def swiglu_bwd() -> list[dict[str, Any]]:
+    return [{"dout": torch.randn_like(s["gate"])} | s for s in swiglu_samples()]
+
+
+def gated_rmsnorm_samples() -> list[dict[str, Any]]:
+    plain, full = ({"o": s["gate"], "z": s["up"], "eps": 1e-5} for s in swiglu_samples())
+    return [plain | {"weight": torch.randn(6)}, full | {"weight": torch.randn(8)}]
+
+
+def gated_rmsnorm_bwd() -> list[dict[str, Any]]:
+    samples = gated_rmsnorm_samples()
+    for s in samples:
+        rstd = s["o"].float().square().mean(-1).add(s.pop("eps")).rsqrt().flatten()
+        s |= {"dout": torch.randn_like(s["o"]), "rstd": rstd}
+    return samples
+
+
+def rope_cache() -> list[dict[str, Any]]:
+    plain = {"k_cache": torch.randn(2, 7, 2, 8), "v_cache": torch.randn(2, 7, 2, 6), "q": torch.randn(2, 3, 4, 8),
+             "k": torch.randn(2, 3, 2, 8), "v": torch.randn(2, 3, 2, 6), "cos": torch.randn(1, 3, 4),
+             "sin": torch.randn(1, 3, 4), "places": torch.tensor([[0, 1, 2], [6, 0, 1]]), "slots": None}  # fmt: skip
+    low = {n: plain[n].to(BF16) for n in ("q", "k", "v")}
+    full = {n: torch.randn(5, 3, *plain[n].shape[1:]).to(BF16)[:, 1] for n in ("k_cache", "v_cache")}
+    full |= {"cos": torch.randn(2, 3, 4), "sin": torch.randn(2, 3, 4), "slots": torch.tensor([4, -1])}
+    return [plain, plain | low | full]
+
+
 def decode_attention() -> list[dict[str, Any]]:
     plain = {"q": torch.randn(2, 1, 4, 8), "k_cache": torch.randn(2, 7, 2, 8), "v_cache": torch.randn(2, 7, 2, 6),
-             "lengths": torch.tensor([3, 7]), "slots": None, "loop_map": None, "scale": 0.3}  # fmt: skip
+             "lengths": torch.tensor([3, 7]), "slots": None, "indices": None, "loop_map": None,
+             "scale": 0.3}  # fmt: skip
     full = {"q": torch.randn(2, 3, 4, 8).to(BF16), "k_cache": torch.randn(3, 5, 7, 2, 8).to(BF16),
             "v_cache": torch.randn(3, 5, 7, 2, 6).to(BF16), "lengths": torch.tensor([3, 7], dtype=torch.int32),
-            "slots": torch.tensor([4, -1]), "loop_map": torch.tensor([2, 0])}  # fmt: skip
+            "slots": torch.tensor([4, -1]), "loop_map": torch.tensor([2, 0]),
+            "indices": torch.randint(-2, 8, (2, 3, 4), dtype=torch.int32)}  # fmt: skip
     return [plain, plain | full]
 
 
@@ -228,17 +262,43 @@ CONTRACTS = {
     "dsa_attention_bwd": Contract(attention_bwd, {"dout": torch.zeros(2, 5, 4, 8)}),
     "indexer_loss_fwd": Contract(
         loss_samples,
-        {"k_idx": torch.zeros(2, 7, 16), "q": torch.zeros(2, 6, 4, 16), "k": torch.zeros(2, 6, 2, 16),
-         "lse": torch.zeros(2, 5, 3), "w_idx": torch.zeros(2, 5, 2), "indices": torch.zeros(2, 5, 3)},
+        {
+            "k_idx": torch.zeros(2, 7, 16),
+            "q": torch.zeros(2, 6, 4, 16),
+            "k": torch.zeros(2, 6, 2, 16),
+            "lse": torch.zeros(2, 5, 3),
+            "w_idx": torch.zeros(2, 5, 2),
+            "indices": torch.zeros(2, 5, 3),
+        },
         differentiable=True,
     ),
     "indexer_loss_bwd": Contract(loss_bwd, {"dloss": torch.zeros(1)}),
+    "swiglu_fwd": Contract(swiglu_samples, {"up": torch.zeros(2, 3, 7)}, differentiable=True),
+    "swiglu_bwd": Contract(swiglu_bwd, {"dout": torch.zeros(2, 3, 7), "up": torch.zeros(2, 3, 7)}),
+    "gated_rmsnorm_fwd": Contract(
+        gated_rmsnorm_samples, {"z": torch.zeros(2, 3, 7), "weight": torch.zeros(7)}, differentiable=True
+    ),
+    "gated_rmsnorm_bwd": Contract(gated_rmsnorm_bwd, {"dout": torch.zeros(2, 3, 7), "rstd": torch.zeros(7)}),
+    "rope_cache_": Contract(
+        rope_cache,
+        {
+            "v_cache": torch.zeros(2, 6, 2, 6),
+            "q": torch.zeros(2, 3, 4, 7),
+            "k": torch.zeros(2, 3, 1, 8),
+            "v": torch.zeros(2, 3, 2, 8),
+            "cos": torch.zeros(2, 3, 8),
+            "sin": torch.zeros(1, 3, 3),
+            "places": torch.zeros(2, 2, dtype=torch.int64),
+            "slots": torch.zeros(2),
+        },
+    ),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),
     "loop_residual_rmsnorm_bwd": Contract(residual_rmsnorm_bwd, {"rstd": torch.zeros(7)}),
     "loop_decode_attention": Contract(
-        decode_attention, {"v_cache": torch.zeros(2, 6, 2, 6), "lengths": torch.zeros(2)}
+        decode_attention,
+        {"v_cache": torch.zeros(2, 6, 2, 6), "lengths": torch.zeros(2), "indices": torch.zeros(2, 1, 3)},
     ),
     "loop_state_zero_": Contract(zero_slots, {"slots": torch.zeros(2)}),
     "loop_state_copy_": Contract(copy_slots, {"dst": torch.zeros(3, dtype=torch.int64)}),

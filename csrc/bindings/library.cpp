@@ -57,17 +57,27 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "indexer_loss_bwd(Tensor dloss, Tensor dq_idx, Tensor dk_idx, Tensor dw_idx) -> "
       "(Tensor dq_idx, Tensor dk_idx, Tensor dw_idx)");
 
+  m.def("swiglu_fwd(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("gated_rmsnorm_fwd(Tensor o, Tensor z, Tensor weight, float eps) -> (Tensor out, Tensor rstd)");
+  m.def(
+      "gated_rmsnorm_bwd(Tensor dout, Tensor o, Tensor z, Tensor rstd, Tensor weight) -> "
+      "(Tensor d_o, Tensor dz, Tensor dweight)");
+  m.def(
+      "rope_cache_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, "
+      "Tensor sin, Tensor places, Tensor? slots) -> Tensor");
+
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");
   m.def(
-      "loop_residual_rmsnorm_fwd(Tensor h, Tensor h_in, Tensor rho, Tensor weight, float eps) -> "
+      "loop_residual_rmsnorm_fwd(Tensor h, Tensor h_in, Tensor? rho, Tensor weight, float eps) -> "
       "(Tensor h_out, Tensor normed, Tensor rstd)");
   m.def(
-      "loop_residual_rmsnorm_bwd(Tensor dh_out, Tensor dnormed, Tensor h_out, Tensor rstd, Tensor h_in, "
-      "Tensor rho, Tensor weight) -> (Tensor dh, Tensor dh_in, Tensor drho, Tensor dweight)");
+      "loop_residual_rmsnorm_bwd(Tensor dh_out, Tensor dnormed, Tensor h_out, Tensor rstd, Tensor? h_in, "
+      "Tensor? rho, Tensor weight) -> (Tensor dh, Tensor dh_in, Tensor drho, Tensor dweight)");
   m.def(
       "loop_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? slots, "
-      "Tensor? loop_map, float scale) -> Tensor");
+      "Tensor? indices, Tensor? loop_map, float scale) -> Tensor");
   m.def("loop_state_zero_(Tensor(a!) state, Tensor slots) -> ()");
   m.def("loop_state_copy_(Tensor(a!) state, Tensor src, Tensor dst) -> ()");
 }

@@ -32,8 +32,7 @@ bool same_shape(Tensor const& a, Tensor const& b) {
 // Activation [.., D].
 Shape shape_of(Tensor const& h) {
   STD_TORCH_CHECK(h.dim() >= 1, OP ": h must have shape [.., D], got ", shape_string(h));
-  STD_TORCH_CHECK(h.scalar_type() == ScalarType::Float || h.scalar_type() == ScalarType::BFloat16,
-                  OP ": h must be float32 or bfloat16, got ", dtype_name(h.scalar_type()));
+  LT2_CHECK_ACTIVATION(OP, h, "h");
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < h.dim(); ++i) rows *= h.size(i);
   return {kernel_dtype(h), rows, h.size(h.dim() - 1)};
@@ -83,7 +82,7 @@ std::tuple<Tensor, Tensor> residual_backward_with(Run const& run, Tensor const& 
 
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor const& h_any,
-                                                      Tensor const& h_in_any, Tensor const& rho,
+                                                      Tensor const& h_in_any, OptionalTensor const& rho,
                                                       Tensor const& weight, double eps) {
   Shape const shape = shape_of(h_any);
   Tensor const h = torch::stable::contiguous(h_any), h_in = checked_like(h_in_any, h_any, "h_in");
@@ -93,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor con
   static_cast<Shape&>(p) = shape;
   p.h = h.const_data_ptr();
   p.h_in = h_in.const_data_ptr();
-  p.rho = checked_vector(rho, h, shape.channels, "rho");
+  if (rho) p.rho = checked_vector(*rho, h, shape.channels, "rho");
   p.out = out.mutable_data_ptr();
   p.weight = checked_vector(weight, h, shape.channels, "weight");
   p.eps = static_cast<float>(eps);
@@ -106,27 +105,33 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor con
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_with(
     Run const& run, Tensor const& dh_out_any, Tensor const& dnormed_any, Tensor const& h_out_any,
-    Tensor const& rstd, Tensor const& h_in_any, Tensor const& rho, Tensor const& weight) {
+    Tensor const& rstd, OptionalTensor const& h_in_any, OptionalTensor const& rho, Tensor const& weight) {
   Shape const shape = shape_of(h_out_any);
-  Tensor const h_out = torch::stable::contiguous(h_out_any), h_in = checked_like(h_in_any, h_out_any, "h_in");
+  STD_TORCH_CHECK(h_in_any.has_value() == rho.has_value(), OP ": h_in must be given with rho only, got ",
+                  h_in_any ? "h_in without rho" : "rho without h_in");
+  Tensor const h_out = torch::stable::contiguous(h_out_any);
   Tensor const dh_out = checked_like(dh_out_any, h_out_any, "dh_out");
   Tensor const dnormed = checked_like(dnormed_any, h_out_any, "dnormed");
-  Tensor dh = torch::stable::new_empty(h_out, h_out.sizes()),
-         dh_in = torch::stable::new_empty(h_out, h_out.sizes());
-  Tensor drho = empty(h_out, {shape.channels}, ScalarType::Float);
+  OptionalTensor const h_in = rho ? OptionalTensor(checked_like(*h_in_any, h_out_any, "h_in")) : std::nullopt;
+  Tensor dh = torch::stable::new_empty(h_out, h_out.sizes());
+  Tensor dh_in =
+      rho ? torch::stable::new_empty(h_out, h_out.sizes()) : empty(h_out, {0}, h_out.scalar_type());
+  Tensor drho = empty(h_out, {rho ? shape.channels : 0}, ScalarType::Float);
   Tensor dweight = empty(h_out, {shape.channels}, ScalarType::Float);
   ResidualNormBackwardParams p{};
   static_cast<Shape&>(p) = shape;
   p.dh_out = dh_out.const_data_ptr();
   p.dnormed = dnormed.const_data_ptr();
   p.h_out = h_out.const_data_ptr();
-  p.h_in = h_in.const_data_ptr();
   p.rstd = checked_vector(rstd, h_out, shape.rows, "rstd");
-  p.rho = checked_vector(rho, h_out, shape.channels, "rho");
   p.weight = checked_vector(weight, h_out, shape.channels, "weight");
   p.dh = dh.mutable_data_ptr();
-  p.dh_in = dh_in.mutable_data_ptr();
-  p.drho = mutable_floats(drho);
+  if (rho) {
+    p.h_in = h_in->const_data_ptr();
+    p.rho = checked_vector(*rho, h_out, shape.channels, "rho");
+    p.dh_in = dh_in.mutable_data_ptr();
+    p.drho = mutable_floats(drho);
+  }
   p.dweight = mutable_floats(dweight);
   run(p, h_out);
   return {dh, dh_in, drho, dweight};
@@ -152,12 +157,11 @@ int64_t const* checked_rows(Tensor const& t, Tensor const& q, char const* name) 
 
 template <class Run>
 Tensor decode_with(Run const& run, Tensor const& q_any, Tensor const& k_cache, Tensor const& v_cache,
-                   Tensor const& lengths, OptionalTensor const& slots, OptionalTensor const& loop_map,
-                   double scale) {
+                   Tensor const& lengths, OptionalTensor const& slots, OptionalTensor const& indices,
+                   OptionalTensor const& loop_map, double scale) {
   STD_TORCH_CHECK(q_any.dim() == 4, OP ": q must have shape [B, t, HQ, D], got ", shape_string(q_any));
   Tensor const q = torch::stable::contiguous(q_any);
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
-                  OP ": q must be float32 or bfloat16, got ", dtype_name(q.scalar_type()));
+  LT2_CHECK_ACTIVATION(OP, q, "q");
   int64_t const axes = loop_map ? 5 : 4, first = axes - 4;
   for (auto const& [cache, name] : {std::pair{&k_cache, "k_cache"}, std::pair{&v_cache, "v_cache"}}) {
     STD_TORCH_CHECK(cache->dim() == axes, OP ": ", name, " must have ", axes, " dimensions ",
@@ -205,6 +209,17 @@ Tensor decode_with(Run const& run, Tensor const& q_any, Tensor const& k_cache, T
   p.lengths_int64 = wide;
   if (slots) p.slot_ids = checked_rows(*slots, q, "slots");
   if (loop_map) p.loop_map = checked_rows(*loop_map, q, "loop_map");
+  if (indices) {
+    STD_TORCH_CHECK(indices->dim() == 3 && indices->size(0) == p.batch && indices->size(1) == p.tokens &&
+                        indices->is_contiguous(),
+                    OP ": indices must be contiguous of shape [B, t, topk] = [", p.batch, ", ", p.tokens,
+                    ", topk], got ", shape_string(*indices));
+    STD_TORCH_CHECK(indices->scalar_type() == ScalarType::Int, OP ": indices must be int32, got ",
+                    dtype_name(indices->scalar_type()));
+    STD_TORCH_CHECK(indices->device() == q.device(), OP ": indices and q must be on one device");
+    p.indices = static_cast<int32_t const*>(indices->const_data_ptr());
+    p.topk = indices->size(2);
+  }
   p.o = o.mutable_data_ptr();
   run(p, q);
   return o;
@@ -271,17 +286,16 @@ std::tuple<Tensor, Tensor> residual_backward_cpu(Tensor const& dout, Tensor cons
   return residual_backward_with(run, dout, h_in, rho);
 }
 
-std::tuple<Tensor, Tensor, Tensor> residual_norm_cpu(Tensor const& h, Tensor const& h_in, Tensor const& rho,
-                                                     Tensor const& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> residual_norm_cpu(Tensor const& h, Tensor const& h_in,
+                                                     OptionalTensor const& rho, Tensor const& weight,
+                                                     double eps) {
   auto const run = [](ResidualNormParams const& p) { cpu::residual_norm(p, torch_pool()); };
   return residual_norm_with(run, h, h_in, rho, weight, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cpu(Tensor const& dh_out,
-                                                                      Tensor const& dnormed,
-                                                                      Tensor const& h_out, Tensor const& rstd,
-                                                                      Tensor const& h_in, Tensor const& rho,
-                                                                      Tensor const& weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cpu(
+    Tensor const& dh_out, Tensor const& dnormed, Tensor const& h_out, Tensor const& rstd,
+    OptionalTensor const& h_in, OptionalTensor const& rho, Tensor const& weight) {
   auto const run = [](ResidualNormBackwardParams const& p, Tensor const& like) {
     Tensor const w = workspace(like, cpu::residual_norm_backward_workspace(p));
     cpu::residual_norm_backward(p, mutable_floats(w), torch_pool());
@@ -290,13 +304,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cpu(Tensor con
 }
 
 Tensor decode_cpu(Tensor const& q, Tensor const& k_cache, Tensor const& v_cache, Tensor const& lengths,
-                  OptionalTensor const& slots, OptionalTensor const& loop_map, double scale) {
+                  OptionalTensor const& slots, OptionalTensor const& indices, OptionalTensor const& loop_map,
+                  double scale) {
   auto const run = [](DecodeParams const& p, Tensor const& like) {
     ThreadPool const pool = torch_pool();
     Tensor const w = workspace(like, cpu::decode_workspace(p, pool));
     cpu::decode(p, mutable_floats(w), pool);
   };
-  return decode_with(run, q, k_cache, v_cache, lengths, slots, loop_map, scale);
+  return decode_with(run, q, k_cache, v_cache, lengths, slots, indices, loop_map, scale);
 }
 
 void zero_cpu(Tensor const& state, Tensor const& slots) {
@@ -311,9 +326,15 @@ void copy_cpu(Tensor const& state, Tensor const& src, Tensor const& dst) {
 
 using Guard = torch::stable::accelerator::DeviceGuard;
 
+void check_channels(Shape const& p) {
+  Status const status = portable::supports(p);
+  STD_TORCH_CHECK(status == kOk, "lt2::loop_residual: ", status, ", got D = ", p.channels);
+}
+
 Tensor residual_cuda(Tensor const& h, Tensor const& h_in, Tensor const& rho) {
   Guard const guard(h.get_device_index());
   auto const run = [&](ResidualParams const& p) {
+    check_channels(p);
     check_status(portable::residual(p, current_cuda_stream(h)));
   };
   return residual_with(run, h, h_in, rho);
@@ -322,26 +343,30 @@ Tensor residual_cuda(Tensor const& h, Tensor const& h_in, Tensor const& rho) {
 std::tuple<Tensor, Tensor> residual_backward_cuda(Tensor const& dout, Tensor const& h_in, Tensor const& rho) {
   Guard const guard(h_in.get_device_index());
   auto const run = [](ResidualBackwardParams const& p, Tensor const& like) {
+    check_channels(p);
     Tensor const w = workspace(like, portable::residual_backward_workspace(p));
     check_status(portable::residual_backward(p, mutable_floats(w), current_cuda_stream(like)));
   };
   return residual_backward_with(run, dout, h_in, rho);
 }
 
-std::tuple<Tensor, Tensor, Tensor> residual_norm_cuda(Tensor const& h, Tensor const& h_in, Tensor const& rho,
-                                                      Tensor const& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> residual_norm_cuda(Tensor const& h, Tensor const& h_in,
+                                                      OptionalTensor const& rho, Tensor const& weight,
+                                                      double eps) {
   Guard const guard(h.get_device_index());
   auto const run = [&](ResidualNormParams const& p) {
+    check_channels(p);
     check_status(portable::residual_norm(p, current_cuda_stream(h)));
   };
   return residual_norm_with(run, h, h_in, rho, weight, eps);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cuda(
-    Tensor const& dh_out, Tensor const& dnormed, Tensor const& h_out, Tensor const& rstd, Tensor const& h_in,
-    Tensor const& rho, Tensor const& weight) {
+    Tensor const& dh_out, Tensor const& dnormed, Tensor const& h_out, Tensor const& rstd,
+    OptionalTensor const& h_in, OptionalTensor const& rho, Tensor const& weight) {
   Guard const guard(h_out.get_device_index());
   auto const run = [](ResidualNormBackwardParams const& p, Tensor const& like) {
+    check_channels(p);
     Tensor const w = workspace(like, portable::residual_norm_backward_workspace(p));
     check_status(portable::residual_norm_backward(p, mutable_floats(w), current_cuda_stream(like)));
   };
@@ -349,15 +374,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_cuda(
 }
 
 Tensor decode_cuda(Tensor const& q, Tensor const& k_cache, Tensor const& v_cache, Tensor const& lengths,
-                   OptionalTensor const& slots, OptionalTensor const& loop_map, double scale) {
+                   OptionalTensor const& slots, OptionalTensor const& indices, OptionalTensor const& loop_map,
+                   double scale) {
   Guard const guard(q.get_device_index());
   auto const run = [](DecodeParams const& p, Tensor const& like) {
     Status const status = portable::supports(p);
     STD_TORCH_CHECK(status == kOk, "lt2::loop_decode_attention: ", status, ", got D = ", p.key_dim,
                     ", DV = ", p.value_dim);
-    check_status(portable::decode(p, current_cuda_stream(like)));
+    Tensor const w = workspace(like, portable::decode_workspace(p));
+    check_status(portable::decode(p, mutable_floats(w), current_cuda_stream(like)));
   };
-  return decode_with(run, q, k_cache, v_cache, lengths, slots, loop_map, scale);
+  return decode_with(run, q, k_cache, v_cache, lengths, slots, indices, loop_map, scale);
 }
 
 void zero_cuda(Tensor const& state, Tensor const& slots) {

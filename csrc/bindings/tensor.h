@@ -118,6 +118,12 @@ inline ThreadPool torch_pool() {
 #define LT2_CHECK_DTYPE(op, t, ty)                                                                     \
   STD_TORCH_CHECK((t).scalar_type() == (ty), op, ": " #t " must be ", ::lt2::dtype_name(ty), ", got ", \
                   ::lt2::dtype_name((t).scalar_type()))
+// An activation, of a type that kernels take.
+#define LT2_CHECK_ACTIVATION(op, t, name)                                                                \
+  STD_TORCH_CHECK((t).scalar_type() == ScalarType::Float || (t).scalar_type() == ScalarType::BFloat16 || \
+                      ((t).scalar_type() == ScalarType::Half && (t).is_cuda()),                          \
+                  op ": ", name, " must be float32 or bfloat16 (or float16 on CUDA), got ",              \
+                  ::lt2::dtype_name((t).scalar_type()))
 #define LT2_CHECK_CONTIGUOUS(op, t) \
   STD_TORCH_CHECK((t).is_contiguous(), op, ": " #t " must be contiguous, got shape ", ::lt2::shape_string(t))
 #define LT2_CHECK_SAME_DEVICE(op, t, u) \

@@ -34,6 +34,7 @@ struct ResidualBackwardParams : Shape {
   float* drho;
 };
 
+// rho may be null here: ones.
 struct ResidualNormParams : ResidualParams {
   float const* weight;
   float eps;
@@ -41,6 +42,7 @@ struct ResidualNormParams : ResidualParams {
   float* rstd;
 };
 
+// Without rho there is no h_in, dh_in and drho: the gradient of both is dh.
 struct ResidualNormBackwardParams : Shape {
   void const *dh_out, *dnormed, *h_out, *h_in;
   float const *rstd, *rho, *weight;
@@ -55,8 +57,9 @@ struct Cache {
 };
 
 // Query i of row b sees the keys [0, lengths[b] - tokens + i + 1) of its slot and loop, limited to the
-// capacity. Query head h uses key head h / (query_heads / heads). A row without visible keys, or whose slot
-// or loop is out of range, gives 0.
+// capacity; with indices those of them that its list names (whatever else is in a list is ignored). Query
+// head h uses key head h / (query_heads / heads). A row without visible keys, or whose slot or loop is out of
+// range, gives 0.
 struct DecodeParams {
   Dtype dtype;
   int64_t batch, tokens, capacity, slots, loops;
@@ -68,7 +71,9 @@ struct DecodeParams {
   bool lengths_int64;
   int64_t const* slot_ids;  // [B] or null: row b is slot b
   int64_t const* loop_map;  // [B] or null: loop 0
-  void* o;                  // [B, t, HQ, DV] contiguous
+  int32_t const* indices;   // [B, t, topk] or null: every key that a query sees
+  int64_t topk;
+  void* o;  // [B, t, HQ, DV] contiguous
 };
 
 // Slots of any element type: `rows` pieces of row_bytes contiguous bytes each, strides in bytes.
@@ -109,6 +114,8 @@ void copy(CopyParams const& p, char* workspace, ThreadPool const& pool);
 // Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.
 namespace portable {
 Status supports(DecodeParams const& p);
+Status supports(Shape const& p);
+int64_t decode_workspace(DecodeParams const& p);
 int64_t residual_backward_workspace(ResidualBackwardParams const& p);
 int64_t residual_norm_backward_workspace(ResidualNormBackwardParams const& p);
 int64_t copy_workspace(CopyParams const& p);
@@ -116,7 +123,7 @@ Status residual(ResidualParams const& p, void* cuda_stream);
 Status residual_backward(ResidualBackwardParams const& p, float* workspace, void* cuda_stream);
 Status residual_norm(ResidualNormParams const& p, void* cuda_stream);
 Status residual_norm_backward(ResidualNormBackwardParams const& p, float* workspace, void* cuda_stream);
-Status decode(DecodeParams const& p, void* cuda_stream);
+Status decode(DecodeParams const& p, float* workspace, void* cuda_stream);
 Status zero(ZeroParams const& p, void* cuda_stream);
 Status copy(CopyParams const& p, char* workspace, void* cuda_stream);
 }  // namespace portable

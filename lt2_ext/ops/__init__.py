@@ -1,5 +1,6 @@
 """The operators, one module per family. May import: ``lt2_ext._C`` (through ``torch.ops.lt2``) and torch."""
 
+from .block_ops import gated_rmsnorm, rope_cache_, swiglu
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
 from .dsa import dsa_attention, indexer_loss, lightning_indexer
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
@@ -12,6 +13,7 @@ from .linear_attention import (
     simple_gla_step_,
 )
 from .loop_state import (
+    add_rmsnorm,
     loop_decode_attention,
     loop_residual,
     loop_residual_rmsnorm,
@@ -20,6 +22,7 @@ from .loop_state import (
 )
 
 __all__ = [
+    "add_rmsnorm",
     "causal_conv1d",
     "causal_conv1d_step_",
     "chunk_delta_rule",
@@ -31,6 +34,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_simple_gla",
     "gated_delta_step_",
+    "gated_rmsnorm",
     "gdn_decode_fused_",
     "indexer_loss",
     "lightning_indexer",
@@ -39,5 +43,7 @@ __all__ = [
     "loop_residual_rmsnorm",
     "loop_state_copy_",
     "loop_state_zero_",
+    "rope_cache_",
     "simple_gla_step_",
+    "swiglu",
 ]

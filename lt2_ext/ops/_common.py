@@ -70,6 +70,11 @@ def check_dtypes(op: str, **tensors: Tensor) -> None:
         check(t.dtype == first.dtype, op, other, f"have the dtype of {name} ({first.dtype})", t.dtype)
 
 
+def check_float(op: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        check(t.is_floating_point(), op, name, "have a float dtype", t.dtype)
+
+
 def fake(op: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function of the arguments of ``lt2::<op>`` that gives empty outputs. A derivative of ``.._bwd`` is an
     error."""

@@ -1,5 +1,5 @@
-"""State across the loops of a looped model and across decode steps: residual of the loop input, attention to the
-cached keys of a slot and loop, reset and copy of slots."""
+"""State across the loops of a looped model and across decode steps: residual connections with their norms, attention to
+the cached keys of a slot and loop, reset and copy of slots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check, fake, inference_only, wanted
+from ._common import check_float, fake, inference_only, wanted
 
 _residual = torch.ops.lt2.loop_residual_fwd.default
 _residual_bwd = torch.ops.lt2.loop_residual_bwd.default
@@ -24,7 +24,8 @@ def loop_residual(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
     """End of a loop: ``h + rho * h_in`` in float32, rounded once.
 
     Args:
-        h: ``[.., D]`` float32 or bfloat16, the output of the blocks. Not affected by autocast.
+        h: ``[.., D]`` float32 or bfloat16 (on CUDA also float16, and D <= 8192), the output of the blocks. Not affected
+            by autocast.
         h_in: the input of the loop, in the shape and dtype of h.
         rho: ``[D]`` of any float dtype; used in float32.
 
@@ -36,7 +37,7 @@ def loop_residual(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
         ValueError: a vector that is not floating-point.
         RuntimeError: a wrong shape or dtype.
     """
-    _check_float("loop_residual", rho=rho)
+    check_float("loop_residual", rho=rho)
     return _residual(h, h_in, rho.float())
 
 
@@ -60,9 +61,33 @@ def loop_residual_rmsnorm(
         ValueError: a vector that is not floating-point.
         RuntimeError: a wrong shape or dtype.
     """
-    _check_float("loop_residual_rmsnorm", rho=rho, weight=weight)
+    check_float("loop_residual_rmsnorm", rho=rho, weight=weight)
     h_out, normed, _ = _residual_rmsnorm(h, h_in, rho.float(), weight.float(), eps)
     return h_out, normed
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The residual connection around a sub-block and the norm before the next one, in one pass.
+
+    ``h = residual + x``, rounded to the dtype of the residual; ``normed = h * rsqrt(mean(h^2) + eps) * weight``.
+
+    Args:
+        x: ``[.., D]``, the output of the sub-block, cast to the dtype of the residual.
+        residual: ``[.., D]`` float32 or bfloat16 (on CUDA also float16, and D <= 8192). Not affected by autocast.
+        weight: ``[D]`` of any float dtype; used in float32.
+        eps: added to the mean square.
+
+    Returns:
+        ``(h, normed)``, each ``[.., D]`` in the dtype of the residual. Differentiable in x, residual and weight through
+        both, independently of the number of threads.
+
+    Raises:
+        ValueError: a weight that is not floating-point.
+        RuntimeError: a wrong shape or dtype.
+    """
+    check_float("add_rmsnorm", weight=weight)
+    h, normed, _ = _residual_rmsnorm(residual, x.to(residual.dtype), None, weight.float(), eps)
+    return h, normed
 
 
 def loop_decode_attention(
@@ -83,13 +108,14 @@ def loop_decode_attention(
     grad mode. Under autocast q is cast to the dtype of the caches.
 
     Args:
-        q: ``[B, t, HQ, D]`` float32 or bfloat16.
+        q: ``[B, t, HQ, D]`` float32 or bfloat16 (on CUDA also float16).
         k_cache: ``[slots, S, H, D]`` in the dtype of q, or ``[loop_count, slots, S, H, D]`` with ``loop_map``. Any
             strides, but a contiguous last axis. HQ is a multiple of H: query head h uses key head ``h // (HQ // H)``.
         v_cache: as k_cache, with DV instead of D.
         lengths: ``[B]`` int32 or int64: valid keys of each row, the t new ones included. Clamped to ``0 .. S``.
         slots: ``[B]`` int64, the slot of each row. None: row b uses slot b.
-        indices: not supported yet, must be None.
+        indices: ``[B, t, topk]`` int32: each query sees only those of its keys that its list names, in any order;
+            other entries (-1) are ignored, a key named twice counts twice. As in :func:`lt2_ext.ops.dsa_attention`.
         loop_map: ``[B]`` int64, the loop whose keys each row reads; required by, and only with, a loop axis.
         scale: of the scores. None: ``D ** -0.5``.
 
@@ -100,13 +126,11 @@ def loop_decode_attention(
     Raises:
         RuntimeError: a wrong shape or dtype; inputs that require a gradient; an unsupported device.
     """
-    op = "loop_decode_attention"
-    check(indices is None, op, "indices", "be None (sparse decode is not supported yet)", "a tensor")
-    inference_only(op, q, k_cache, v_cache)
+    inference_only("loop_decode_attention", q, k_cache, v_cache)
     if torch.is_autocast_enabled(q.device.type):
         q = q.to(k_cache.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _decode(q, k_cache, v_cache, lengths, slots, loop_map, scale)
+    return _decode(q, k_cache, v_cache, lengths, slots, indices, loop_map, scale)
 
 
 def loop_state_zero_(state: Tensor, slots: Tensor) -> None:
@@ -141,23 +165,19 @@ def loop_state_copy_(state: Tensor, src: Tensor, dst: Tensor) -> None:
     _copy(state, src, dst)
 
 
-def _check_float(op: str, **vectors: Tensor) -> None:
-    for name, vector in vectors.items():
-        check(vector.is_floating_point(), op, name, "have a float dtype", vector.dtype)
-
-
 @fake("loop_residual_rmsnorm_fwd")
-def _(h: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(h: Tensor, h_in: Tensor, rho: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = math.prod(h.shape[:-1])
     return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty((rows,), dtype=torch.float32)
 
 
 @fake("loop_residual_rmsnorm_bwd")
 def _(
-    dh_out: Tensor, dnormed: Tensor, h_out: Tensor, rstd: Tensor, h_in: Tensor, rho: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, dh_in = h_out.new_empty(h_out.shape), h_in.new_empty(h_in.shape)
-    return dh, dh_in, rho.new_empty(rho.shape), weight.new_empty(weight.shape)
+    dh_out: Tensor, dnormed: Tensor, h_out: Tensor, rstd: Tensor, h_in: Tensor | None, rho: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dh_in, drho = (h_out.shape, weight.shape) if rho is not None else ((0,), (0,))
+    return h_out.new_empty(h_out.shape), h_out.new_empty(dh_in), weight.new_empty(drho), weight.new_empty(weight.shape)
 
 
 fake("loop_residual_fwd")(lambda h, h_in, rho: h.new_empty(h.shape))
@@ -178,11 +198,14 @@ def _residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, h_in, rho, weight, _ = inputs
     h_out, _, rstd = output
-    ctx.save_for_backward(h_out, rstd, h_in, rho, weight)
+    ctx.save_for_backward(h_out, rstd, None if rho is None else h_in, rho, weight)
 
 
 def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
-    return wanted(ctx, *_residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors))
+    dh, dh_in, drho, dweight = _residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors)
+    if ctx.saved_tensors[3] is None:
+        return wanted(ctx, dh, dh, None, dweight)
+    return wanted(ctx, dh, dh_in, drho, dweight)
 
 
 torch.library.register_autograd("lt2::loop_residual_fwd", _residual_backward, setup_context=_residual_setup)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lt2_ext import __version__, build_info, ops
+from lt2_ext.reference import block_ops as block_reference
 from lt2_ext.reference import causal_conv1d as conv_reference
 from lt2_ext.reference import dsa as dsa_reference
 from lt2_ext.reference import gdn as gdn_reference
@@ -195,6 +196,30 @@ def loop_residual_rmsnorm(device: str) -> Pairs:
     tensors = {"h": torch.randn(2, 5, 96), "h_in": torch.randn(2, 5, 96), "rho": torch.randn(96)}
     tensors["weight"] = torch.randn(96)
     return compare(ops.loop_residual_rmsnorm, loop_reference.loop_residual_rmsnorm, device, tensors, eps=1e-6)
+
+
+def add_rmsnorm(device: str) -> Pairs:
+    tensors = {"x": torch.randn(2, 5, 96), "residual": torch.randn(2, 5, 96), "weight": torch.randn(96)}
+    return compare(ops.add_rmsnorm, loop_reference.add_rmsnorm, device, tensors, eps=1e-6)
+
+
+def swiglu(device: str) -> Pairs:
+    return compare(
+        ops.swiglu, block_reference.swiglu, device, {"gate": torch.randn(2, 5, 96), "up": torch.randn(2, 5, 96)}
+    )
+
+
+def gated_rmsnorm(device: str) -> Pairs:
+    tensors = {"o": torch.randn(2, 5, 4, 64), "z": torch.randn(2, 5, 4, 64), "weight": torch.randn(64)}
+    return compare(ops.gated_rmsnorm, block_reference.gated_rmsnorm, device, tensors, eps=1e-6)
+
+
+def rope_cache_(device: str) -> Pairs:
+    tensors = {"k_cache": torch.randn(3, 40, 2, 64), "v_cache": torch.randn(3, 40, 2, 64)}
+    tensors |= {"q": torch.randn(3, 2, 4, 64), "k": torch.randn(3, 2, 2, 64), "v": torch.randn(3, 2, 2, 64)}
+    tensors |= {"cos": torch.randn(1, 2, 32), "sin": torch.randn(1, 2, 32)}
+    tensors["places"] = torch.tensor([[0, 1], [39, 0], [7, 8]])
+    return compare(ops.rope_cache_, block_reference.rope_cache, device, tensors, ("k_cache", "v_cache"))
 
 
 def loop_decode_attention(device: str) -> Pairs:

@@ -19,6 +19,11 @@ def loop_residual_rmsnorm(
     return h_out, h_out * (h_out.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(h.dtype)
 
 
+def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """As :func:`lt2_ext.ops.add_rmsnorm`."""
+    return loop_residual_rmsnorm(residual, x, torch.ones_like(weight), weight, eps)
+
+
 def loop_decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -26,6 +31,7 @@ def loop_decode_attention(
     lengths: Tensor,
     *,
     slots: Tensor | None = None,
+    indices: Tensor | None = None,
     loop_map: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -42,10 +48,12 @@ def loop_decode_attention(
         k, v = (c[slot] if loop_map is None else c[loop, slot] for c in (k_cache, v_cache))
         length = min(max(int(lengths[b]), 0), k.shape[0])
         for i in range(t):
-            visible = length - t + i + 1
-            if visible <= 0:
+            seen = torch.arange(max(length - t + i + 1, 0), device=k.device)
+            if indices is not None:
+                seen = torch.tensor([j for j in indices[b, i].tolist() if 0 <= j < len(seen)], device=k.device).long()
+            if len(seen) == 0:
                 continue
-            K, V = (x[:visible].repeat_interleave(HQ // H, 1) for x in (k, v))  # [S, HQ, ..]
+            K, V = (x[seen].repeat_interleave(HQ // H, 1) for x in (k, v))  # [S, HQ, ..]
             scores = torch.einsum("hd,shd->hs", q[b, i], K) * (D**-0.5 if scale is None else scale)
             o[b, i] = torch.einsum("hs,shv->hv", scores.softmax(-1), V)
     return o

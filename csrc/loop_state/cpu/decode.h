@@ -10,20 +10,21 @@ namespace {
 constexpr int kBlockKeys = 32;
 constexpr float kInfinity = __builtin_inff();
 
-// Sizes of an item: queries [tokens * group, D], with head and value dimensions padded to whole vectors.
+// Sizes of an item: queries [tokens of a unit * group, D], with head and value dimensions padded to whole
+// vectors.
 struct Geometry {
   int group;
   int64_t queries, key_width, value_width;
 
   explicit Geometry(DecodeParams const& p)
       : group(p.query_heads / p.heads),
-        queries(p.tokens * group),
+        queries(unit_tokens(p) * group),
         key_width((p.key_dim + kLanes - 1) / kLanes * kLanes),
         value_width((p.value_dim + kLanes - 1) / kLanes * kLanes) {}
 
-  // Element offset of query i of a row and key head in q [B, t, HQ, dim].
-  int64_t offset(DecodeParams const& p, int64_t row, int head, int64_t i, int dim) const {
-    return ((row * p.tokens + i / group) * p.query_heads + head * group + i % group) * dim;
+  // Element offset of query i of a unit and key head in q [B, t, HQ, dim].
+  int64_t offset(DecodeParams const& p, int64_t unit, int head, int64_t i, int dim) const {
+    return ((unit * unit_tokens(p) + i / group) * p.query_heads + head * group + i % group) * dim;
   }
 };
 
@@ -51,21 +52,22 @@ inline void widen(T const* from, int dim, float* to) {
   for_each_vec(dim, [&](int64_t c, int n) { store(to + c, load_some(from + c, n)); });
 }
 
-// rows[r]: key or value r of a block as floats padded to `width`, converted into tile unless memory has that
-// form. Rows from `count` on repeat the last one. Also prefetches the next block, of which `ahead` rows
-// exist.
-template <class T>
-inline void load_rows(T const* from, int64_t stride, int64_t count, int64_t ahead, int dim, int64_t width,
-                      float* tile, float const* (&rows)[kBlockKeys]) {
+// rows[r]: key or value r of a block, found at at(r), as floats padded to `width`, converted into tile unless
+// memory has that form. Rows from `count` on repeat the last one. Also prefetches the next block, of which
+// `ahead` rows exist.
+template <class T, class At>
+inline void load_rows(At const& at, int64_t count, int64_t ahead, int dim, int64_t width, float* tile,
+                      float const* (&rows)[kBlockKeys]) {
   constexpr int kLine = 64 / sizeof(T);
   for (int r = 0; r < kBlockKeys; ++r) {
     if (r >= count) {
       rows[r] = rows[count - 1];
       continue;
     }
-    T const* const row = from + r * stride;
+    T const* const row = at(r);
     if (r < ahead) {
-      for (int c = 0; c < dim; c += kLine) __builtin_prefetch(row + kBlockKeys * stride + c);
+      T const* const next = at(kBlockKeys + r);
+      for (int c = 0; c < dim; c += kLine) __builtin_prefetch(next + c);
     }
     if constexpr (sizeof(T) == sizeof(float)) {
       if (dim == width) {
@@ -125,7 +127,8 @@ inline void add_rows(float const* weights, float const* const* rows, int64_t cou
 
 int64_t decode_workspace(DecodeParams const& p) {
   Geometry const g(p);
-  return g.queries * g.key_width + kBlockKeys * (g.key_width + g.value_width);
+  int64_t const list = p.indices == nullptr ? 0 : kSplitKeys;
+  return g.queries * g.key_width + kBlockKeys * (g.key_width + g.value_width) + list;
 }
 
 int64_t decode_partial(DecodeParams const& p) {
@@ -134,44 +137,63 @@ int64_t decode_partial(DecodeParams const& p) {
 }
 
 template <class T>
-inline T const* cached(Cache const& cache, int64_t loop, int64_t slot, int64_t token, int head) {
-  return static_cast<T const*>(cache.data) + loop * cache.loop + slot * cache.slot + token * cache.token +
+inline T const* cached(Cache const& cache, Sight const& sight, int head) {
+  return static_cast<T const*>(cache.data) + sight.loop * cache.loop + sight.slot * cache.slot +
          head * cache.head;
 }
 
+// The entries [begin, end) of a unit's list that name keys it sees; returns how many.
+inline int64_t visible_entries(DecodeParams const& p, int64_t unit, int64_t keys, int64_t begin, int64_t end,
+                               int32_t* list) {
+  int32_t const* const indices = p.indices + unit * p.topk;
+  int64_t count = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    if (indices[j] >= 0 && indices[j] < keys) list[count++] = indices[j];
+  }
+  return count;
+}
+
 template <class T>
-void decode_item(DecodeParams const& p, int64_t row, int head, int64_t split, float* workspace,
+void decode_item(DecodeParams const& p, int64_t unit, int head, int64_t split, float* workspace,
                  float* partial) {
   Geometry const g(p);
-  int64_t const keys = key_count(p, row), width = partial_width(g);
-  int64_t const begin = split * kSplitKeys, end = min(begin + kSplitKeys, keys);
+  Sight const sight(p, unit);
+  bool const sparse = p.indices != nullptr;
+  int64_t const width = partial_width(g), tokens = unit_tokens(p);
+  int64_t begin = split * kSplitKeys, end = min(begin + kSplitKeys, sparse ? p.topk : sight.keys);
   for (int64_t i = 0; i < g.queries; ++i) {
     float* const out = partial + i * width;
     for (int64_t c = 0; c < g.value_width; ++c) out[c] = 0.f;
     out[g.value_width] = -kInfinity;
     out[g.value_width + 1] = 0.f;
   }
-  if (begin >= end) return;
+  if (begin >= end || sight.keys == 0) return;
 
   float *const q = workspace, *const key_tile = q + g.queries * g.key_width;
   float* const value_tile = key_tile + kBlockKeys * g.key_width;
+  int32_t* const list = reinterpret_cast<int32_t*>(value_tile + kBlockKeys * g.value_width);
   for (int64_t i = 0; i < g.queries; ++i) {
     float* const to = q + i * g.key_width;
-    widen(static_cast<T const*>(p.q) + g.offset(p, row, head, i, p.key_dim), p.key_dim, to);
+    widen(static_cast<T const*>(p.q) + g.offset(p, unit, head, i, p.key_dim), p.key_dim, to);
     for (int64_t c = 0; c < g.key_width; c += kLanes) store(to + c, load(to + c) * p.scale);
   }
-  int64_t const loop = p.loop_map == nullptr ? 0 : p.loop_map[row],
-                slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
+  int64_t keys = sight.keys;
+  if (sparse) {
+    end = keys = visible_entries(p, unit, keys, begin, end, list);
+    begin = 0;
+  }
+  T const *const all_k = cached<T>(p.k, sight, head), *const all_v = cached<T>(p.v, sight, head);
   float const *k[kBlockKeys], *v[kBlockKeys];
   alignas(64) float scores[kBlockKeys];
   for (int64_t block = begin; block < end; block += kBlockKeys) {
     int64_t const count = min(kBlockKeys, end - block), ahead = end - block - kBlockKeys;
-    load_rows(cached<T>(p.k, loop, slot, block, head), p.k.token, count, ahead, p.key_dim, g.key_width,
-              key_tile, k);
-    load_rows(cached<T>(p.v, loop, slot, block, head), p.v.token, count, ahead, p.value_dim, g.value_width,
-              value_tile, v);
+    auto const place = [&](int64_t r) { return sparse ? list[block + r] : block + r; };
+    load_rows<T>([&](int64_t r) { return all_k + place(r) * p.k.token; }, count, ahead, p.key_dim,
+                 g.key_width, key_tile, k);
+    load_rows<T>([&](int64_t r) { return all_v + place(r) * p.v.token; }, count, ahead, p.value_dim,
+                 g.value_width, value_tile, v);
     for (int64_t i = 0; i < g.queries; ++i) {
-      int64_t const visible = min(count, keys - p.tokens + i / g.group + 1 - block);
+      int64_t const visible = min(count, keys - tokens + i / g.group + 1 - block);
       if (visible <= 0) continue;
       float* const out = partial + i * width;
       float &max = out[g.value_width], &total = out[g.value_width + 1];
@@ -193,7 +215,7 @@ void decode_item(DecodeParams const& p, int64_t row, int head, int64_t split, fl
 }
 
 template <class T>
-void merge_item(DecodeParams const& p, int64_t row, int head, float const* partials, int64_t partial_stride,
+void merge_item(DecodeParams const& p, int64_t unit, int head, float const* partials, int64_t partial_stride,
                 int64_t splits) {
   Geometry const g(p);
   for (int64_t i = 0; i < g.queries; ++i) {
@@ -205,7 +227,7 @@ void merge_item(DecodeParams const& p, int64_t row, int head, float const* parti
       if (max_of(s) != -kInfinity)
         total += exp(max_of(s) - max) * first[s * partial_stride + g.value_width + 1];
     }
-    T* const out = static_cast<T*>(p.o) + g.offset(p, row, head, i, p.value_dim);
+    T* const out = static_cast<T*>(p.o) + g.offset(p, unit, head, i, p.value_dim);
     for_each_vec(p.value_dim, [&](int64_t c, int n) {
       Vec o{};
       for (int64_t s = 0; s < splits; ++s) {

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/cpu/row_ranges.h"
 #include "common/cpu_isa.h"
 #include "loop_state/cpu/kernels.h"
 
@@ -14,38 +15,14 @@ LT2_DEFINE_KERNELS()
 namespace cpu {
 namespace {
 
-// Gradients of rho and weight: one partial sum per range of rows, at most kMaxPartials ranges. The ranges
-// depend on the shape alone, so the number of threads changes no bit.
-constexpr int64_t kMaxPartials = 128, kMinPartialRows = 16;
-constexpr int64_t kGrainElements = 1 << 14;
 constexpr int64_t kPieceBytes = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t partial_rows(Shape const& p) { return std::max(kMinPartialRows, ceil_div(p.rows, kMaxPartials)); }
-int64_t partial_count(Shape const& p) { return ceil_div(p.rows, partial_rows(p)); }
-int64_t row_grain(Shape const& p) {
-  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(p.channels, 1));
-}
-
-// f(begin, end, partial) over the ranges of rows, then out[i] = the sum of partials [count, width] in order.
-template <class F>
-void reduce_rows(Shape const& p, int64_t width, float* partials, float* const (&outs)[2],
-                 ThreadPool const& pool, F const& f) {
-  int64_t const rows = partial_rows(p), count = partial_count(p);
-  pool.items(count,
-             [&](int64_t i, int) { f(i * rows, std::min((i + 1) * rows, p.rows), partials + i * width); });
-  pool.ranges(0, width, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      float sum = 0.f;
-      for (int64_t i = 0; i < count; ++i) sum += partials[i * width + c];
-      outs[c / p.channels][c % p.channels] = sum;
-    }
-  });
-}
 
 int64_t decode_splits(DecodeParams const& p) {
-  int64_t longest = 0;
-  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, key_count(p, b));
+  int64_t longest = p.topk;
+  for (int64_t u = 0; p.indices == nullptr && u < unit_count(p); ++u)
+    longest = std::max(longest, Sight(p, u).keys);
   return std::max<int64_t>(1, ceil_div(longest, kSplitKeys));
 }
 
@@ -86,55 +63,62 @@ CopyPlan copy_plan(CopyParams const& p) {
 
 }  // namespace
 
-int64_t residual_backward_workspace(ResidualBackwardParams const& p) { return partial_count(p) * p.channels; }
+int64_t residual_backward_workspace(ResidualBackwardParams const& p) {
+  return RowRanges(p.rows).count * p.channels;
+}
 
 int64_t residual_norm_backward_workspace(ResidualNormBackwardParams const& p) {
-  return partial_count(p) * 2 * p.channels;
+  return RowRanges(p.rows).count * (p.rho == nullptr ? 1 : 2) * p.channels;
 }
 
 void residual(ResidualParams const& p, ThreadPool const& pool) {
-  pool.ranges(0, p.rows, row_grain(p),
+  pool.ranges(0, p.rows, row_grain(p.channels),
               [&](int64_t begin, int64_t end) { kernels().residual(p, begin, end); });
 }
 
 void residual_backward(ResidualBackwardParams const& p, float* workspace, ThreadPool const& pool) {
-  reduce_rows(p, p.channels, workspace, {p.drho, nullptr}, pool,
-              [&](int64_t begin, int64_t end, float* partial) {
-                kernels().residual_backward(p, begin, end, partial);
-              });
+  RowRanges(p.rows).sum(
+      p.channels, p.channels, workspace, pool,
+      [&](int64_t begin, int64_t end, float* partial) {
+        kernels().residual_backward(p, begin, end, partial);
+      },
+      [&](int64_t c) -> float& { return p.drho[c]; });
 }
 
 void residual_norm(ResidualNormParams const& p, ThreadPool const& pool) {
-  pool.ranges(0, p.rows, row_grain(p),
+  pool.ranges(0, p.rows, row_grain(p.channels),
               [&](int64_t begin, int64_t end) { kernels().residual_norm(p, begin, end); });
 }
 
 void residual_norm_backward(ResidualNormBackwardParams const& p, float* workspace, ThreadPool const& pool) {
-  reduce_rows(p, 2 * p.channels, workspace, {p.drho, p.dweight}, pool,
-              [&](int64_t begin, int64_t end, float* partial) {
-                kernels().residual_norm_backward(p, begin, end, partial);
-              });
+  int64_t const width = (p.rho == nullptr ? 1 : 2) * p.channels;
+  RowRanges(p.rows).sum(
+      width, width, workspace, pool,
+      [&](int64_t begin, int64_t end, float* partial) {
+        kernels().residual_norm_backward(p, begin, end, partial);
+      },
+      [&](int64_t c) -> float& { return c < p.channels ? p.dweight[c] : p.drho[c - p.channels]; });
 }
 
 int64_t decode_workspace(DecodeParams const& p, ThreadPool const& pool) {
-  int64_t const items = p.batch * p.heads * decode_splits(p);
+  int64_t const items = unit_count(p) * p.heads * decode_splits(p);
   return kernels().decode_workspace(p) * pool.lanes(items) + kernels().decode_partial(p) * items;
 }
 
 void decode(DecodeParams const& p, float* workspace, ThreadPool const& pool) {
-  int64_t const splits = decode_splits(p), pairs = p.batch * p.heads;
+  int64_t const splits = decode_splits(p), pairs = unit_count(p) * p.heads;
   int64_t const lane_floats = kernels().decode_workspace(p), partial_floats = kernels().decode_partial(p);
   float* const partials = workspace + lane_floats * pool.lanes(pairs * splits);
   // Neighbouring items are the heads of the same keys: they lie side by side in memory.
   pool.items(pairs * splits, [&](int64_t item, int lane) {
-    int64_t const row = item / (p.heads * splits), split = item / p.heads % splits;
-    kernels().decode(p, row, static_cast<int>(item % p.heads), split, workspace + lane * lane_floats,
+    int64_t const unit = item / (p.heads * splits), split = item / p.heads % splits;
+    kernels().decode(p, unit, static_cast<int>(item % p.heads), split, workspace + lane * lane_floats,
                      partials + item * partial_floats);
   });
   pool.items(pairs, [&](int64_t pair, int) {
-    int64_t const row = pair / p.heads, head = pair % p.heads;
-    kernels().merge(p, row, static_cast<int>(head),
-                    partials + (row * splits * p.heads + head) * partial_floats, p.heads * partial_floats,
+    int64_t const unit = pair / p.heads, head = pair % p.heads;
+    kernels().merge(p, unit, static_cast<int>(head),
+                    partials + (unit * splits * p.heads + head) * partial_floats, p.heads * partial_floats,
                     splits);
   });
 }

@@ -21,12 +21,12 @@ void residual_norm(ResidualNormParams const& p, int64_t begin, int64_t end) {
 void residual_norm_backward(ResidualNormBackwardParams const& p, int64_t begin, int64_t end, float* partial) {
   LT2_BY_DTYPE(residual_norm_backward_rows)(p, begin, end, partial);
 }
-void decode(DecodeParams const& p, int64_t row, int head, int64_t split, float* workspace, float* partial) {
-  LT2_BY_DTYPE(decode_item)(p, row, head, split, workspace, partial);
+void decode(DecodeParams const& p, int64_t unit, int head, int64_t split, float* workspace, float* partial) {
+  LT2_BY_DTYPE(decode_item)(p, unit, head, split, workspace, partial);
 }
-void merge(DecodeParams const& p, int64_t row, int head, float const* partials, int64_t partial_stride,
+void merge(DecodeParams const& p, int64_t unit, int head, float const* partials, int64_t partial_stride,
            int64_t splits) {
-  LT2_BY_DTYPE(merge_item)(p, row, head, partials, partial_stride, splits);
+  LT2_BY_DTYPE(merge_item)(p, unit, head, partials, partial_stride, splits);
 }
 
 #undef LT2_BY_DTYPE

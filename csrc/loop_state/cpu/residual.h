@@ -1,37 +1,13 @@
 // out = h + rho h_in, and RMSNorm of the result, row by row; backward with partial sums over a range of rows.
 #pragma once
 
-#include "common/cpu/simd.h"
+#include "common/cpu/rows.h"
 #include "loop_state/cpu/kernels.h"
 
 namespace lt2::loop_state::LT2_ISA {
 namespace {
 
 using namespace ::lt2::LT2_ISA;
-
-template <class T>
-inline Vec load_some(T const* p, int n) {
-  if (n == kLanes) return load(p);
-  T padded[kLanes] = {};
-  __builtin_memcpy(padded, p, n * sizeof(T));
-  return load(padded);
-}
-
-template <class T>
-inline void store_some(T* p, Vec v, int n) {
-  if (n == kLanes) return store(p, v);
-  T padded[kLanes];
-  store(padded, v);
-  __builtin_memcpy(p, padded, n * sizeof(T));
-}
-
-// f(c, n) for each vector of n channels [c, c + n).
-template <class F>
-inline void for_each_vec(int64_t channels, F const& f) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) f(c, kLanes);
-  if (c < channels) f(c, static_cast<int>(channels - c));
-}
 
 template <class T>
 inline T const* row_of(void const* data, int64_t row, int64_t width) {
@@ -69,15 +45,17 @@ void residual_backward_rows(ResidualBackwardParams const& p, int64_t begin, int6
   }
 }
 
-template <class T>
-void residual_norm_rows(ResidualNormParams const& p, int64_t begin, int64_t end) {
+template <class T, bool kGated>
+void residual_norm_range(ResidualNormParams const& p, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     T const* const h = row_of<T>(p.h, r, p.channels);
     T const* const h_in = row_of<T>(p.h_in, r, p.channels);
     T *const out = row_of<T>(p.out, r, p.channels), *const normed = row_of<T>(p.normed, r, p.channels);
     Vec squares{};
     for_each_vec(p.channels, [&](int64_t c, int n) {
-      store_some(out + c, load_some(h + c, n) + load_some(p.rho + c, n) * load_some(h_in + c, n), n);
+      Vec added = load_some(h_in + c, n);
+      if constexpr (kGated) added *= load_some(p.rho + c, n);
+      store_some(out + c, load_some(h + c, n) + added, n);
       Vec const rounded = load_some(out + c, n);
       squares += rounded * rounded;
     });
@@ -90,11 +68,11 @@ void residual_norm_rows(ResidualNormParams const& p, int64_t begin, int64_t end)
 }
 
 // x^ = h_out rstd:  dh = dh_out + rstd (w dnormed - x^ mean(x^ w dnormed)).
-template <class T>
-void residual_norm_backward_rows(ResidualNormBackwardParams const& p, int64_t begin, int64_t end,
-                                 float* partial) {
-  float *const drho = partial, *const dweight = partial + p.channels;
-  __builtin_memset(partial, 0, 2 * p.channels * sizeof(float));
+template <class T, bool kGated>
+void residual_norm_backward_range(ResidualNormBackwardParams const& p, int64_t begin, int64_t end,
+                                  float* partial) {
+  float *const dweight = partial, *const drho = partial + p.channels;
+  __builtin_memset(partial, 0, (kGated ? 2 : 1) * p.channels * sizeof(float));
   for (int64_t r = begin; r < end; ++r) {
     T const* const dh_out = row_of<T>(p.dh_out, r, p.channels);
     T const* const dnormed = row_of<T>(p.dnormed, r, p.channels);
@@ -111,11 +89,25 @@ void residual_norm_backward_rows(ResidualNormBackwardParams const& p, int64_t be
       Vec const unit = load_some(h_out + c, n) * rstd, dn = load_some(dnormed + c, n);
       Vec const d = load_some(dh_out + c, n) + (dn * load_some(p.weight + c, n) - unit * mean) * rstd;
       store_some(dh + c, d, n);
-      store_some(dh_in + c, d * load_some(p.rho + c, n), n);
-      store_some(drho + c, load_some(drho + c, n) + d * load_some(h_in + c, n), n);
+      if constexpr (kGated) {
+        store_some(dh_in + c, d * load_some(p.rho + c, n), n);
+        store_some(drho + c, load_some(drho + c, n) + d * load_some(h_in + c, n), n);
+      }
       store_some(dweight + c, load_some(dweight + c, n) + dn * unit, n);
     });
   }
+}
+
+template <class T>
+void residual_norm_rows(ResidualNormParams const& p, int64_t begin, int64_t end) {
+  (p.rho == nullptr ? residual_norm_range<T, false> : residual_norm_range<T, true>)(p, begin, end);
+}
+
+template <class T>
+void residual_norm_backward_rows(ResidualNormBackwardParams const& p, int64_t begin, int64_t end,
+                                 float* partial) {
+  (p.rho == nullptr ? residual_norm_backward_range<T, false>
+                    : residual_norm_backward_range<T, true>)(p, begin, end, partial);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "common/cuda/element.cuh"
 #include "common/cuda/overlap.cuh"
 #include "common/cuda/reduce.cuh"
+#include "common/cuda/row.cuh"
 
 namespace lt2::causal_conv1d::portable {
 
@@ -12,39 +13,6 @@ using namespace cuda;
 
 inline constexpr int kThreads = 128;
 inline constexpr int kFewTaps = 4;  // the usual width, or less
-
-template <int kBytes>
-struct BitsOf;
-template <>
-struct BitsOf<2> {
-  using Type = uint16_t;
-};
-template <>
-struct BitsOf<4> {
-  using Type = uint32_t;
-};
-template <>
-struct BitsOf<8> {
-  using Type = uint2;
-};
-template <>
-struct BitsOf<16> {
-  using Type = uint4;
-};
-
-// kVec adjacent channels of one token, moved at once.
-template <class T, int kVec>
-struct RowOf {
-  using Bits = typename BitsOf<sizeof(T) * kVec>::Type;
-  Bits bits;
-
-  __device__ static RowOf load(T const* p) { return {*reinterpret_cast<Bits const*>(p)}; }
-  __device__ static RowOf zero() { return {Bits{}}; }
-  __device__ void store(T* p) const { *reinterpret_cast<Bits*>(p) = bits; }
-  __device__ T& operator[](int c) { return reinterpret_cast<T*>(&bits)[c]; }
-  __device__ T operator[](int c) const { return reinterpret_cast<T const*>(&bits)[c]; }
-  __device__ float at(int c) const { return to_float((*this)[c]); }
-};
 
 // Right-aligned: the tap of token t - j is number kTaps - 1 - j, whatever the width.
 template <int kVec, int kTaps>

@@ -2,7 +2,8 @@
 #include "common/cuda/element.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/reduce.cuh"
-#include "loop_state/loop_state.h"
+#include "loop_state/cuda/portable/decode.h"
+#include "loop_state/cuda/portable/sight.cuh"
 
 namespace lt2::loop_state::portable {
 namespace {
@@ -29,51 +30,44 @@ __device__ float block_max(float x, float* scratch) {
   return x;
 }
 
-// Keys of a row, 0 where there is nothing to read. Any value of lengths, slot_ids and loop_map is safe.
-__device__ int64_t key_count(DecodeParams const& p, int64_t row, int64_t slot, int64_t loop) {
-  if (slot < 0 || slot >= p.slots || loop < 0 || loop >= p.loops) return 0;
-  int64_t const length = p.lengths_int64 ? static_cast<int64_t const*>(p.lengths)[row]
-                                         : static_cast<int32_t const*>(p.lengths)[row];
-  return length < 0 ? 0 : length < p.capacity ? length : p.capacity;
-}
-
-template <class T>
-__device__ T const* cached(Cache const& cache, int64_t loop, int64_t slot, int head) {
-  return static_cast<T const*>(cache.data) + loop * cache.loop + slot * cache.slot + head * cache.head;
-}
-
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads) decode_query(DecodeParams const p) {
   __shared__ float q[kMaxKeyDim], weights[kThreads], scratch[kWarps];
+  __shared__ int64_t keys[kThreads];  // of the tile, -1 for none
   int const query_head = static_cast<int>(blockIdx.x % p.query_heads),
             head = query_head / (p.query_heads / p.heads);
-  int64_t const token = blockIdx.x / p.query_heads % p.tokens, row = blockIdx.x / p.query_heads / p.tokens;
-  int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
-  int64_t const loop = p.loop_map == nullptr ? 0 : p.loop_map[row];
-  int64_t const visible = key_count(p, row, slot, loop) - p.tokens + token + 1;
-  int64_t const query = blockIdx.x;  // of q [B, t, HQ, D] and o [B, t, HQ, DV]
+  int64_t const query = blockIdx.x, position = query / p.query_heads;  // of q [B, t, HQ, D], o [B, t, HQ, DV]
+  int64_t const tokens = unit_tokens(p);
+  Sight const sight(p, position / tokens);
+  int64_t const visible = sight.keys - tokens + position % tokens + 1;
+  int64_t const entries = visible <= 0 ? 0 : p.indices == nullptr ? visible : p.topk;
 
   float acc[kColumns] = {};
   float max = -INFINITY, total = 0.f;
-  if (visible > 0) {
-    T const* const k = cached<T>(p.k, loop, slot, head);
-    T const* const v = cached<T>(p.v, loop, slot, head);
+  if (entries > 0) {
+    T const* const k = cached<T>(p.k, sight, head);
+    T const* const v = cached<T>(p.v, sight, head);
     for (int c = threadIdx.x; c < p.key_dim; c += kThreads) {
       q[c] = to_float(static_cast<T const*>(p.q)[query * p.key_dim + c]) * p.scale;
     }
     int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    for (int64_t first = 0; first < visible; first += kThreads) {
-      int const count = static_cast<int>(visible - first < kThreads ? visible - first : kThreads);
+    for (int64_t first = 0; first < entries; first += kThreads) {
+      int const count = static_cast<int>(entries - first < kThreads ? entries - first : kThreads);
+      __syncthreads();
+      int64_t mine = first + threadIdx.x;
+      if (p.indices != nullptr) mine = threadIdx.x < count ? p.indices[position * p.topk + mine] : -1;
+      keys[threadIdx.x] = mine < visible ? mine : -1;
       __syncthreads();
       for (int j = warp; j < count; j += kWarps) {
-        T const* const key = k + (first + j) * p.k.token;
+        if (keys[j] < 0) continue;
+        T const* const key = k + keys[j] * p.k.token;
         float dot = 0.f;
         for (int c = lane; c < p.key_dim; c += kWarp) dot += q[c] * to_float(key[c]);
         dot = lane_sum(dot);
         if (lane == 0) weights[j] = dot;
       }
       __syncthreads();
-      float const score = threadIdx.x < count ? weights[threadIdx.x] : -INFINITY;
+      float const score = keys[threadIdx.x] >= 0 ? weights[threadIdx.x] : -INFINITY;
       float const tile_max = block_max(score, scratch);
       float const new_max = larger(max, tile_max);
       if (new_max == -INFINITY) continue;  // uniform: every thread has the same maximum
@@ -86,7 +80,9 @@ __global__ void __launch_bounds__(kThreads) decode_query(DecodeParams const p) {
         int const c = i * kThreads + threadIdx.x;
         if (c >= p.value_dim) break;
         float sum = acc[i] * decay;
-        for (int j = 0; j < count; ++j) sum += weights[j] * to_float(v[(first + j) * p.v.token + c]);
+        for (int j = 0; j < count; ++j) {
+          if (keys[j] >= 0) sum += weights[j] * to_float(v[keys[j] * p.v.token + c]);
+        }
         acc[i] = sum;
       }
     }
@@ -116,9 +112,18 @@ Status supports(DecodeParams const& p) {
   return kOk;
 }
 
-Status decode(DecodeParams const& p, void* stream) {
-  return p.dtype == Dtype::kBFloat16 ? launch_decode<Element<Dtype::kBFloat16>>(p, stream)
-                                     : launch_decode<Element<Dtype::kFloat32>>(p, stream);
+int64_t decode_workspace(DecodeParams const& p) { return split_supports(p) ? split_workspace(p) : 0; }
+
+Status decode(DecodeParams const& p, float* workspace, void* stream) {
+  if (split_supports(p)) return split_decode(p, workspace, stream);
+  switch (p.dtype) {
+    case Dtype::kBFloat16:
+      return launch_decode<Element<Dtype::kBFloat16>>(p, stream);
+    case Dtype::kFloat16:
+      return launch_decode<Element<Dtype::kFloat16>>(p, stream);
+    default:
+      return launch_decode<Element<Dtype::kFloat32>>(p, stream);
+  }
 }
 
 }  // namespace lt2::loop_state::portable

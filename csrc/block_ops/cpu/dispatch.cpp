@@ -1,0 +1,53 @@
+// Spreads rows and heads over threads and picks the instruction set.
+#include "block_ops/cpu/kernels.h"
+#include "common/cpu/row_ranges.h"
+#include "common/cpu_isa.h"
+
+namespace lt2::block_ops {
+
+LT2_DEFINE_KERNELS()
+
+namespace cpu {
+
+void swiglu(SwigluParams const& p, ThreadPool const& pool) {
+  pool.ranges(0, p.rows, row_grain(p.channels),
+              [&](int64_t begin, int64_t end) { kernels().swiglu(p, begin, end); });
+}
+
+void swiglu_backward(SwigluBackwardParams const& p, ThreadPool const& pool) {
+  pool.ranges(0, p.rows, row_grain(p.channels),
+              [&](int64_t begin, int64_t end) { kernels().swiglu_backward(p, begin, end); });
+}
+
+void gated_norm(GatedNormParams const& p, ThreadPool const& pool) {
+  pool.ranges(0, p.rows, row_grain(p.channels),
+              [&](int64_t begin, int64_t end) { kernels().gated_norm(p, begin, end); });
+}
+
+int64_t gated_norm_backward_workspace(GatedNormBackwardParams const& p) {
+  return RowRanges(p.rows).count * 2 * p.channels;
+}
+
+void gated_norm_backward(GatedNormBackwardParams const& p, float* workspace, ThreadPool const& pool) {
+  RowRanges(p.rows).sum(
+      p.channels, 2 * p.channels, workspace, pool,
+      [&](int64_t begin, int64_t end, float* partial) {
+        kernels().gated_norm_backward(p, begin, end, partial);
+      },
+      [&](int64_t c) -> float& { return p.dweight[c]; });
+}
+
+void rope_cache(RopeCacheParams const& p, ThreadPool const& pool) {
+  int64_t const heads = p.query_heads + 2 * p.heads;
+  pool.ranges(0, p.batch * p.tokens * heads, row_grain(p.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      int64_t const token = i / heads, stop = std::min(end, (token + 1) * heads);
+      kernels().rope_cache(p, token, static_cast<int>(i - token * heads),
+                           static_cast<int>(stop - token * heads));
+      i = stop;
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace lt2::block_ops

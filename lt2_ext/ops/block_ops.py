@@ -1,0 +1,131 @@
+"""What surrounds the token mixers in a block: SwiGLU, gated RMSNorm, rotary positions and the write into a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import autocast, check_dtypes, check_float, fake, inference_only, wanted
+
+_swiglu = torch.ops.lt2.swiglu_fwd.default
+_swiglu_bwd = torch.ops.lt2.swiglu_bwd.default
+_gated_rmsnorm = torch.ops.lt2.gated_rmsnorm_fwd.default
+_gated_rmsnorm_bwd = torch.ops.lt2.gated_rmsnorm_bwd.default
+_rope_cache = torch.ops.lt2.rope_cache_.default
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` in float32, rounded once. Under autocast both are cast to the autocast dtype.
+
+    Args:
+        gate: ``[.., D]`` float32 or bfloat16 (on CUDA also float16). The two halves of one projection need no copy:
+            ``swiglu(*x.chunk(2, -1))``.
+        up: in the shape and dtype of gate.
+
+    Returns:
+        In the shape and dtype of gate. Differentiable in both.
+
+    Raises:
+        ValueError: a wrong dtype.
+        RuntimeError: a wrong shape.
+    """
+    gate, up = autocast(gate, gate, up)
+    check_dtypes("swiglu", gate=gate, up=up)
+    return _swiglu(gate, up)
+
+
+def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """``o * rsqrt(mean(o^2) + eps) * weight * silu(z)`` over the last axis in float32, rounded once.
+
+    Args:
+        o: ``[.., D]`` float32 or bfloat16 (on CUDA also float16, and D <= 8192). Not affected by autocast.
+        z: the gate, in the shape and dtype of o.
+        weight: ``[D]`` of any float dtype; used in float32.
+        eps: added to the mean square.
+
+    Returns:
+        In the shape and dtype of o. Differentiable in o, z and weight; the sum over rows in the gradient of weight does
+        not depend on the number of threads.
+
+    Raises:
+        ValueError: a wrong dtype.
+        RuntimeError: a wrong shape.
+    """
+    check_dtypes("gated_rmsnorm", o=o, z=z)
+    check_float("gated_rmsnorm", weight=weight)
+    return _gated_rmsnorm(o, z, weight.float(), eps)[0]
+
+
+def rope_cache_(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    places: Tensor,
+    *,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Rotary embedding of new queries and keys; the keys and the values go into the caches of their slots.
+
+    Halves are paired: with ``x1, x2 = x.chunk(2, -1)`` x becomes ``(x1 cos - x2 sin, x2 cos + x1 sin)``. Inference
+    only: there is no derivative, so inputs that require one are an error in grad mode. Not affected by autocast.
+
+    Args:
+        k_cache, v_cache: ``[slots, S, H, D]`` and ``[slots, S, H, DV]`` in the dtype of q, any strides but a contiguous
+            last axis; written in place.
+        q: ``[B, t, HQ, D]`` float32 or bfloat16 (on CUDA also float16), D even.
+        k, v: ``[B, t, H, D]`` and ``[B, t, H, DV]`` in the dtype of q, DV even.
+        cos, sin: ``[B, t, D / 2]`` or ``[1, t, D / 2]`` float32.
+        places: ``[B, t]`` int64: where in its slot a token goes, each place of a slot once. A token whose place or slot
+            is not in the caches (-1) is not written.
+        slots: ``[B]`` int64. None: row b writes to slot b.
+
+    Returns:
+        The rotated q, ``[B, t, HQ, D]``.
+
+    Raises:
+        RuntimeError: a wrong shape or dtype; inputs that require a gradient.
+    """
+    inference_only("rope_cache_", k_cache, v_cache, q, k, v)
+    return _rope_cache(k_cache, v_cache, q, k, v, cos, sin, places, slots)
+
+
+fake("swiglu_fwd")(lambda gate, up: gate.new_empty(gate.shape))
+fake("swiglu_bwd")(lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
+fake("rope_cache_")(lambda k_cache, v_cache, q, *_: q.new_empty(q.shape))
+
+
+@fake("gated_rmsnorm_fwd")
+def _(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return o.new_empty(o.shape), o.new_empty((o.shape[:-1].numel(),), dtype=torch.float32)
+
+
+@fake("gated_rmsnorm_bwd")
+def _(dout: Tensor, o: Tensor, z: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return o.new_empty(o.shape), o.new_empty(o.shape), weight.new_empty(weight.shape)
+
+
+def _swiglu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return wanted(ctx, *_swiglu_bwd(dout, *ctx.saved_tensors))
+
+
+def _gated_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    o, z, weight, _ = inputs
+    ctx.save_for_backward(o, z, output[1], weight)
+
+
+def _gated_rmsnorm_backward(ctx: Any, dout: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
+    return wanted(ctx, *_gated_rmsnorm_bwd(dout, *ctx.saved_tensors))
+
+
+torch.library.register_autograd("lt2::swiglu_fwd", _swiglu_backward, setup_context=_swiglu_setup)
+torch.library.register_autograd("lt2::gated_rmsnorm_fwd", _gated_rmsnorm_backward, setup_context=_gated_rmsnorm_setup)

@@ -1,0 +1,45 @@
+"""SwiGLU, gated RMSNorm and rotary cache write as equations, in the dtype of their inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As :func:`lt2_ext.ops.swiglu`."""
+    return F.silu(gate) * up
+
+
+def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """As :func:`lt2_ext.ops.gated_rmsnorm`."""
+    return o * (o.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(o.dtype) * F.silu(z)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x ``[B, t, H, D]`` by the angles ``[B or 1, t, D / 2]``, halves paired."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = (a[:, :, None].to(x.dtype) for a in (cos, sin))
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def rope_cache(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    places: Tensor,
+    *,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`lt2_ext.ops.rope_cache_` returns, and what it leaves in the caches, as new tensors."""
+    k_cache, v_cache, k = k_cache.clone(), v_cache.clone(), rotate(k, cos, sin)
+    for b, i in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[1])).tolist():
+        slot, place = b if slots is None else int(slots[b]), int(places[b, i])
+        if 0 <= slot < k_cache.shape[0] and 0 <= place < k_cache.shape[1]:
+            k_cache[slot, place], v_cache[slot, place] = k[b, i], v[b, i]
+    return rotate(q, cos, sin), k_cache, v_cache
