@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lt2_ext.ops import add_rmsnorm, gated_rmsnorm, loop_residual_rmsnorm, rope_cache_, swiglu
 from lt2_ext.reference import block_ops as reference
@@ -200,6 +201,17 @@ def test_swiglu_under_autocast(device):
     with torch.autocast(device, BF16):
         out = swiglu(**x)
     assert torch.equal(out, swiglu(x["gate"].bfloat16(), x["up"].bfloat16()))
+
+
+@every_op
+def test_checkpointed(name, device):
+    x = inputs(name, device=device)
+    cotangents = cotangents_of(name, x)
+
+    def op(**leaves):
+        return checkpoint(ROWWISE[name][0], *leaves.values(), use_reentrant=False)
+
+    assert_equal(with_gradients(op, x, cotangents), with_gradients(ROWWISE[name][0], x, cotangents))
 
 
 @every_op

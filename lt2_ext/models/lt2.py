@@ -63,7 +63,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -75,19 +75,22 @@ class Block(nn.Module):
     def __init__(self, config: LT2Config, mixer: str) -> None:
         super().__init__()
 
-        def norm(there: bool = True) -> nn.Module:
-            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if there else nn.Identity()
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-        sandwich = config.norm_placement == "sandwich"
-        self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), norm(sandwich)
-        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), norm(sandwich)
+        def post_norm() -> nn.Module:
+            return norm() if config.norm_placement == "sandwich" else nn.Identity()
+
+        self.eps = config.rms_norm_eps
+        self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), post_norm()
+        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), post_norm()
 
     def forward(
         self, h: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
         y, shared = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
-        h = h + self.mixer_post_norm(y)
-        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), shared
+        h, normed = ops.add_rmsnorm(self.mixer_post_norm(y), h, self.mlp_norm.weight, self.eps)
+        return h + self.mlp_post_norm(self.mlp(normed)), shared
 
 
 class LT2(nn.Module):

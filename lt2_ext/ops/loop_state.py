@@ -202,10 +202,9 @@ def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
-    dh, dh_in, drho, dweight = _residual_rmsnorm_bwd(dh_out, dnormed, *ctx.saved_tensors)
-    if ctx.saved_tensors[3] is None:
-        return wanted(ctx, dh, dh, None, dweight)
-    return wanted(ctx, dh, dh_in, drho, dweight)
+    h_out, rstd, h_in, rho, weight = ctx.saved_tensors  # once: a checkpointed block gives them only once
+    dh, dh_in, drho, dweight = _residual_rmsnorm_bwd(dh_out, dnormed, h_out, rstd, h_in, rho, weight)
+    return wanted(ctx, dh, dh, None, dweight) if rho is None else wanted(ctx, dh, dh_in, drho, dweight)
 
 
 torch.library.register_autograd("lt2::loop_residual_fwd", _residual_backward, setup_context=_residual_setup)

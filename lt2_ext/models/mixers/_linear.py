@@ -92,8 +92,10 @@ class LinearMixer(Mixer):
         return {"q": q, "k": k, "v": v}
 
     def finish(self, o: Tensor, v: Tensor, z: Tensor | None) -> Tensor:
-        """What each head read, fp32 ``[B, T, value_heads, V]``, and z of the same shape -> input of ``o_proj``."""
-        shape, o = o.shape, o.flatten(-2) if self.whole_norm else o
+        """What each head read, ``[B, T, value_heads, V]``, and z of the same shape -> input of ``o_proj``."""
+        if z is not None and self.gate == "silu" and not self.whole_norm:
+            return ops.gated_rmsnorm(o, z.to(o.dtype), self.norm_weight, self.eps)
+        shape, o = o.shape, (o.flatten(-2) if self.whole_norm else o).float()
         o = F.rms_norm(o, self.norm_weight.shape, self.norm_weight.float(), self.eps).view(shape)
         return o if z is None or self.gate is None else o * getattr(F, self.gate)(z.float())
 
@@ -151,7 +153,7 @@ class LinearMixer(Mixer):
             else:
                 for name, t in new.items():
                     tokens.put(state[name], t)
-        return self.finish(o.float(), inputs["v"], z), shared
+        return self.finish(o, inputs["v"], z), shared
 
     def recur(
         self, inputs: dict[str, Any], start: Tensor | None, tokens: Tokens, keep: bool, shared: Shared | None
@@ -168,7 +170,7 @@ class LinearMixer(Mixer):
             qkv = ops.causal_conv1d_step_(state["conv"], qkv, self.conv_weight, slots=tokens.slots)
         inputs = self.inputs(x, *self.heads(qkv), tokens)
         o = self.step_(state["matrix"], **inputs, slots=tokens.slots)
-        return self.finish(o.float(), inputs["v"], z), None
+        return self.finish(o, inputs["v"], z), None
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, channels] -> q, k [B, T, key_heads, K], v [B, T, value_heads, V]."""
