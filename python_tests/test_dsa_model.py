@@ -54,7 +54,7 @@ def test_the_index_loss_is_that_of_its_definition(dense):
     block, x = copy.deepcopy(model.layers[0]).double(), model.embed_tokens(ids()).double()
     x = block.mixer_norm(x)
     tokens = Tokens(model.config, ids().shape, x.device)
-    q, (k, v, _) = block.mixer.queries(x, tokens), block.mixer.keys(x, tokens, None, None)
+    q, (k, v, _) = block.mixer.project(x, tokens, None, None)
     index = block.mixer.index(x, tokens)
     topk = ids().shape[1] if dense else 6
     indices = reference.lightning_indexer(index.q, index.k, index.weights, topk=topk)

@@ -33,7 +33,7 @@ def test_all_that_is_measured():
 
 def test_the_best_keys_catch_all(monkeypatch):
     def best(self, index, k, tokens):
-        q, k = self.queries(seen[-1], tokens), self.keys(seen[-1], tokens, None, None).k
+        q, (k, *_) = self.project(seen[-1], tokens, None, None)
         return selection.attention(q, k).topk(self.topk).indices.int()
 
     seen = []

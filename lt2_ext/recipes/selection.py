@@ -108,7 +108,7 @@ def observe(
     def watch(module: nn.Module, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         x, where, *_ = arguments
         index = results[1].selection  # may be that of the first loop
-        q, k = mixer.queries(x, where), mixer.keys(x, where, None, None).k
+        q, (k, *_) = mixer.project(x, where, None, None)
         ours, theirs = mixer.select(index, index.k, where), others(mixer, x, where, index)
         seen.append((attention(q, k), selected(ours, x.shape[1]), selected(theirs, x.shape[1])))
 

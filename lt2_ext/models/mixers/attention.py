@@ -50,24 +50,24 @@ class Attention(Mixer):
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
-        q, keys = self.queries(x, tokens), self.keys(x, tokens, state, shared)
+        q, keys = self.project(x, tokens, state, shared)
         kept: State | None = {"k": keys.k, "v": keys.v} if tokens.segment else None
         return self.output(attend(q, keys, tokens, window), x), Shared(keys if self.share_keys else None, state=kept)
 
-    def queries(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """``[B, T, heads, head_dim]``."""
-        return rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), *tokens.rope(self.head_dim))
-
-    def keys(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> Keys:
-        """What the tokens see: the same as in the first loop if loops share it, else with their own appended."""
+    def project(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> tuple[Tensor, Keys]:
+        """Queries ``[B, T, heads, head_dim]``, and what they see: the same as in the first loop if loops share it, else
+        with the keys of the tokens themselves appended."""
+        angles, q = tokens.rope(self.head_dim), self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         if self.share_keys and shared is not None and shared.keys is not None:
-            return shared.keys
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), *tokens.rope(self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+            return rotate(q, *angles), shared.keys
+        k, v = (proj(x).unflatten(-1, (self.kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        if state and not tokens.segment and is_step(tokens, state):
+            return step(q, k, v, tokens, state)
+        q, k = rotate(q, *angles), rotate(k, *angles)
         if tokens.segment and state:
             k, v = torch.cat((state["k"], k), 1), torch.cat((state["v"], v), 1)
-            return Keys(k, v, torch.arange(k.shape[1], device=k.device)[None])
-        return Keys(k, v, tokens.index) if not state else append(k, v, tokens, state)
+            return q, Keys(k, v, torch.arange(k.shape[1], device=k.device)[None])
+        return q, append(k, v, tokens, state) if state else Keys(k, v, tokens.index)
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Of o ``[B, T, heads, head_dim]``, with x for the gate."""
@@ -79,6 +79,21 @@ def store(cache: Tensor, new: Tensor, tokens: Tokens) -> None:
     """Put new [B, T, ..] at the places of its tokens in cache [slots, S, ..]."""
     size = cache.shape[1]
     cache[tokens.rows, tokens.index[:, -size:] % size] = new[:, -size:]
+
+
+def is_step(tokens: Tokens, state: State) -> bool:
+    """Whether the tokens are a few that can see what the caches hold once their keys are there."""
+    count, ring = tokens.index.shape[1], state["k"].shape[1] < tokens.max_length
+    return count <= MAX_STEP and not tokens.from_start and not (ring and count > 1)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, Keys]:
+    """Rotate q and k and add k and v to the state; the queries, and the caches for them to see."""
+    size, (cos, sin) = state["k"].shape[1], tokens.rope(q.shape[-1])
+    q, k, v = (x.to(state["k"].dtype) for x in (q, k, v))
+    places = tokens.once(("places", size), lambda: tokens.index % size)
+    q = ops.rope_cache_(state["k"], state["v"], q, k, v, cos.squeeze(2), sin.squeeze(2), places, slots=tokens.slots)
+    return q, Keys(state["k"], state["v"], None)
 
 
 def append(k: Tensor, v: Tensor, tokens: Tokens, state: State) -> Keys:
@@ -94,8 +109,6 @@ def append(k: Tensor, v: Tensor, tokens: Tokens, state: State) -> Keys:
         store(state[name], new, tokens)
     if tokens.from_start or (ring and count > 1):
         return seen
-    if count <= MAX_STEP:  # the op sees at most the whole ring
-        return Keys(state["k"], state["v"], None)
     return whole(Keys(state["k"], state["v"], None), tokens)
 
 

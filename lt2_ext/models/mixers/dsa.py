@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lt2_ext import ops
 
 from ._mixer import Keys, Selection, Shared, State
-from .attention import Attention, attend, rotate, store, whole
+from .attention import MAX_STEP, Attention, attend, rotate, store, whole
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -44,7 +44,7 @@ class SparseAttention(Attention):
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared]:
-        q, keys = self.queries(x, tokens), self.keys(x, tokens, state, shared)
+        q, keys = self.project(x, tokens, state, shared)
         selection = shared.selection if self.share_selection and shared is not None else None
         if selection is None:
             selection = self.index(x.detach(), tokens)
@@ -58,17 +58,21 @@ class SparseAttention(Attention):
                 past = selection.k if state is None else tokens.of(state["index_k"][:, : tokens.visible])
                 indices = self.select(selection, past, tokens)
                 selection = selection._replace(indices=indices)
-            o, lse = attend_to(indices, q, whole(keys, tokens), tokens)
+            if keys.places is None and q.shape[1] <= MAX_STEP:
+                lengths, slots = tokens.lengths, tokens.slots
+                o, lse = ops.loop_decode_attention(q, keys.k, keys.v, lengths, slots=slots, indices=indices), None
+            else:
+                o, lse = attend_to(indices, q, whole(keys, tokens), tokens)
         loss = self.loss(selection, q, keys.k, lse, tokens) if tokens.trained else None
         reused = keys if self.share_keys else None
         return self.output(o, x), Shared(reused, selection=selection, loss=loss)
 
-    def keys(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> Keys:
+    def project(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> tuple[Tensor, Keys]:
         """With a state its caches, which indices count in: new keys may have padding before them."""
-        keys = super().keys(x, tokens, state, shared)
+        q, keys = super().project(x, tokens, state, shared)
         if state is None or "k" not in state or tokens.dense:
-            return keys
-        return Keys(state["k"], state["v"], None)
+            return q, keys
+        return q, Keys(state["k"], state["v"], None)
 
     def index(self, x: Tensor, tokens: Tokens) -> Selection:
         angles = tokens.rope(self.index_dim)

@@ -48,7 +48,7 @@ class NativeSparseAttention(Attention):
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
-        q, (k, v, _) = self.queries(x, tokens), self.keys(x, tokens, None, None)
+        q, (k, v, _) = self.project(x, tokens, None, None)
         if state is None:
             blocks = self.blocks(k, v, tokens)
         else:
