@@ -75,6 +75,15 @@ def check_float(op: str, **tensors: Tensor) -> None:
         check(t.is_floating_point(), op, name, "have a float dtype", t.dtype)
 
 
+def run(op: Callable[..., Any], *arguments: Any) -> Any:
+    """``op(*arguments)``; where nothing is recorded past the Python functions of autograd, which take longer than the
+    kernel does for one token."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def fake(op: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function of the arguments of ``lt2::<op>`` that gives empty outputs. A derivative of ``.._bwd`` is an
     error."""

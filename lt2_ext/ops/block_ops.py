@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check_dtypes, check_float, fake, inference_only, wanted
+from ._common import autocast, check_float, fake, inference_only, run, wanted
 
 _swiglu = torch.ops.lt2.swiglu_fwd.default
 _swiglu_bwd = torch.ops.lt2.swiglu_bwd.default
@@ -28,12 +28,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         In the shape and dtype of gate. Differentiable in both.
 
     Raises:
-        ValueError: a wrong dtype.
-        RuntimeError: a wrong shape.
+        RuntimeError: a wrong shape or dtype.
     """
-    gate, up = autocast(gate, gate, up)
-    check_dtypes("swiglu", gate=gate, up=up)
-    return _swiglu(gate, up)
+    return run(_swiglu, *autocast(gate, gate, up))
 
 
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -50,12 +47,11 @@ def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Te
         not depend on the number of threads.
 
     Raises:
-        ValueError: a wrong dtype.
-        RuntimeError: a wrong shape.
+        ValueError: a weight that is not floating-point.
+        RuntimeError: a wrong shape or dtype.
     """
-    check_dtypes("gated_rmsnorm", o=o, z=z)
     check_float("gated_rmsnorm", weight=weight)
-    return _gated_rmsnorm(o, z, weight.float(), eps)[0]
+    return run(_gated_rmsnorm, o, z, weight.float(), eps)[0]
 
 
 def rope_cache_(

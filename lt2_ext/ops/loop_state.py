@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_float, fake, inference_only, wanted
+from ._common import check_float, fake, inference_only, run, wanted
 
 _residual = torch.ops.lt2.loop_residual_fwd.default
 _residual_bwd = torch.ops.lt2.loop_residual_bwd.default
@@ -38,7 +38,7 @@ def loop_residual(h: Tensor, h_in: Tensor, rho: Tensor) -> Tensor:
         RuntimeError: a wrong shape or dtype.
     """
     check_float("loop_residual", rho=rho)
-    return _residual(h, h_in, rho.float())
+    return run(_residual, h, h_in, rho.float())
 
 
 def loop_residual_rmsnorm(
@@ -62,7 +62,7 @@ def loop_residual_rmsnorm(
         RuntimeError: a wrong shape or dtype.
     """
     check_float("loop_residual_rmsnorm", rho=rho, weight=weight)
-    h_out, normed, _ = _residual_rmsnorm(h, h_in, rho.float(), weight.float(), eps)
+    h_out, normed, _ = run(_residual_rmsnorm, h, h_in, rho.float(), weight.float(), eps)
     return h_out, normed
 
 
@@ -86,7 +86,7 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) 
         RuntimeError: a wrong shape or dtype.
     """
     check_float("add_rmsnorm", weight=weight)
-    h, normed, _ = _residual_rmsnorm(residual, x.to(residual.dtype), None, weight.float(), eps)
+    h, normed, _ = run(_residual_rmsnorm, residual, x.to(residual.dtype), None, weight.float(), eps)
     return h, normed
 
 
