@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads)
     lists.counts[i] = 0;
 }
 
-// Calls f(count, key) for each key that the query selects, with the query's block's count of the key.
+// Calls f(count, key, slot) for each key that the query selects, with the query's block's count of the key.
 template <class F>
 __device__ void for_selected(AttentionParams const& p, Lists const& lists, int64_t query, F const& f) {
   int64_t const row = query / p.tokens, token = query % p.tokens;
@@ -22,7 +22,7 @@ __device__ void for_selected(AttentionParams const& p, Lists const& lists, int64
   int32_t* const counts = lists.counts + (row * lists.blocks + token / lists.block) * p.keys;
   for (int64_t i = threadIdx.x; i < p.topk; i += kThreads) {
     int const key = selected_key(p, indices, seen, i);
-    if (key >= 0) f(counts + key, key);
+    if (key >= 0) f(counts + key, key, i);
   }
 }
 
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     count_selected(AttentionParams const p, Lists const lists, int const* condition) {
   if (skipped(condition)) return;
   for (int64_t query = blockIdx.x; query < p.batch * p.tokens; query += gridDim.x) {
-    for_selected(p, lists, query, [](int32_t* count, int) { atomicAdd(count, 1); });
+    for_selected(p, lists, query, [](int32_t* count, int, int64_t) { atomicAdd(count, 1); });
   }
 }
 
@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kThreads)
     int64_t const* const starts = lists.starts + row * (p.keys + 1);
     int32_t* const queries = lists.queries + row * p.tokens * p.topk;
     for (int64_t token = begin; token < end; ++token) {
-      for_selected(p, lists, row * p.tokens + token, [&](int32_t* count, int key) {
-        queries[starts[key] + atomicAdd(count, 1)] = static_cast<int32_t>(token);
+      for_selected(p, lists, row * p.tokens + token, [&](int32_t* count, int key, int64_t slot) {
+        int64_t const entry = lists.slots ? token * p.topk + slot : token;
+        queries[starts[key] + atomicAdd(count, 1)] = static_cast<int32_t>(entry);
       });
       __syncthreads();
     }

@@ -21,6 +21,7 @@ struct LossParts {
   float *log_z, *mass;  // [B, T]; mass is -1 where a row has no key
   float* rows;          // N
   Lists lists;          // where there is a selection and gradients are wanted
+  float* gradients;     // [B, T, topk], of loss_gather.cuh
   int64_t floats;
 };
 

@@ -1,12 +1,12 @@
 #pragma once
 
-#include "dsa/cuda/portable/loss.cuh"
+#include "dsa/cuda/portable/loss_gather.cuh"
 #include "dsa/cuda/portable/loss_launch.h"
 
 namespace lt2::dsa::portable {
 
 inline LossParts loss_parts(LossParams const& p, float* workspace) {
-  LossParts parts{nullptr, nullptr, nullptr, cut_lists(p), 0};
+  LossParts parts{nullptr, nullptr, nullptr, cut_lists(p), nullptr, 0};
   auto const take = [&](int64_t floats) {
     float* const part = workspace + parts.floats;
     parts.floats += ceil_div(floats, 64) * 64;
@@ -19,6 +19,8 @@ inline LossParts loss_parts(LossParams const& p, float* workspace) {
     parts.lists.counts = reinterpret_cast<int32_t*>(take(p.batch * parts.lists.blocks * p.keys));
     parts.lists.starts = reinterpret_cast<int64_t*>(take(2 * p.batch * (p.keys + 1)));
     parts.lists.queries = reinterpret_cast<int32_t*>(take(p.batch * p.tokens * p.topk));
+    parts.lists.slots = gather::takes(p);
+    if (parts.lists.slots) parts.gradients = take(p.batch * p.tokens * p.topk);
   }
   return parts;
 }
@@ -27,6 +29,16 @@ template <Dtype kDtype>
 Status launch_loss(LossParams const& p, float* loss, float* workspace, void* stream) {
   using T = Element<kDtype>;
   LossParts const parts = loss_parts(p, workspace);
+  if constexpr (kDtype != Dtype::kFloat32) {
+    if (gather::takes(p)) {
+      auto const with_index = [&](auto dim) {
+        return p.index_dim == 64 ? gather::launch_loss<T, dim, 64>(p, parts, loss, stream)
+                                 : gather::launch_loss<T, dim, 128>(p, parts, loss, stream);
+      };
+      return p.dim == 64 ? with_index(std::integral_constant<int, 64>{})
+                         : with_index(std::integral_constant<int, 128>{});
+    }
+  }
   auto const grid_of = [&](int64_t columns) {
     return dim3(static_cast<unsigned>(columns), static_cast<unsigned>(std::min<int64_t>(p.batch, 65535)));
   };

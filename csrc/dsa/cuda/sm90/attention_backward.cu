@@ -63,7 +63,7 @@ BackwardLaunch take_dense(AttentionBackwardParams const& p, Arena& arena, int* r
 // bands holds, the flag `full` is set and other kernels compute dk and dv.
 UnionBackwardLaunch take_union(AttentionBackwardParams const& p, Arena& arena, Flags const& flags,
                                Rows const& rows) {
-  constexpr int64_t kShareBytes = int64_t{1} << 31, kMostBands = 16, kDense = 8;
+  constexpr int64_t kShareBytes = int64_t{1} << 31, kMostBands = 256, kDense = 8;
   UnionBackwardLaunch a{};
   a.p = p;
   a.redo = flags.redo;
@@ -125,6 +125,7 @@ Status launch_union(UnionBackwardLaunch a, void* stream) {
   using T = Element<kDtype>;
   using Queries = UnionTraits<T, kDim, false>;
   using Keys = UnionTraits<T, kDim, true>;
+  constexpr int64_t kMultiprocessors = 132;
   AttentionBackwardParams const& p = a.p;
   int const heads = static_cast<int>(p.query_heads / p.key_heads);
   UnionMaps maps;
@@ -137,8 +138,9 @@ Status launch_union(UnionBackwardLaunch a, void* stream) {
   if (of_queries != kOk) return of_queries;
   for (a.row = 0; a.row < p.batch; ++a.row) {
     for (a.number = 0; a.number < a.bands; ++a.number) {
-      Status const of_keys = launch(union_backward_kernel<Keys>, a.unions.tiles * p.key_heads, Keys::kThreads,
-                                    sizeof(typename Keys::Shared), stream, a, maps);
+      Status const of_keys =
+          launch(union_backward_kernel<Keys>, std::min(a.unions.tiles * p.key_heads, kMultiprocessors),
+                 Keys::kThreads, sizeof(typename Keys::Shared), stream, a, maps);
       if (of_keys != kOk) return of_keys;
       Status const added =
           launch(add_shares<T, kDim>, a.unions.word_count * p.key_heads, kAddThreads, 0, stream, a);
@@ -160,7 +162,8 @@ Status dense_backward(BackwardLaunch const& a, bool of_queries, void* stream) {
   Status const transposed = launch(transpose_masks, a.p.batch * a.masks.query_tiles * a.masks.key_tiles,
                                    kTile, 0, stream, a.masks, const_cast<uint4*>(a.key_bits));
   if (transposed != kOk) return transposed;
-  return with_shape(a.p, [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, of_queries, stream); });
+  return with_shape(a.p,
+                    [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, of_queries, stream); });
 }
 
 Status union_backward(UnionBackwardLaunch const& a, void* stream) {

@@ -7,9 +7,8 @@
 #include <cstdint>
 
 #include "common/cuda/cluster.cuh"
-#include "common/cuda/mma.cuh"
 #include "common/cuda/overlap.cuh"
-#include "dsa/cuda/portable/rows.cuh"
+#include "dsa/cuda/portable/gather.cuh"
 
 namespace lt2::dsa::sm90::step {
 
@@ -20,10 +19,8 @@ inline constexpr int kMostBlocks = 8;  // of a cluster
 
 template <int kDim>
 struct Shared {
-  static constexpr int kRowBytes = 2 * kDim;
   union {
-    // [K, V]; 16-byte chunk c of row r is at chunk c ^ (r % 8)
-    alignas(16) char rows[kWarps][kStages][2][kKeys * kRowBytes];
+    alignas(16) char rows[kWarps][kStages][2][portable::RowTile<kDim>::kBytes];  // of K, V
     float parts[kWarps][kHeads][kDim];
   };
   float tops[kWarps][kHeads], sums[kWarps][kHeads];
@@ -35,10 +32,10 @@ __device__ __forceinline__ float finite_or_zero(float x) { return x == -INFINITY
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(__grid_constant__ AttentionForwardParams const p, int blocks, int head_blocks) {
-  using Memory = Shared<kDim>;
-  constexpr int kChunks = kDim / 8, kRows = kWarp / kChunks;  // 16 bytes each; rows of one copy by a warp
+  using Tile = portable::RowTile<kDim>;
+  constexpr int kChunks = kDim / 8;
   extern __shared__ __align__(128) char bytes[];
-  auto& shared = *reinterpret_cast<Memory*>(bytes);
+  auto& shared = *reinterpret_cast<Shared<kDim>*>(bytes);
   wait_for_previous_kernel();
   int const thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, rank = cluster_rank();
   int64_t unit = blockIdx.x / blocks;
@@ -63,17 +60,10 @@ __global__ void __launch_bounds__(kThreads)
   auto const load = [&](int stage, int key) {
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
-      char* const to = shared.rows[warp][stage][which];
-      T const* const from = (which == 0 ? k : v) + lane % kChunks * 8;
-      int64_t const token_stride = which == 0 ? p.k.token : p.v.token;
-#pragma unroll 4
-      for (int i = 0; i < kKeys / kRows; ++i) {
-        int const r = i * kRows + lane / kChunks, number = __shfl_sync(0xffffffffu, key, r);
-        copy_16(to + r * Memory::kRowBytes + ((lane % kChunks ^ (r % 8)) << 4),
-                from + max(number, 0) * token_stride, number >= 0);
-      }
+      Tile::copy(shared.rows[warp][stage][which], which == 0 ? k : v, which == 0 ? p.k.token : p.v.token, key,
+                 lane);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    portable::commit_copies();
     return __ballot_sync(0xffffffffu, key >= 0);
   };
   int ahead[kStages + 1];
@@ -84,39 +74,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kStages; ++i) present[i] = load(i, ahead[i]);
   int next = ahead[kStages];
 
-  // Rows lane / 4 and + 8 are heads.
-  uint32_t q[kDim / 16][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const h = lane / 4 + 8 * half;
-    auto const* const from = portable::row_of<T const>(p.q, row, token, first_head + h) + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < kDim / 16; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        q[j][half + 2 * c] = h < heads ? *reinterpret_cast<uint32_t const*>(from + 16 * j + 8 * c) : 0;
-      }
-    }
-  }
+  uint32_t q[kDim / 16][4];  // rows are heads
+  Tile::load_fragments(q, portable::row_of<T const>(p.q, row, token, first_head), p.q.head, heads, lane);
   float o[kChunks][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
   float const scale = p.scale * portable::kLog2E;
 
   auto const attend = [&](int stage, unsigned present) {
-    char const* const keys = shared.rows[warp][stage][0];
-    char const* const values = shared.rows[warp][stage][1];
-    auto const address = [&](char const* rows, int r, int chunk) {
-      return shared_address(rows + r * Memory::kRowBytes + ((chunk ^ (r % 8)) << 4));
-    };
     float s[2][4] = {};
+    Tile::template multiply<T>(s, q, shared.rows[warp][stage][0], lane);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int j = 0; j < kDim / 32; ++j) {
-        uint32_t b[4];
-        load_matrices(b, address(keys, 8 * n + lane % 8, 4 * j + lane / 8));
-        mma<T>(s[n], q[2 * j], b[0], b[1]);
-        mma<T>(s[n], q[2 * j + 1], b[2], b[3]);
-      }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (!(present >> (8 * n + 2 * (lane % 4) + e % 2) & 1)) s[n][e] = -INFINITY;
@@ -144,24 +111,17 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    uint32_t const a[4] = {pack<T>(s[0][0], s[0][1]), pack<T>(s[0][2], s[0][3]), pack<T>(s[1][0], s[1][1]),
-                           pack<T>(s[1][2], s[1][3])};
+    uint32_t a[4];
+    portable::pack_fragments<T>(a, s);
+    Tile::template accumulate<T>(o, a, shared.rows[warp][stage][1], lane, [&](float (&x)[4]) {
 #pragma unroll
-    for (int c = 0; c < kChunks; c += 2) {
-      uint32_t b[4];
-      load_matrices_transposed(b, address(values, lane % 16, c + lane / 16));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[c + i][e] *= decay[e / 2];
-        mma<T>(o[c + i], a, b[2 * i], b[2 * i + 1]);
-      }
-    }
+      for (int e = 0; e < 4; ++e) x[e] *= decay[e / 2];
+    });
   };
   int stage = 0;
 #pragma unroll 1
   for (int64_t i = 0; own + i * stride < steps; ++i) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+    portable::wait_copies_but<kStages - 1>();
     __syncwarp();
     attend(stage, present[0]);
     __syncwarp();

@@ -28,33 +28,53 @@ struct UnionBackwardLaunch {
   int64_t row, number;        // the band
 };
 
+// The tiles with pieces of a band.
+struct Band {
+  int begin, total;  // first piece; of the batch row
+  int first, last;   // tiles
+  bool is_first, is_last;
+
+  __device__ explicit Band(UnionBackwardLaunch const& a) {
+    int const tiles = static_cast<int>(a.unions.tiles), band = static_cast<int>(a.band);
+    int const* const firsts = a.firsts + a.row * (a.bands + 1) + a.number;
+    begin = static_cast<int>(a.number) * band;
+    total = a.starts[a.row * (tiles + 1) + tiles];
+    is_first = begin == 0;
+    is_last = begin + band >= total;
+    first = firsts[0];
+    last = is_last ? tiles : firsts[1] + 1;  // the next band's first tile may have pieces in this one
+    if (begin >= total) first = last;
+  }
+};
+
 struct UnionUnit {
   int row, head, key_head, heads;  // first query head, of a key head
   int tile, token, size;           // of all; first query; keys
-  int first, last, start;          // its pieces of the band, and the piece of the row that is its first
+  int first, last, start;          // its pieces of the band, and the piece of the band that is its first
 
-  // The last tile first: its queries may select from most keys.
-  template <bool kKeys>
-  static __device__ UnionUnit of(UnionBackwardLaunch const& a, int unit) {
+  static __device__ UnionUnit of(UnionBackwardLaunch const& a, int row, int tile, int key_head) {
     UnionUnit u;
-    int const key_heads = static_cast<int>(a.p.key_heads), order = unit / key_heads;
-    int const batch = static_cast<int>(a.p.batch);
-    u.heads = static_cast<int>(a.p.query_heads) / key_heads;
-    u.key_head = unit % key_heads;
-    u.head = u.key_head * u.heads;
-    u.row = static_cast<int>(kKeys ? a.row : order % batch);
-    int const tile = static_cast<int>(a.unions.tiles) - 1 - (kKeys ? order : order / batch);
+    u.heads = static_cast<int>(a.p.query_heads / a.p.key_heads);
+    u.key_head = key_head;
+    u.head = key_head * u.heads;
+    u.row = row;
     u.token = tile * a.unions.queries;
-    u.tile = static_cast<int>(a.unions.tile(u.row, tile));
+    u.tile = static_cast<int>(a.unions.tile(row, tile));
     u.size = a.unions.sizes[u.tile];
     u.first = 0;
     u.last = (u.size + kTile - 1) / kTile;
-    if constexpr (kKeys) {
-      int const begin = static_cast<int>(a.number * a.band);
-      u.start = a.starts[u.tile + u.row] - begin;  // in the band
-      u.first = max(0, -u.start);
-      u.last = min(u.last, static_cast<int>(a.band) - u.start);
-    }
+    return u;
+  }
+  // The last tile first: its queries may select from most keys. last: tile after those of the band.
+  template <bool kKeys>
+  static __device__ UnionUnit of(UnionBackwardLaunch const& a, int unit, int last) {
+    int const key_heads = static_cast<int>(a.p.key_heads), batch = static_cast<int>(a.p.batch);
+    int const order = unit / key_heads, key_head = unit % key_heads;
+    if constexpr (!kKeys) return of(a, order % batch, last - 1 - order / batch, key_head);
+    UnionUnit u = of(a, static_cast<int>(a.row), last - 1 - order, key_head);
+    u.start = a.starts[u.tile + u.row] - static_cast<int>(a.number * a.band);
+    u.first = max(0, -u.start);
+    u.last = min(u.last, static_cast<int>(a.band) - u.start);
     return u;
   }
 };
@@ -78,6 +98,7 @@ struct UnionTraits {
     uint4 mask[kStages][kTile];
     float lse[kTile], delta[kTile];
     UnionUnit unit;
+    int units, last, met;  // units of all blocks; tile after theirs; pieces of this block before this unit
     Barrier stay, loaded[kStages], released[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
@@ -85,9 +106,8 @@ struct UnionTraits {
 
 // dq is always of use.
 __device__ inline bool is_idle(UnionBackwardLaunch const& a, bool of_keys) {
-  return __syncthreads_or(threadIdx.x == 0 &&
-                          (*static_cast<int volatile*>(a.redo) != 0 ||
-                           (of_keys && *static_cast<int volatile*>(a.full) != 0)));
+  return __syncthreads_or(threadIdx.x == 0 && (*static_cast<int volatile*>(a.redo) != 0 ||
+                                               (of_keys && *static_cast<int volatile*>(a.full) != 0)));
 }
 
 // A warpgroup copies the keys and values of the tile, 128 at a time.
@@ -104,9 +124,9 @@ __device__ void gather_backward(typename Traits::Shared& shared, UnionBackwardLa
   };
   int next = key_of(0);
   for (int i = 0; i < unit.last - unit.first; ++i) {
-    int const stage = i % kStages, key = next;
+    int const now = shared.met + i, stage = now % kStages, key = next;
     Barrier& loaded = shared.loaded[stage];
-    if (i >= kStages) shared.released[stage].wait((i / kStages - 1) & 1);
+    if (now >= kStages) shared.released[stage].wait((now / kStages - 1) & 1);
     if (thread == 0) {
       uint32_t const bytes = (Traits::kKeys ? kTile : unions.queries) * sizeof(uint4);
       loaded.arrive_expecting(bytes);
@@ -146,20 +166,20 @@ __device__ __forceinline__ bool store_share(float const (&x)[kDim / 2], float fa
 
 template <class Traits>
 __device__ void differentiate_union(typename Traits::Shared& shared, UnionBackwardLaunch const& a,
-                                    UnionMaps const& maps, int group, int thread) {
+                                    UnionMaps const& maps, int turn, int group, int thread) {
   constexpr int kDim = Traits::kDim, kStages = Traits::kStages;
   constexpr bool kKeys = Traits::kKeys;
   UnionUnit const& unit = shared.unit;
   int const warp = thread / kWarp, lane = thread % kWarp, row = group * kTileSide + 16 * warp + lane / 4;
   float const scale = a.p.scale * portable::kLog2E;
   int const mask_rows[2] = {kKeys ? row : row / unit.heads, kKeys ? row + 8 : (row + 8) / unit.heads};
-  int const count = unit.last - unit.first;
+  int const count = unit.last - unit.first, met = shared.met;
   bool finite = true;
   Gradients<typename Traits::T, kDim, kKeys> g;
   g.clear();
-  shared.stay.wait(0);
-  auto const wait_for = [&](int i) {
-    shared.loaded[i % kStages].wait((i / kStages) & 1);
+  shared.stay.wait(turn & 1);
+  auto const wait_for = [&](int now) {
+    shared.loaded[now % kStages].wait((now / kStages) & 1);
     fence_async_shared();
   };
   auto const word_of = [&](int stage, int half) {
@@ -169,8 +189,8 @@ __device__ void differentiate_union(typename Traits::Shared& shared, UnionBackwa
     int64_t const piece = kTile * 2 * kDim;
     float* share = a.shares + (int64_t{unit.start + unit.first} * a.p.key_heads + unit.key_head) * piece;
     for (int i = 0; i < count; ++i, share += a.p.key_heads * piece) {
-      int const stage = i % kStages;
-      wait_for(i);
+      int const stage = (met + i) % kStages;
+      wait_for(met + i);
       char const *const k = shared.k[stage][group], *const v = shared.v[stage][group];
       uint32_t const words[2] = {word_of(stage, 0), word_of(stage, 1)};
       g.clear();
@@ -188,15 +208,16 @@ __device__ void differentiate_union(typename Traits::Shared& shared, UnionBackwa
     float const row_delta[2] = {shared.delta[row], shared.delta[row + 8]};
     if (count > 0) {  // else copies of the sums come before the end of the products (ptxas C7515)
       for (int u = 0; u < 2 * count; ++u) {
-        int const i = u / 2, half = u % 2, stage = i % kStages;
-        wait_for(i);
+        int const now = met + u / 2, half = u % 2, stage = now % kStages;
+        wait_for(now);
         uint32_t const words[2] = {word_of(stage, 0) >> (16 * half), word_of(stage, 1) >> (16 * half)};
         g.add(shared.q[group], shared.dout[group], shared.k[stage][half], shared.v[stage][half], words,
               row_lse, row_delta, scale, lane, [&] {
-                if (u > 0 && lane == 0) shared.released[(u - 1) / 2 % kStages].arrive();
+                if (u > 0 && lane == 0) shared.released[(met + (u - 1) / 2) % kStages].arrive();
               });
       }
       g.finish();
+      if (lane == 0) shared.released[(met + count - 1) % kStages].arrive();
     }
 #pragma unroll
     for (float& x : g.sum) {
@@ -225,11 +246,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
   if (is_idle(a, Traits::kKeys)) return;
-  UnionUnit const unit = UnionUnit::of<Traits::kKeys>(a, static_cast<int>(blockIdx.x));
-  if (Traits::kKeys && unit.first >= unit.last) return;
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
-    shared.unit = unit;
     shared.stay.init(1);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.loaded[stage].init(1 + kWarpgroup);
@@ -237,29 +255,57 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     fence_barrier_init();
   }
-  if (threadIdx.x < kTile) {
-    int const i = threadIdx.x, head = unit.head + i % unit.heads;
-    int64_t const at = (unit.row * a.p.query_heads + head) * a.tokens + unit.token + i / unit.heads;
-    shared.lse[i] = a.lse[at];
-    shared.delta[i] = a.delta[at];
+  UnionUnit const& unit = shared.unit;
+  if (threadIdx.x == 0) {
+    int first = 0, last = static_cast<int>(a.unions.tiles);
+    if constexpr (Traits::kKeys) {
+      Band const band(a);
+      first = band.first;
+      last = band.last;
+    }
+    shared.units = static_cast<int>((last - first) * a.p.key_heads * (Traits::kKeys ? 1 : a.p.batch));
+    shared.last = last;
+    shared.met = 0;
+    shared.unit.last = shared.unit.first = 0;
   }
   __syncthreads();
   if (group == Traits::kConsumers) {
     shrink_registers<Traits::kLoadRegisters>();
-    if (thread == 0) {
-      shared.stay.arrive_expecting(4 * Traits::kBytes);
-      for (int half = 0; half < 2; ++half) {
-        int const first = unit.token + half * kTileSide / unit.heads;
-        load_columns<Traits::kColumns, kTileBytes>(shared.q[half], maps.q, unit.head, first, unit.row,
-                                                   shared.stay);
-        load_columns<Traits::kColumns, kTileBytes>(shared.dout[half], maps.dout, unit.head, first, unit.row,
-                                                   shared.stay);
+    for (int u = blockIdx.x; u < shared.units; u += gridDim.x) {
+      named_barrier(0, Traits::kThreads);
+      named_barrier(0, Traits::kThreads);
+      if (thread == 0) {
+        shared.stay.arrive_expecting(4 * Traits::kBytes);
+        for (int half = 0; half < 2; ++half) {
+          int const first = unit.token + half * kTileSide / unit.heads;
+          load_columns<Traits::kColumns, kTileBytes>(shared.q[half], maps.q, unit.head, first, unit.row,
+                                                     shared.stay);
+          load_columns<Traits::kColumns, kTileBytes>(shared.dout[half], maps.dout, unit.head, first, unit.row,
+                                                     shared.stay);
+        }
       }
+      gather_backward<Traits>(shared, a, thread);
+      named_barrier(0, Traits::kThreads);
     }
-    gather_backward<Traits>(shared, a, thread);
   } else {
     grow_registers<Traits::kRegisters>();
-    differentiate_union<Traits>(shared, a, maps, group, thread);
+    int turn = 0;
+    for (int u = blockIdx.x; u < shared.units; u += gridDim.x, ++turn) {
+      if (threadIdx.x == 0) {
+        shared.met += max(unit.last - unit.first, 0);
+        shared.unit = UnionUnit::of<Traits::kKeys>(a, u, shared.last);
+      }
+      named_barrier(0, Traits::kThreads);
+      if (group == 0) {
+        int const head = unit.head + thread % unit.heads;
+        int64_t const at = (unit.row * a.p.query_heads + head) * a.tokens + unit.token + thread / unit.heads;
+        shared.lse[thread] = a.lse[at];
+        shared.delta[thread] = a.delta[at];
+      }
+      named_barrier(0, Traits::kThreads);
+      differentiate_union<Traits>(shared, a, maps, turn, group, thread);
+      named_barrier(0, Traits::kThreads);
+    }
   }
 }
 
@@ -322,21 +368,16 @@ __global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ Unio
   if (is_idle(a, true)) return;
   AttentionBackwardParams const& p = a.p;
   int64_t const number = blockIdx.x / p.key_heads, key_head = blockIdx.x % p.key_heads;
-  int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, band = static_cast<int>(a.band);
+  int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int const* const starts = a.starts + a.row * (a.unions.tiles + 1);
-  int const begin = static_cast<int>(a.number) * band, total = starts[a.unions.tiles];
-  if (begin >= total && begin > 0) return;
-  bool const is_first = begin == 0, is_last = begin + band >= total;
-  // The next band's first tile may have pieces in this one.
-  int const* const firsts = a.firsts + a.row * (a.bands + 1) + a.number;
-  int const first_tile = firsts[0];
-  int const last_tile = is_last ? static_cast<int>(a.unions.tiles) : firsts[1] + 1;
+  Band const band(a);
+  if (band.begin >= band.total && !band.is_first) return;
   Part sum = {};
   bool touched = false;
-  for (int tile = first_tile; tile < last_tile; tile += kAddThreads) {
+  for (int tile = band.first; tile < band.last; tile += kAddThreads) {
     int const own = tile + threadIdx.x;
     uint2 const word =
-        own < last_tile ? a.unions.words[a.unions.tile(a.row, own) * a.unions.word_count + number] : uint2{};
+        own < band.last ? a.unions.words[a.unions.tile(a.row, own) * a.unions.word_count + number] : uint2{};
     uint32_t const ballot = __ballot_sync(0xffffffffu, word.x != 0);
     __syncthreads();  // the last round's entries are done with
     if (lane == 0) warp_sums[warp] = __popc(ballot);
@@ -345,14 +386,14 @@ __global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ Unio
     int const found = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));
     int const at = static_cast<int>(__reduce_add_sync(0xffffffffu, lane < warp ? before : 0u)) +
                    __popc(ballot & ((1u << lane) - 1));
-    if (word.x != 0) entries[at] = {word, starts[own] - begin};
+    if (word.x != 0) entries[at] = {word, starts[own] - band.begin};
     __syncthreads();
     touched |= found > 0;
     for (int first = 0; first < found; first += kWarp) {
       Entry const e = first + lane < found ? entries[first + lane] : Entry{};
       int const rank = e.word.y + __popc(e.word.x & ((1u << warp) - 1)), piece = e.start + rank / kTile;
       int64_t const from = (piece * p.key_heads + key_head) * kTile + rank % kTile;
-      uint32_t left = __ballot_sync(0xffffffffu, (e.word.x >> warp & 1) != 0 && piece >= 0 && piece < band);
+      uint32_t left = __ballot_sync(0xffffffffu, (e.word.x >> warp & 1) != 0 && piece >= 0 && piece < a.band);
       while (left != 0) {
         Part parts[kBatch] = {};
 #pragma unroll
@@ -372,13 +413,13 @@ __global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ Unio
   int64_t const key = number * kWarp + warp;
   if (key >= p.keys) return;
   auto* const kept = reinterpret_cast<Part*>(a.sums + (key * p.key_heads + key_head) * 2 * kDim) + lane;
-  if (!is_first && (touched || is_last)) {
+  if (!band.is_first && (touched || band.is_last)) {
     Part const so_far = *kept;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) sum.x[i] += so_far.x[i];
   }
-  if (!is_last) {
-    if (is_first || touched) *kept = sum;
+  if (!band.is_last) {
+    if (band.is_first || touched) *kept = sum;
     return;
   }
   T* const to =
