@@ -94,6 +94,32 @@ def test_against_the_oracle(shape, dtype, dense):
     check_against_oracle(inputs(*sizes, dtype), None if dense else any_indices(B, T, S, topk))
 
 
+# Gathered by warps on CUDA: 16 selected keys at a time, by more or fewer query heads than a product has rows.
+GATHERED = [
+    (2, 90, 90, 2, 2, 64, 1, 128, 40),
+    (1, 200, 300, 32, 2, 128, 16, 64, 130),
+    (1, 130, 130, 16, 4, 128, 8, 64, 17),
+    (1, 60, 700, 12, 4, 64, 5, 64, 600),
+    (1, 50, 50, 48, 4, 64, 3, 64, 20),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", GATHERED, ids=str)
+def test_gathered_keys(shape, dtype):
+    *sizes, topk = shape
+    B, T, S = sizes[:3]
+    with torch.device("cuda"):
+        indices = any_indices(B, T, S, topk)
+        indices[:, T // 2] = -1
+        indices[:, 7, : topk // 2] = indices[:, 7, topk // 2 : topk // 2 * 2]
+        x = inputs(*sizes, dtype)
+        first = check_against_oracle(x, indices)
+        again = with_gradients(indexer_loss, x, denominators(x, indices), indices)
+    assert all(torch.equal(again[n], t) for n, t in first.items())
+
+
 @everywhere
 @pytest.mark.parametrize("HI", range(1, 17))
 def test_index_heads(HI):

@@ -61,6 +61,15 @@ struct RowTile {
     }
   }
 
+  // Fragments of rows [first, first + count) in shared memory, laid out as in a tile, and of the last again.
+  static __device__ __forceinline__ void load_fragments(uint32_t (&a)[kDim / 16][4], char const* rows,
+                                                        int first, int count, int lane) {
+    int const r = first + min(lane % 16, count - 1);
+#pragma unroll
+    for (int j = 0; j < kDim / 16; ++j)
+      load_matrices(a[j], shared_address(rows + offset(r, 2 * j + lane / 16)));
+  }
+
   // Fragments of `count` rows of a tensor, `stride` apart, and of zeros after them.
   template <class T>
   static __device__ __forceinline__ void load_fragments(uint32_t (&a)[kDim / 16][4], T const* rows,

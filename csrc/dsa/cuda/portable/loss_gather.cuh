@@ -9,13 +9,13 @@
 namespace lt2::dsa::portable::gather {
 
 inline constexpr int kWarps = kThreads / kWarp, kKeys = 16, kStages = 4, kMostHeads = 16;
-inline constexpr int64_t kMostKeys = 4096;  // of a selection
+inline constexpr int64_t kMostKeys = 2048, kMostQueryHeads = 32;  // of a selection; by shared memory
 
 inline bool takes(LossParams const& p) {
   auto const fits = [](int64_t dim) { return dim == 64 || dim == 128; };
   return p.dtype != Dtype::kFloat32 && !p.dense && fits(p.dim) && fits(p.index_dim) &&
-         p.index_heads <= kMostHeads && p.query_heads / p.key_heads <= kMostHeads && p.topk <= kMostKeys &&
-         p.tokens * p.topk <= INT32_MAX;
+         p.index_heads <= kMostHeads && p.query_heads / p.key_heads <= kMostHeads &&
+         p.query_heads <= kMostQueryHeads && p.topk <= kMostKeys && p.tokens * p.topk <= INT32_MAX;
 }
 
 // What rows of 16 query heads, or of index heads, give: fragments' sums over rows for the 16 keys of a tile.
@@ -37,8 +37,16 @@ struct RowsShared {
   static constexpr int kWider = kDim > kIndexDim ? kDim : kIndexDim;
   alignas(16) char tiles[kWarps][kStages][RowTile<kWider>::kBytes];
   float sums[kWarps];
-  // then lse [HQ], weights [HI], p and I of the query's keys [topk each]; p is -1 where there is none
+  // then queries of the attention [HQ, D] and of the indexer [HI, DI], lse [HQ], weights [HI], p and I of the
+  // query's keys [topk each]; p is -1 where there is none
 };
+
+template <int kDim, int kIndexDim>
+int64_t rows_bytes(LossParams const& p) {
+  return sizeof(RowsShared<kDim, kIndexDim>) + p.query_heads * RowTile<kDim>::kRowBytes +
+         p.index_heads * RowTile<kIndexDim>::kRowBytes +
+         (p.query_heads + p.index_heads + 2 * p.topk) * static_cast<int64_t>(sizeof(float));
+}
 
 inline __device__ float block_max(float x, float* scratch) {
 #pragma unroll
@@ -60,7 +68,9 @@ __global__ void __launch_bounds__(kThreads)
   using IndexKeys = RowTile<kIndexDim>;
   extern __shared__ __align__(16) char bytes[];
   auto& shared = *reinterpret_cast<RowsShared<kDim, kIndexDim>*>(bytes);
-  float* const lse = reinterpret_cast<float*>(&shared + 1);
+  char* const queries = bytes + sizeof(shared);
+  char* const index_queries = queries + p.query_heads * Keys::kRowBytes;
+  float* const lse = reinterpret_cast<float*>(index_queries + p.index_heads * IndexKeys::kRowBytes);
   float* const weights = lse + p.query_heads;
   float* const pair_p = weights + p.index_heads;
   float* const pair_i = pair_p + p.topk;
@@ -71,6 +81,16 @@ __global__ void __launch_bounds__(kThreads)
   int64_t const query = blockIdx.x, row = query / p.tokens, token = query % p.tokens;
   Sight const seen = sight(p, row, token);
   int32_t const* const indices = indices_of(p, query);
+  auto const load_rows = [&](char* to, Heads const& x, int64_t heads, auto tile) {
+    using Tile = decltype(tile);
+    for (int i = thread; i < heads * (Tile::kDim / 8); i += kThreads) {
+      int const h = i / (Tile::kDim / 8), chunk = i % (Tile::kDim / 8);
+      *reinterpret_cast<uint4*>(to + Tile::offset(h, chunk)) =
+          *reinterpret_cast<uint4 const*>(row_of<T const>(x, row, token, h) + chunk * 8);
+    }
+  };
+  load_rows(queries, p.q, p.query_heads, Keys{});
+  load_rows(index_queries, p.index_q, p.index_heads, IndexKeys{});
   for (int h = thread; h < p.query_heads; h += kThreads) lse[h] = p.lse[query * p.query_heads + h] * kLog2E;
   for (int j = thread; j < index_heads; j += kThreads) weights[j] = weight_of(p, row, token, j);
   __syncthreads();
@@ -108,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
     float s[2][4] = {};
     if (head < key_heads) {
       uint32_t q[kDim / 16][4];
-      Keys::load_fragments(q, row_of<T const>(p.q, row, token, head * group), p.q.head, group, lane);
+      Keys::load_fragments(q, queries, head * group, group, lane);
       Keys::template multiply<T>(s, q, tile, lane);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -124,8 +144,7 @@ __global__ void __launch_bounds__(kThreads)
       ++head;
     } else {
       uint32_t q[kIndexDim / 16][4];
-      IndexKeys::load_fragments(q, row_of<T const>(p.index_q, row, token, 0), p.index_q.head, index_heads,
-                                lane);
+      IndexKeys::load_fragments(q, index_queries, 0, index_heads, lane);
       IndexKeys::template multiply<T>(s, q, tile, lane);
       float score[2][2] = {};
 #pragma unroll
@@ -342,8 +361,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kDim, int kIndexDim>
 Status launch_loss(LossParams const& p, LossParts const& parts, float* loss, void* stream) {
   int64_t const queries = p.batch * p.tokens;
-  int const shared = static_cast<int>(sizeof(RowsShared<kDim, kIndexDim>) +
-                                      (p.query_heads + p.index_heads + 2 * p.topk) * sizeof(float));
+  int const shared = static_cast<int>(rows_bytes<kDim, kIndexDim>(p));
   Status status = launch(rows_kernel<T, kDim, kIndexDim>, queries, kThreads, shared, stream, p, parts);
   if (status == kOk) status = launch(mean_kernel<1024>, int64_t{1}, 1024, 0, stream, p, parts, loss);
   if (status != kOk || !p.gradients) return status;

@@ -143,7 +143,8 @@ Status launch_union(UnionBackwardLaunch a, void* stream) {
                  Keys::kThreads, sizeof(typename Keys::Shared), stream, a, maps);
       if (of_keys != kOk) return of_keys;
       Status const added =
-          launch(add_shares<T, kDim>, a.unions.word_count * p.key_heads, kAddThreads, 0, stream, a);
+          launch(add_shares<T, kDim>, std::min(a.unions.word_count * p.key_heads, 2 * kMultiprocessors),
+                 kAddThreads, 0, stream, a);
       if (added != kOk) return added;
     }
   }

@@ -353,7 +353,7 @@ inline constexpr int kAddThreads = 1024;
 // Adds a band's shares of dk and dv, in the order of its pieces, to what the bands before gave; the last
 // band's sums are the results. A block takes a word's 32 keys of one key head, a warp each.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ UnionBackwardLaunch const a) {
+__global__ void __launch_bounds__(kAddThreads, 1) add_shares(__grid_constant__ UnionBackwardLaunch const a) {
   constexpr int kEach = 2 * kDim / kWarp, kWarps = kAddThreads / kWarp, kBatch = 4;
   static_assert(kWarps == kWarp);
   struct alignas(16) Part {
@@ -367,65 +367,69 @@ __global__ void __launch_bounds__(kAddThreads) add_shares(__grid_constant__ Unio
   __shared__ int warp_sums[kWarps];
   if (is_idle(a, true)) return;
   AttentionBackwardParams const& p = a.p;
-  int64_t const number = blockIdx.x / p.key_heads, key_head = blockIdx.x % p.key_heads;
   int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int const* const starts = a.starts + a.row * (a.unions.tiles + 1);
   Band const band(a);
   if (band.begin >= band.total && !band.is_first) return;
-  Part sum = {};
-  bool touched = false;
-  for (int tile = band.first; tile < band.last; tile += kAddThreads) {
-    int const own = tile + threadIdx.x;
-    uint2 const word =
-        own < band.last ? a.unions.words[a.unions.tile(a.row, own) * a.unions.word_count + number] : uint2{};
-    uint32_t const ballot = __ballot_sync(0xffffffffu, word.x != 0);
-    __syncthreads();  // the last round's entries are done with
-    if (lane == 0) warp_sums[warp] = __popc(ballot);
-    __syncthreads();
-    int const before = warp_sums[lane];
-    int const found = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));
-    int const at = static_cast<int>(__reduce_add_sync(0xffffffffu, lane < warp ? before : 0u)) +
-                   __popc(ballot & ((1u << lane) - 1));
-    if (word.x != 0) entries[at] = {word, starts[own] - band.begin};
-    __syncthreads();
-    touched |= found > 0;
-    for (int first = 0; first < found; first += kWarp) {
-      Entry const e = first + lane < found ? entries[first + lane] : Entry{};
-      int const rank = e.word.y + __popc(e.word.x & ((1u << warp) - 1)), piece = e.start + rank / kTile;
-      int64_t const from = (piece * p.key_heads + key_head) * kTile + rank % kTile;
-      uint32_t left = __ballot_sync(0xffffffffu, (e.word.x >> warp & 1) != 0 && piece >= 0 && piece < a.band);
-      while (left != 0) {
-        Part parts[kBatch] = {};
+  for (int64_t unit = blockIdx.x; unit < a.unions.word_count * p.key_heads; unit += gridDim.x) {
+    int64_t const number = unit / p.key_heads, key_head = unit % p.key_heads;
+    Part sum = {};
+    bool touched = false;
+    for (int tile = band.first; tile < band.last; tile += kAddThreads) {
+      int const own = tile + threadIdx.x;
+      uint2 const word = own < band.last
+                             ? a.unions.words[a.unions.tile(a.row, own) * a.unions.word_count + number]
+                             : uint2{};
+      uint32_t const ballot = __ballot_sync(0xffffffffu, word.x != 0);
+      __syncthreads();  // the last round's entries are done with
+      if (lane == 0) warp_sums[warp] = __popc(ballot);
+      __syncthreads();
+      int const before = warp_sums[lane];
+      int const found = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));
+      int const at = static_cast<int>(__reduce_add_sync(0xffffffffu, lane < warp ? before : 0u)) +
+                     __popc(ballot & ((1u << lane) - 1));
+      if (word.x != 0) entries[at] = {word, starts[own] - band.begin};
+      __syncthreads();
+      touched |= found > 0;
+      for (int first = 0; first < found; first += kWarp) {
+        Entry const e = first + lane < found ? entries[first + lane] : Entry{};
+        int const rank = e.word.y + __popc(e.word.x & ((1u << warp) - 1)), piece = e.start + rank / kTile;
+        int64_t const from = (piece * p.key_heads + key_head) * kTile + rank % kTile;
+        uint32_t left =
+            __ballot_sync(0xffffffffu, (e.word.x >> warp & 1) != 0 && piece >= 0 && piece < a.band);
+        while (left != 0) {
+          Part parts[kBatch] = {};
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          int64_t const share = __shfl_sync(0xffffffffu, from, left == 0 ? 0 : __ffs(left) - 1);
-          if (left != 0) parts[b] = *(reinterpret_cast<Part const*>(a.shares + share * 2 * kDim) + lane);
-          left &= left - 1;
-        }
+          for (int b = 0; b < kBatch; ++b) {
+            int64_t const share = __shfl_sync(0xffffffffu, from, left == 0 ? 0 : __ffs(left) - 1);
+            if (left != 0) parts[b] = *(reinterpret_cast<Part const*>(a.shares + share * 2 * kDim) + lane);
+            left &= left - 1;
+          }
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
+          for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-          for (int i = 0; i < kEach; ++i) sum.x[i] += parts[b].x[i];
+            for (int i = 0; i < kEach; ++i) sum.x[i] += parts[b].x[i];
+          }
         }
       }
     }
-  }
-  int64_t const key = number * kWarp + warp;
-  if (key >= p.keys) return;
-  auto* const kept = reinterpret_cast<Part*>(a.sums + (key * p.key_heads + key_head) * 2 * kDim) + lane;
-  if (!band.is_first && (touched || band.is_last)) {
-    Part const so_far = *kept;
+    int64_t const key = number * kWarp + warp;
+    if (key >= p.keys) continue;
+    auto* const kept = reinterpret_cast<Part*>(a.sums + (key * p.key_heads + key_head) * 2 * kDim) + lane;
+    if (!band.is_first && (touched || band.is_last)) {
+      Part const so_far = *kept;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) sum.x[i] += so_far.x[i];
-  }
-  if (!band.is_last) {
-    if (band.is_first || touched) *kept = sum;
-    return;
-  }
-  T* const to =
-      portable::row_of<T>(lane < kWarp / 2 ? p.dk : p.dv, a.row, key, key_head) + lane % (kWarp / 2) * kEach;
+      for (int i = 0; i < kEach; ++i) sum.x[i] += so_far.x[i];
+    }
+    if (!band.is_last) {
+      if (band.is_first || touched) *kept = sum;
+      continue;
+    }
+    T* const to = portable::row_of<T>(lane < kWarp / 2 ? p.dk : p.dv, a.row, key, key_head) +
+                  lane % (kWarp / 2) * kEach;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) to[i] = from_float<T>(sum.x[i]);
+    for (int i = 0; i < kEach; ++i) to[i] = from_float<T>(sum.x[i]);
+  }
 }
 
 }  // namespace lt2::dsa::sm90

@@ -45,6 +45,7 @@ struct Traits {
     float scores[kSelect ? kSlots : 1][kSelect ? kQueries : 1][kScoreStride];
     uint32_t bins[kSelect ? kSelectWarps : 1][kBins];
     Sight sights[kQueries];
+    int firsts[kQueries];  // first keys, for the warps that select
     Barrier key_full[kStages][2], key_empty[kStages][2], score_full[kSlots], score_empty[kSlots];
     Barrier judged;  // an item with a sample has passed: whether its keys have to pass again
     uint32_t again;  // number of the last item with a sample of which they have to
@@ -57,6 +58,7 @@ struct IndexLaunch {
   int64_t spans, span;    // each tile's keys are cut into `spans` of `span` keys (1 where kSelect)
   int capacity, kept;     // of a query's candidates; min(topk, S)
   Candidate* candidates;  // [blocks, kQueries, capacity], null: in shared memory after Shared
+  int stride;             // of samples
 };
 
 // One item of work: queries [query, ..) of a batch row, kKeys keys a step from `begin` on.
@@ -66,21 +68,41 @@ struct Item {
   int inner_begin, inner_end;  // keys that all queries see that see any
 };
 
-// A sample of the keys passes before all keys. It tells what a query's topk-th best score may be, so that
-// fewer candidates are kept; if the guess was too high, all keys pass again without one.
-struct Sample {
-  int steps;  // of the item's steps, evenly spread; 0: none
+inline constexpr int kStrides = 4;  // of samples: a.stride, and 2, 4, 8 times as much
 
-  __device__ int step(int i, int all) const {
-    return static_cast<int>((2 * i + 1) * int64_t{all} / (2 * steps));
+struct KeyMaps {
+  CUtensorMap all, sampled[kStrides];
+};
+
+// Keys key, key + stride, ..: rows `at`, at + 1, .. of a map.
+struct Step {
+  int key, stride, at;
+};
+
+// A sample of the keys, evenly spread, passes before all keys. It tells what a query's topk-th best score may
+// be, so that fewer candidates are kept; if the guess was too high, all keys pass again without one.
+struct Sample {
+  int steps;  // 0: none
+  int which, stride, first;
+
+  __device__ Step step(int i) const {
+    int const at = first + i * kKeys;
+    return {at * stride, stride, at};
   }
 };
 template <class Traits>
 __device__ Sample sample_of(IndexLaunch const& a, Item const& item) {
-  constexpr int kMost = 8, kLongest = 8;  // steps; a sample is at most 1 / kLongest of all
-  if constexpr (!Traits::kSelect) return {0};
-  if (int64_t{item.steps} * kKeys < kLongest * int64_t{a.kept}) return {0};
-  return {min(min(kMost, a.capacity / kKeys - 1), item.steps / kLongest)};
+  constexpr int kLongest = 8;  // a sample is at most 1 / kLongest of all
+  Sample sample{0, 0, a.stride, 0};
+  if (!Traits::kSelect || int64_t{item.steps} * kKeys < kLongest * int64_t{a.kept}) return sample;
+  int const keys = item.steps * kKeys, most = a.capacity / kKeys - 1;
+  while (sample.which + 1 < kStrides && keys > most * kKeys * sample.stride) {
+    ++sample.which;
+    sample.stride *= 2;
+  }
+  sample.first = (item.begin + sample.stride - 1) / sample.stride;
+  sample.steps = min(most, (keys / sample.stride + kKeys - 1) / kKeys);
+  return sample;
 }
 
 // Items are dealt to blocks in turns, there and back, those with most keys first.
@@ -129,15 +151,15 @@ __device__ __forceinline__ float at_least(float x, float low) {
 
 // A warpgroup's keys of a step, by one thread; `number` counts the steps of all items.
 template <class Traits>
-__device__ void load_keys(CUtensorMap const& map, Item const& item, int warpgroup, int step, uint32_t number,
+__device__ void load_keys(CUtensorMap const& map, Item const& item, int warpgroup, int at, uint32_t number,
                           typename Traits::Shared& shared) {
   uint32_t const stage = number % Traits::kStages;
   Barrier& full = shared.key_full[stage][warpgroup];
   shared.key_empty[stage][warpgroup].wait((number / Traits::kStages + 1) & 1);
   full.arrive_expecting(Traits::kHalves * kTileBytes);
   for (int half = 0; half < Traits::kHalves; ++half) {
-    load_tile(shared.keys[stage][warpgroup][half], map, half * kTileSide, 0,
-              item.begin + step * kKeys + warpgroup * kTileSide, static_cast<int>(item.batch), full);
+    load_tile(shared.keys[stage][warpgroup][half], map, half * kTileSide, 0, at + warpgroup * kTileSide,
+              static_cast<int>(item.batch), full);
   }
 }
 
@@ -163,7 +185,7 @@ __device__ void load_queries(IndexLaunch const& a, Item const& item, typename Tr
 // The products of a step are made in two parts of half the columns, so that one runs while the scores of the
 // other are added up.
 template <class Traits>
-__device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Traits::Shared& shared) {
+__device__ void score(IndexLaunch const& a, KeyMaps const& maps, typename Traits::Shared& shared) {
   using T = typename Traits::T;
   constexpr int kHeads = Traits::kHeads, kColumns = Traits::kColumns / 2, kGroups = Traits::kGroups / 2;
   int const thread = threadIdx.x, lane = thread % 32, warpgroup = thread / kWarpgroup;
@@ -183,12 +205,15 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
     Sample const sample = sample_of<Traits>(a, item);
     int passes = sample.steps + item.steps;
     auto const step_of = [&](int i) {
-      if (i < sample.steps) return sample.step(i, item.steps);
+      if (i < sample.steps) return sample.step(i);
       i -= sample.steps;
-      return i < item.steps ? i : i - item.steps;
+      int const key = item.begin + (i < item.steps ? i : i - item.steps) * kKeys;
+      return Step{key, 1, key};
     };
     auto const load = [&](int i) {
-      if (loads && i < passes) load_keys<Traits>(map, item, warpgroup, step_of(i), met + i, shared);
+      if (!loads || i >= passes) return;
+      CUtensorMap const& map = i < sample.steps ? maps.sampled[sample.which] : maps.all;
+      load_keys<Traits>(map, item, warpgroup, step_of(i).at, met + i, shared);
     };
     for (int i = 0; i < Traits::kStages; ++i) load(i);
     __syncwarp();
@@ -225,7 +250,7 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
       }
       wgmma_commit();
     };
-    auto const finish = [&](int part, int step, uint32_t slot) {
+    auto const finish = [&](int part, Step const& step, uint32_t slot) {
       // Twice relu(x) is x + |x|, which takes no turn of the pipe for comparisons.
       float scores[kGroups][2] = {}, sum = 0.f;
 #pragma unroll
@@ -260,14 +285,14 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
         scores[g][0] += 0.f;  // no -0
         scores[g][1] += 0.f;
       }
-      int const begin = item.begin + step * kKeys, key = begin + row;
+      int const key = step.key + row * step.stride, next = key + 8 * step.stride;
       if constexpr (Traits::kSelect) {
-        if (begin < item.inner_begin || begin + kKeys > item.inner_end) {
+        if (step.key < item.inner_begin || step.key + kKeys * step.stride > item.inner_end) {
 #pragma unroll
           for (int g = 0; g < kGroups; ++g) {
             Sight const s = shared.sights[4 * (part * kGroups + g) + q4];
             if (key < s.first || key >= s.first + s.count) scores[g][0] = NAN;
-            if (key + 8 < s.first || key + 8 >= s.first + s.count) scores[g][1] = NAN;
+            if (next < s.first || next >= s.first + s.count) scores[g][1] = NAN;
           }
         }
 #pragma unroll
@@ -290,7 +315,7 @@ __device__ void score(IndexLaunch const& a, CUtensorMap const& map, typename Tra
     };
 
     for (int i = 0; i < passes; ++i) {
-      int const step = step_of(i);
+      Step const step = step_of(i);
       uint32_t const now = met + i, stage = now % Traits::kStages, slot = now % Traits::kSlots;
       shared.key_full[stage][warpgroup].wait((now / Traits::kStages) & 1);
       multiply(0, stage);
@@ -339,16 +364,20 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
     Sight sight;
     Item const item = find_item<Traits>(a, number, sight);
     Sample const sample = sample_of<Traits>(a, item);
-    Candidates own[kOwn];
-    bool guessed[kOwn] = {};
-    int first[kOwn];
+    int counts[kOwn];
+    float least[kOwn];
+    uint32_t guessed = 0;  // bits of queries
+    auto const list_of = [&](int j) { return Candidates{lists + j * a.capacity, counts[j], least[j]}; };
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      first[j] = __shfl_sync(kAll, sight.first, warp * kOwn + j);
       bool const sees = __shfl_sync(kAll, sight.count, warp * kOwn + j) > 0;
-      own[j] = {lists + j * a.capacity, 0, sees ? -INFINITY : NAN};
+      counts[j] = 0;
+      least[j] = sees ? -INFINITY : NAN;
     }
-    auto const append = [&](int step) {
+    __syncwarp();
+    if (lane / kOwn == warp) shared.firsts[lane] = sight.first;
+    __syncwarp();
+    auto const append = [&](int begin) {
       uint32_t const now = met++, slot = now % Traits::kSlots;
       shared.score_full[slot].wait((now / Traits::kSlots) & 1);
       float4 scores[kOwn];
@@ -358,9 +387,13 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       }
       __syncwarp();
       if (lane == 0) shared.score_empty[slot].arrive();
-      int const key = item.begin + step * kKeys + 4 * lane;
+      int const key = begin + 4 * lane;
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) own[j].append(scores[j], key - first[j]);
+      for (int j = 0; j < kOwn; ++j) {
+        Candidates c = list_of(j);
+        c.append(scores[j], key - shared.firsts[warp * kOwn + j]);
+        counts[j] = c.count;
+      }
     };
     auto const cut_to = [&](int limit, int most) {
       for (;;) {
@@ -368,70 +401,64 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
         Candidates c;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          if (own[j].count <= limit) continue;
+          if (counts[j] <= limit) continue;
           full = j;
-          c = own[j];
+          c = list_of(j);
         }
         if (full < 0) break;
         cut(c, a.kept, most, shared.bins[warp]);
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          if (j == full) own[j] = c;
+          if (j == full) counts[j] = c.count, least[j] = c.least;
         }
       }
     };
-    for (int i = 0; i < sample.steps; ++i) append(sample.step(i, item.steps));
+    for (int i = 0; i < sample.steps; ++i) append(0);
     if (sample.steps > 0) {
 #pragma unroll 1
       for (int turn = 0; turn < kOwn; ++turn) {
         Candidates c;
-        int seen = 0;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          int const count = __shfl_sync(kAll, sight.count, warp * kOwn + j);
-          if (j == turn) c = own[j], seen = count;
+          if (j == turn) c = list_of(j);
         }
         // As many of the sample are expected among the topk best, and more for safety.
+        int const seen = __shfl_sync(kAll, sight.count, warp * kOwn + turn);
         float const expected = static_cast<float>(a.kept) * c.count / max(seen, 1);
         int const rank = static_cast<int>(expected + 4.f * sqrtf(expected) + 4.f), most = rank + rank / 4;
-        bool const guess = most < c.count;
         __syncwarp();
-        if (guess)
+        if (most < c.count) {
           c.least = portable::score_of(find_bound(c.list, c.count, rank, most, shared.bins[warp]).low);
-        c.count = 0;
+          guessed |= 1u << turn;
+        }
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          if (j == turn) own[j] = c, guessed[j] = guess;
+          if (j == turn) counts[j] = 0, least[j] = c.least;
         }
       }
     }
-    int const limit = a.capacity - kKeys, room = a.kept + (a.capacity - a.kept) / 4;
-    for (int step = 0; step < item.steps; ++step) {
-      append(step);
-      cut_to(limit, room);
-    }
-    if (sample.steps > 0) {
-      ++samples;
-      bool failed = false;
+    for (bool is_last = sample.steps == 0;; is_last = true) {
+      for (int step = 0; step < item.steps; ++step) {
+        append(item.begin + step * kKeys);
+        cut_to(a.capacity - kKeys, a.kept + (a.capacity - a.kept) / 4);
+      }
+      if (is_last) break;
+      uint32_t failed = 0;
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) failed |= guessed[j] && own[j].count < a.kept;
+      for (int j = 0; j < kOwn; ++j) failed |= counts[j] < a.kept ? guessed & (1u << j) : 0;
+      ++samples;
       if (lane == 0) {
-        if (failed) *static_cast<uint32_t volatile*>(&shared.again) = samples;
+        if (failed != 0) *static_cast<uint32_t volatile*>(&shared.again) = samples;
         shared.judged.arrive();
       }
       __syncwarp();
       shared.judged.wait((samples - 1) & 1);
-      if (*static_cast<uint32_t volatile*>(&shared.again) == samples) {
+      if (*static_cast<uint32_t volatile*>(&shared.again) != samples) break;
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) {
-          bool const anew = guessed[j] && own[j].count < a.kept;
-          own[j].least = anew ? -INFINITY : NAN;
-          if (anew) own[j].count = 0;
-        }
-        for (int step = 0; step < item.steps; ++step) {
-          append(step);
-          cut_to(limit, room);
-        }
+      for (int j = 0; j < kOwn; ++j) {
+        bool const anew = failed >> j & 1;
+        least[j] = anew ? -INFINITY : NAN;
+        if (anew) counts[j] = 0;
       }
     }
     cut_to(a.kept, a.kept);
@@ -442,7 +469,7 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       if (q >= a.rows.tile_rows || item.query + q >= a.p.tokens) continue;
       int32_t* const out = a.p.indices + (item.batch * a.p.tokens + item.query + q) * a.p.topk;
       for (int64_t c = lane; c < a.p.topk; c += 32) {
-        out[c] = c < own[j].count ? own[j].list[c].index : -1;
+        out[c] = c < counts[j] ? lists[j * a.capacity + c].index : -1;
       }
     }
     __syncwarp();
@@ -460,7 +487,7 @@ __device__ void set_registers() {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    index_kernel(__grid_constant__ IndexLaunch const a, __grid_constant__ CUtensorMap const keys) {
+    index_kernel(__grid_constant__ IndexLaunch const a, __grid_constant__ KeyMaps const maps) {
   extern __shared__ __align__(1024) unsigned char bytes[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(bytes);
   if (threadIdx.x == 0) {
@@ -481,7 +508,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 32 * kScoreWarps) {
     if constexpr (Traits::kSelect) set_registers<Traits::kScoreRegisters>();
-    score<Traits>(a, keys, shared);
+    score<Traits>(a, maps, shared);
   } else if constexpr (Traits::kSelect) {
     set_registers<2 * kLaunchRegisters - Traits::kScoreRegisters>();
     select<Traits>(a, shared);

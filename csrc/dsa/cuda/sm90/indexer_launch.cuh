@@ -27,7 +27,7 @@ inline bool streams(IndexerParams const& p, int tile_queries) {
 // Lists have room for as many again as are kept.
 template <class Traits>
 IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int* shared_bytes) {
-  IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr};
+  IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr, 0};
   a.capacity = static_cast<int>(portable::ceil_div(a.kept + std::max(a.kept, 256), kKeys) + 1) * kKeys;
   int64_t const lists = Traits::kQueries * a.capacity * static_cast<int64_t>(sizeof(Candidate));
   bool const shared = static_cast<int64_t>(sizeof(typename Traits::Shared)) + lists <= kSharedBytes;
@@ -38,20 +38,31 @@ IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int*
   *floats = shared ? 0 : blocks * lists / 4;
   *shared_bytes = static_cast<int>(sizeof(typename Traits::Shared) + (shared ? lists : 0));
   a.candidates = shared ? nullptr : reinterpret_cast<Candidate*>(workspace);
+  constexpr int kClosest = 16;
+  a.stride = kClosest;
+  while (p.keys > int64_t{a.stride} * (1 << (kStrides - 1)) * (a.capacity - kKeys)) a.stride *= 2;
   return a;
 }
 
 template <class Traits>
 Status launch_items(IndexLaunch const& a, int shared_bytes, Dtype dtype, void* stream) {
-  CUtensorMap map;
-  if (Status const made = make_tensor_map(&map, keys_of(a.p), dtype, kTileSide); made != kOk) return made;
+  KeyMaps maps;
+  TokenMajor keys = keys_of(a.p);
+  if (Status const made = make_tensor_map(&maps.all, keys, dtype, kTileSide); made != kOk) return made;
+  for (int i = 0; Traits::kSelect && i < kStrides; ++i) {
+    int64_t const stride = int64_t{a.stride} << i;
+    TokenMajor const sampled{keys.data, keys.batch,   stride * keys.token,
+                             0,         keys.batches, portable::ceil_div(keys.tokens, stride),
+                             1,         keys.dim};
+    if (Status const s = make_tensor_map(&maps.sampled[i], sampled, dtype, kTileSide); s != kOk) return s;
+  }
   int64_t const blocks = std::min<int64_t>(a.rows.tiles * a.spans, kMultiprocessors);
-  return launch(index_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, map);
+  return launch(index_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, maps);
 }
 
 // So few queries that each may read its keys alone, if a cluster's shared memory holds its scores.
 struct StepPlan {
-  int blocks, shared_bytes;  // of a query, of a block
+  int blocks, stages, shared_bytes;  // of a query; of a warpgroup; of a block
 };
 template <class Traits>
 StepPlan plan_step(IndexerParams const& p) {
@@ -59,7 +70,12 @@ StepPlan plan_step(IndexerParams const& p) {
   int blocks = 1;
   while (blocks < kMostStepBlocks && p.keys > blocks * kWorthABlock) blocks *= 2;
   int64_t const slice = portable::ceil_div(p.keys, kTileSide * blocks) * kTileSide;
-  return {blocks, static_cast<int>(sizeof(typename Traits::Shared) + slice * sizeof(uint32_t))};
+  int64_t const fixed = sizeof(typename Traits::Shared) + slice * sizeof(uint32_t);
+  // One block on a multiprocessor, or more.
+  int stages =
+      (p.batch * p.tokens * blocks <= kMultiprocessors ? kMostStages : kMostStages / 2) / Traits::kHalves;
+  while (stages > 2 && fixed + 2 * stages * Traits::kKeyBytes > kSharedBytes) stages /= 2;
+  return {blocks, stages, static_cast<int>(fixed + 2 * stages * Traits::kKeyBytes)};
 }
 template <class Traits>
 bool is_step(IndexerParams const& p) {
@@ -75,7 +91,7 @@ Status launch_step(IndexerParams const& p, Dtype dtype, void* stream) {
   int64_t const blocks = p.batch * p.tokens * plan.blocks;
   if (blocks > INT32_MAX) return "too many queries for one launch (2^31 - 1 blocks)";
   return launch_overlapped(step_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), kStepThreads,
-                           plan.shared_bytes, plan.blocks, stream, p, map, plan.blocks);
+                           plan.shared_bytes, plan.blocks, stream, p, map, plan.blocks, plan.stages);
 }
 
 template <class T, Dtype kDtype, int kDim, int kHeads>
@@ -106,7 +122,7 @@ struct Indexer {
       int64_t const spans = portable::ceil_div(4 * kMultiprocessors, rows.tiles);
       int64_t const span =
           std::max(portable::ceil_div(portable::ceil_div(p.keys, spans), kKeys) * kKeys, int64_t{8 * kKeys});
-      IndexLaunch const a{p, rows, portable::ceil_div(p.keys, span), span, 0, 0, nullptr};
+      IndexLaunch const a{p, rows, portable::ceil_div(p.keys, span), span, 0, 0, nullptr, 0};
       return launch_items<Scores>(a, sizeof(typename Scores::Shared), kDtype, stream);
     });
   }
