@@ -231,6 +231,7 @@ def test_suites_on_cuda(graph: bool):
         dsa.attention_case(300, 4, 2, 64, 100, BF16, True, True, cuda, "clustered"),
         dsa.attention_case(300, 4, 2, 64, 40, BF16, False, True, cuda, "local"),
         dsa.attention_step_case(2, 90, 4, 2, 32, BF16, cuda),
+        dsa.loss_case(300, 4, 2, 64, 4, 64, 100, BF16, cuda),
     ]
     for case in cases:
         results = bench.run_case(case, "suite", cuda, CEILINGS, (), rounds=2, budget=0, graph=graph)

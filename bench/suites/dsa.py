@@ -48,6 +48,8 @@ CUDA_ATTENTION = [
 ]
 # B, S, HQ, H, topk, whether quick: one query
 CUDA_READS = [(8, 32768, 16, 4, 2048, True), (8, 32768, 16, 16, 2048, False), (8, 131072, 16, 4, 2048, True)]
+# T, HQ, H, D, HI, DI, topk, whether quick
+CUDA_LOSSES = [(4096, 16, 4, 128, 4, 64, 256, True), (8192, 16, 4, 128, 8, 64, 512, False)]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -62,7 +64,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         ]
         indexer = [indexer_case(*shape, BF16, device) for *shape, fast in CUDA if fast or not quick]
         indexer += [indexer_case(*x, BF16, device, pool) for *x, pool, fast in CUDA_POOLED if fast or not quick]
-        return indexer + decode + attention + steps
+        losses = [loss_case(*shape, BF16, device) for *shape, fast in CUDA_LOSSES if fast or not quick]
+        return indexer + decode + attention + steps + losses
     lengths = [4096] if quick else [2048, 4096, 8192]
     selection = [indexer_case(T, 4, 64, 256, dtype, device) for T in lengths for dtype in (F32, BF16)]
     selection += [
@@ -265,7 +268,7 @@ def loss_case(
         x = cast(x, dtype) | {"w_idx": randn(1, T, HI)}
         indices = ops.lightning_indexer(*(x[n] for n in trained), topk=topk)
         _, lse = ops.dsa_attention(x["q"], x["k"], x["k"], indices, return_lse=True)
-        return x | {"lse": lse, "indices": indices, "grad_o": torch.ones(())}
+        return x | {"lse": lse, "indices": indices, "grad_o": torch.ones((), device=device)}
 
     def loss(op: Callable[..., torch.Tensor]) -> Forward:
         return lambda x: {"o": op(**{n: t for n, t in x.items() if n != "grad_o"})}
