@@ -127,7 +127,8 @@ def test_selects_exactly_what_the_oracle_selects(indexer, shape, activation, dty
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_random_scores_differ_only_within_rounding_of_the_threshold(indexer, shape, dtype):
     *sizes, topk = shape
-    check_close(indexer, normals(*sizes, dtype), topk=topk)
+    means_are_rounded = indexer.device == "cuda" and dtype == BF16
+    check_close(indexer, normals(*sizes, dtype), topk=topk, blocks_within=2**-7 if means_are_rounded else 1e-5)
 
 
 def test_the_oracle_is_the_definition():

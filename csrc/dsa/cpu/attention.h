@@ -147,6 +147,12 @@ struct Rows {
         stride(x.token),
         dim(dim) {}
 
+  // Elements [d, d + n) of a row are on their way to the first-level cache.
+  void prefetch(int64_t key, int64_t d, int64_t n) const {
+    auto const* const row = reinterpret_cast<char const*>(data + key * stride + d);
+    for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(row + i);
+  }
+
   // Rows of the selected keys [first, first + kLanes), zeros after the last.
   void gather(Selection const& selected, int64_t first, float* tile) const {
     int64_t const left = selected.count - first, size = padded(dim);
@@ -186,7 +192,7 @@ struct Block {
   // cache when the next query wants them.
   template <class F>
   void runs(int64_t keys, F const& f) const {
-    constexpr int64_t kSpan = 256;
+    constexpr int64_t kSpan = 512;
     int64_t next[kAttendQueries] = {};
     for (int64_t end = kSpan; end < keys + kSpan; end += kSpan) {
       for (int i = 0; i < count; ++i) {
@@ -249,6 +255,7 @@ inline void dot_heads(float const* x, Rows<T> const& rows, int32_t const* keys, 
   constexpr int kKeys = kLanes / kHeads, kStep = kKeys < 8 ? kKeys : 8;
   int64_t const size = padded(rows.dim);
   for (int64_t first = 0; first < n; first += kKeys) {
+    for (int64_t j = first + kKeys; j < first + 2 * kKeys && j < n; ++j) rows.prefetch(keys[j], 0, rows.dim);
     Vec acc[kLanes] = {};
 #pragma GCC unroll 2
     for (int group = 0; group < kKeys; group += kStep) {
@@ -284,7 +291,7 @@ inline void dot_heads(float const* x, Rows<T> const& rows, int32_t const* keys, 
 template <int kHeads, class T>
 inline void add_heads(float const* factors, int64_t stride, Rows<T> const& rows, int32_t const* keys,
                       int64_t n, float* out) {
-  constexpr int kMost = kAccumulators / kHeads < 8 ? kAccumulators / kHeads : 8;
+  constexpr int kMost = kAccumulators / kHeads < 8 ? kAccumulators / kHeads : 8, kAhead = 4;
   int64_t const size = padded(rows.dim);
   auto const columns = [&]<int kVecs>(int64_t d, auto const& fetch) __attribute__((always_inline)) {
     Vec acc[kHeads][kVecs];
@@ -292,6 +299,7 @@ inline void add_heads(float const* factors, int64_t stride, Rows<T> const& rows,
       for (int v = 0; v < kVecs; ++v) acc[h][v] = load(out + h * size + d + v * kLanes);
     }
     for (int64_t j = 0; j < n; ++j) {
+      if (j + kAhead < n) rows.prefetch(keys[j + kAhead], d, kVecs * kLanes);
       T const* const row = rows.data + keys[j] * rows.stride + d;
       Vec b[kVecs];
       for (int v = 0; v < kVecs; ++v) b[v] = fetch(row + v * kLanes);
@@ -335,6 +343,22 @@ inline void add_outer(float const* factors, int64_t stride, float const* x, int6
   });
 }
 
+// Turns the scores of a block into weights.
+void normalise(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
+               Block const& block, float* scores, int64_t width) {
+  int64_t const G = p.query_heads / p.key_heads;
+  float* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
+  for (int64_t r = 0; r < block.count * G; ++r) {
+    int64_t const count = block.selected[r / G].count;
+    float* const row = scores + r * width;
+    end_row(row, count, -__builtin_inff());
+    auto const [base, total] = Exponentials(row, count);
+    lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
+    float const factor = total == 0.f ? 0.f : 1.f / total;
+    for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
+  }
+}
+
 template <class T>
 void attend_block(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
                   float* workspace) {
@@ -356,16 +380,7 @@ void attend_block(AttentionForwardParams const& p, Document const& document, int
                         width);
     });
   });
-  float* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    int64_t const count = block.selected[r / G].count;
-    float* const row = scores + r * width;
-    end_row(row, count, -__builtin_inff());
-    auto const [base, total] = Exponentials(row, count);
-    lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
-    float const factor = total == 0.f ? 0.f : 1.f / total;
-    for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
-  }
+  normalise(p, document, first, head, block, scores, width);
   __builtin_memset(o, 0, block.count * G * DV * sizeof(float));
   block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
     each_heads(G, [&]<int kHeads>(int64_t h) {
@@ -455,12 +470,6 @@ void reduce_row(AttentionBackwardParams const& p, int64_t row, int64_t head, int
   };
   narrow(total, p.dim, at(p.dk));
   narrow(total + D, p.value_dim, at(p.dv));
-}
-
-void attend(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
-            float* workspace) {
-  (p.dtype == Dtype::kBFloat16 ? attend_block<Bf16> : attend_block<float>)(p, document, first, head,
-                                                                           workspace);
 }
 
 void attend_backward(AttentionBackwardParams const& p, Document const& document, int64_t first, int64_t head,

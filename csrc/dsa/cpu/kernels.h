@@ -43,11 +43,10 @@ constexpr int kReducedKeys = 128;  // keys [first, first + kReducedKeys) are one
 
 static inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
 constexpr int kAttendQueries = 64;  // of attention and loss: so many read a key while it is in the cache
-// Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices; two
-// tiles.
+// Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices.
 static inline int64_t attend_workspace(AttentionParams const& p) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
-  return kAttendQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk)) + kRowMultiple * (D + DV);
+  return kAttendQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk));
 }
 
 // Floats of one thread: for each query q, index q dq dw, target and score of each key, indices; a tile,

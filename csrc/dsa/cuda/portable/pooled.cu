@@ -5,9 +5,8 @@
 namespace lt2::dsa::portable {
 namespace {
 
-constexpr int64_t kMostShared =
-    96 << 10;                         // of a block of any GPU since sm_80, nearly; else rows are in memory
-constexpr int64_t kMostQuery = 8192;  // floats of a query in shared memory
+constexpr int64_t kMostShared = 96 << 10;  // bytes of a block, on any GPU since sm_80
+constexpr int64_t kMostQuery = 8192;       // floats of a query in shared memory
 
 PooledRows pooled_rows(IndexerParams const& p) {
   PooledRows r{};
@@ -17,7 +16,9 @@ PooledRows pooled_rows(IndexerParams const& p) {
   r.stride = ceil_div(r.count + blocks, 4) * 4;
   return r;
 }
-bool in_shared(PooledRows const& r) { return (r.stride + kMostQuery) * 4 <= kMostShared; }
+bool in_shared(PooledRows const& r) {
+  return int64_t{sizeof(BestShared)} + (r.stride + kMostQuery) * 4 <= kMostShared;
+}
 
 int64_t mean_floats(IndexerParams const& p, PooledRows const& r) { return p.batch * r.slots * p.dim; }
 int64_t queries_at_once(IndexerParams const& p, PooledRows const& r) {
@@ -40,8 +41,8 @@ Status search(IndexerParams const& p, PooledRows rows, float* workspace, void* s
   Status done = launch(pool_keys<T>, p.batch * rows.slots, kMeanThreads, 0, stream, p, means, rows.slots);
   for (; rows.first < all && done == kOk; rows.first += at_once) {
     done = launch(search_query<T, kDim, kHeadTiles>, std::min(at_once, all - rows.first), kPooledThreads,
-                  static_cast<int>(floats * sizeof(float)), stream, p, rows, static_cast<T const*>(means),
-                  vectors);
+                  static_cast<int>(sizeof(BestShared) + floats * sizeof(float)), stream, p, rows,
+                  static_cast<T const*>(means), vectors);
   }
   return done;
 }

@@ -193,7 +193,7 @@ struct Scorer {
   }
 };
 
-struct BestShared {
+struct alignas(16) BestShared {
   uint32_t bins[kPooledBins];
   uint32_t warps[kPooledThreads / 32];
   uint32_t bin, above;
@@ -267,17 +267,17 @@ template <class T, int kDim, int kHeadTiles>
 __global__ void __launch_bounds__(kPooledThreads, 2)
     search_query(IndexerParams p, PooledRows rows, T const* means, bool aligned) {
   extern __shared__ __align__(16) unsigned char bytes[];
-  __shared__ BestShared shared;
+  auto& shared = *reinterpret_cast<BestShared*>(bytes);
+  auto* const floats = reinterpret_cast<float*>(bytes + sizeof(BestShared));
   int64_t const query = rows.first + blockIdx.x, batch = query / p.tokens, token = query % p.tokens;
   int32_t* const out = p.indices + query * p.topk;
   Sight const s = sight(p, batch, token);
   auto const* const w = static_cast<float const*>(p.weights.data);
   Scorer<T, kDim, kHeadTiles> const scorer(
       p, static_cast<T const*>(p.q.data) + batch * p.q.batch + token * p.q.token,
-      w == nullptr ? w : w + batch * p.weights.batch + token * p.weights.token,
-      reinterpret_cast<float*>(bytes), aligned);
-  float* const scores = rows.scores == nullptr ? reinterpret_cast<float*>(bytes) + scorer.floats(p)
-                                               : rows.scores + blockIdx.x * rows.stride;
+      w == nullptr ? w : w + batch * p.weights.batch + token * p.weights.token, floats, aligned);
+  float* const scores =
+      rows.scores == nullptr ? floats + scorer.floats(p) : rows.scores + blockIdx.x * rows.stride;
   auto* const blocks = reinterpret_cast<int32_t*>(scores + rows.count);
 
   uint32_t const pool = static_cast<uint32_t>(p.pool), count = static_cast<uint32_t>(s.count);
