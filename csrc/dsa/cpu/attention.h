@@ -220,6 +220,8 @@ constexpr int kMostHeads = 4, kAccumulators = 16;
 constexpr int kMostHeads = 2, kAccumulators = 8;
 #endif
 
+constexpr int kAhead = 4;  // rows that are fetched before they are needed
+
 // f<n>(first) for all heads, n at a time.
 template <class F>
 inline void each_heads(int64_t heads, F const& f) {
@@ -291,7 +293,7 @@ inline void dot_heads(float const* x, Rows<T> const& rows, int32_t const* keys, 
 template <int kHeads, class T>
 inline void add_heads(float const* factors, int64_t stride, Rows<T> const& rows, int32_t const* keys,
                       int64_t n, float* out) {
-  constexpr int kMost = kAccumulators / kHeads < 8 ? kAccumulators / kHeads : 8, kAhead = 4;
+  constexpr int kMost = kAccumulators / kHeads < 8 ? kAccumulators / kHeads : 8;
   int64_t const size = padded(rows.dim);
   auto const columns = [&]<int kVecs>(int64_t d, auto const& fetch) __attribute__((always_inline)) {
     Vec acc[kHeads][kVecs];
@@ -331,6 +333,8 @@ inline void add_outer(float const* factors, int64_t stride, float const* x, int6
       for (int v = 0; v < kVecs; ++v) b[h][v] = load(x + h * size + d + v * kLanes);
     }
     for (int64_t j = 0; j < n; ++j) {
+      float* const later = to + keys[j + kAhead < n ? j + kAhead : j] * row + d;
+      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(later + v * kLanes, 1);
       float* const out = to + keys[j] * row + d;
       Vec acc[kVecs];
       for (int v = 0; v < kVecs; ++v) acc[v] = load(out + v * kLanes);
@@ -343,10 +347,81 @@ inline void add_outer(float const* factors, int64_t stride, float const* x, int6
   });
 }
 
-// Turns the scores of a block into weights.
-void normalise(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
-               Block const& block, float* scores, int64_t width) {
-  int64_t const G = p.query_heads / p.key_heads;
+// The query heads of one key head in a block, and what a block needs: products with the selected rows, read
+// where they lie. TileProducts is the same on the tile unit.
+struct BlockHeads {
+  Document const& document;
+  Block const& block;
+  int64_t first, head, G, width;
+
+  BlockHeads(AttentionParams const& p, Document const& document, Block const& block, int64_t first,
+             int64_t head)
+      : document(document),
+        block(block),
+        first(first),
+        head(head),
+        G(p.query_heads / p.key_heads),
+        width(padded(p.topk)) {}
+
+  int64_t rows() const { return block.count * G; }
+  template <class T>
+  T* row(Heads const& x, int64_t r) const {
+    return row_of<T>(x, document, first + r / G, head * G + r % G);
+  }
+  template <class T>
+  void widen_rows(Heads const& x, int64_t dim, float* out) const {
+    for (int64_t r = 0; r < rows(); ++r) widen(row<T>(x, r), dim, out + r * padded(dim));
+  }
+  template <class T>
+  void narrow_rows(float const* in, int64_t dim, Heads const& x) const {
+    for (int64_t r = 0; r < rows(); ++r) narrow(in + r * padded(dim), dim, row<T>(x, r));
+  }
+};
+
+template <class T>
+struct RowProducts : BlockHeads {
+  using BlockHeads::BlockHeads;
+
+  // scores[r][i] = scale left[r] . right[i-th selected key]; `rows` is of the size of the left ones.
+  void score(Heads const& left, Heads const& right, int64_t dim, float scale, float* rows,
+             float* scores) const {
+    Rows<T> const keys(right, dim, document, head);
+    this->template widen_rows<T>(left, dim, rows);
+    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+      each_heads(G, [&]<int kHeads>(int64_t h) {
+        int64_t const r = query * G + h;
+        dot_heads<kHeads>(rows + r * padded(dim), keys, block.selected[query].keys + i, n, scale,
+                          scores + r * width + i, width);
+      });
+    });
+  }
+
+  // out[r] = sum_i weights[r][i] right[i-th selected key]
+  void add(float const* weights, Heads const& right, int64_t dim, float* out) const {
+    Rows<T> const keys(right, dim, document, head);
+    __builtin_memset(out, 0, static_cast<size_t>(rows() * padded(dim)) * sizeof(float));
+    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+      each_heads(G, [&]<int kHeads>(int64_t h) {
+        int64_t const r = query * G + h;
+        add_heads<kHeads>(weights + r * width + i, width, keys, block.selected[query].keys + i, n,
+                          out + r * padded(dim));
+      });
+    });
+  }
+};
+
+template <class T, class Products = RowProducts<T>>
+void attend_block(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
+                  float* workspace) {
+  int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
+  int64_t const width = padded(p.topk);
+  Arena arena{workspace};
+  float* const q = arena.take(kAttendQueries * G * D);
+  float* const o = arena.take(kAttendQueries * G * DV);
+  float* const scores = arena.take(kAttendQueries * G * width);
+  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
+  Products const products(p, document, block, first, head);
+  products.score(p.q, p.k, p.dim, p.scale, q, scores);
   float* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
   for (int64_t r = 0; r < block.count * G; ++r) {
     int64_t const count = block.selected[r / G].count;
@@ -357,43 +432,11 @@ void normalise(AttentionForwardParams const& p, Document const& document, int64_
     float const factor = total == 0.f ? 0.f : 1.f / total;
     for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
   }
+  products.add(scores, p.v, p.value_dim, o);
+  products.template narrow_rows<T>(o, p.value_dim, p.o);
 }
 
-template <class T>
-void attend_block(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
-                  float* workspace) {
-  int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
-  int64_t const width = padded(p.topk);
-  Arena arena{workspace};
-  float* const q = arena.take(kAttendQueries * G * D);
-  float* const o = arena.take(kAttendQueries * G * DV);
-  float* const scores = arena.take(kAttendQueries * G * width);
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
-  Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
-  }
-  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-    each_heads(G, [&]<int kHeads>(int64_t h) {
-      int64_t const r = query * G + h;
-      dot_heads<kHeads>(q + r * D, k, block.selected[query].keys + i, n, p.scale, scores + r * width + i,
-                        width);
-    });
-  });
-  normalise(p, document, first, head, block, scores, width);
-  __builtin_memset(o, 0, block.count * G * DV * sizeof(float));
-  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-    each_heads(G, [&]<int kHeads>(int64_t h) {
-      int64_t const r = query * G + h;
-      add_heads<kHeads>(scores + r * width + i, width, v, block.selected[query].keys + i, n, o + r * DV);
-    });
-  });
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    narrow(o + r * DV, p.value_dim, row_of<T>(p.o, document, first + r / G, head * G + r % G));
-  }
-}
-
-template <class T>
+template <class T, class Products = RowProducts<T>>
 void attend_backward_block(AttentionBackwardParams const& p, Document const& document, int64_t first,
                            int64_t head, float* partial, float* workspace) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
@@ -405,21 +448,11 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   float* const probability = arena.take(kAttendQueries * G * width);
   float* const gradient = arena.take(kAttendQueries * G * width);  // of the probability, then of the score
   Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
-  Rows<T> const k(p.k, p.dim, document, head), v(p.v, p.value_dim, document, head);
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
-    widen(row_of<T>(p.dout, document, first + r / G, head * G + r % G), p.value_dim, dout + r * DV);
-  }
+  Products const products(p, document, block, first, head);
+  products.score(p.q, p.k, p.dim, p.scale, q, probability);
+  products.score(p.dout, p.v, p.value_dim, 1.f, dout, gradient);
   int64_t const at = (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
   auto const per_row = [&](float const* x, int64_t r) { return x[at + r / G * p.query_heads + r % G]; };
-  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-    int32_t const* const keys = block.selected[query].keys + i;
-    each_heads(G, [&]<int kHeads>(int64_t h) {
-      int64_t const r = query * G + h, at = r * width + i;
-      dot_heads<kHeads>(q + r * D, k, keys, n, p.scale, probability + at, width);
-      dot_heads<kHeads>(dout + r * DV, v, keys, n, 1.f, gradient + at, width);
-    });
-  });
   for (int64_t r = 0; r < block.count * G; ++r) {
     int64_t const count = block.selected[r / G].count;
     float* const e = probability + r * width;
@@ -440,20 +473,19 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
       store(de + i, x == 0.f ? Vec{} : x * (load(de + i) - delta) * p.scale);
     }
   }
-  __builtin_memset(dq, 0, block.count * G * D * sizeof(float));
+  products.add(gradient, p.k, p.dim, dq);
+  products.template narrow_rows<T>(dq, p.dim, p.dq);
+  products.template widen_rows<T>(p.q, p.dim, q);
+  products.template widen_rows<T>(p.dout, p.value_dim, dout);
   float* const dk = partial + document.key * (D + DV);
   block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
     int32_t const* const keys = block.selected[query].keys + i;
     each_heads(G, [&]<int kHeads>(int64_t h) {
       int64_t const r = query * G + h, at = r * width + i;
-      add_heads<kHeads>(gradient + at, width, k, keys, n, dq + r * D);
       add_outer<kHeads>(gradient + at, width, q + r * D, D, keys, n, dk, D + DV);
       add_outer<kHeads>(probability + at, width, dout + r * DV, DV, keys, n, dk + D, D + DV);
     });
   });
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    narrow(dq + r * D, p.dim, row_of<T>(p.dq, document, first + r / G, head * G + r % G));
-  }
 }
 
 // dk and dv of key s out of `splits` partials [S, D + DV], added in order.
@@ -470,12 +502,6 @@ void reduce_row(AttentionBackwardParams const& p, int64_t row, int64_t head, int
   };
   narrow(total, p.dim, at(p.dk));
   narrow(total + D, p.value_dim, at(p.dv));
-}
-
-void attend_backward(AttentionBackwardParams const& p, Document const& document, int64_t first, int64_t head,
-                     float* partial, float* workspace) {
-  (p.dtype == Dtype::kBFloat16 ? attend_backward_block<Bf16>
-                               : attend_backward_block<float>)(p, document, first, head, partial, workspace);
 }
 
 void reduce(AttentionBackwardParams const& p, int64_t row, int64_t head, int64_t first, float* partials) {

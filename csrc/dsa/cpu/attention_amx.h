@@ -1,5 +1,5 @@
-// Attention forward on the tile unit (AMX), for bf16: the selected rows of a run are copied together, keys as
-// they are, values as pairs of rows. Weights are rounded to bf16; sums, softmax and its denominator are fp32.
+// Products with the selected rows on the tile unit (AMX), for bf16: the rows of a run are copied together, as
+// they are or as pairs of rows. Weights are rounded to bf16; sums are fp32.
 #pragma once
 
 #include "dsa/cpu/attention.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBatch = 64, kMostDim = 128;  // keys that are copied at a time; D and DV
 constexpr int kTileRow = 32;                // bf16 of a row of a tile
-constexpr int kAhead = 8;                   // rows that are fetched before they are copied
+constexpr int kCopiesAhead = 8;             // rows that are fetched before they are copied
 
 inline bool fits_tiles(AttentionParams const& p) {
   int64_t const G = p.query_heads / p.key_heads;
@@ -95,7 +95,7 @@ void score_run(Bf16 const* q, Rows<Bf16> const& k, int32_t const* keys, int64_t 
   for (int64_t first = 0; first < n; first += kBatch) {
     int64_t const count = n - first < kBatch ? n - first : kBatch;
     for (int64_t j = 0; j < count; ++j) {
-      if (first + j + kAhead < n) k.prefetch(keys[first + j + kAhead], 0, D);
+      if (first + j + kCopiesAhead < n) k.prefetch(keys[first + j + kCopiesAhead], 0, D);
       Bf16 const* const row = k.data + keys[first + j] * k.stride;
       for (int64_t d = 0; d < D; d += kTileRow)
         _mm512_store_si512(rows + j * D + d, _mm512_loadu_si512(row + d));
@@ -162,7 +162,7 @@ inline void add_run(float const* weights, int64_t width, int64_t G, Rows<Bf16> c
     for (int64_t j = 0; j < depth; j += 2) {
       Bf16* const out = pairs + j * DV;
       auto const row = [&](int64_t i) { return v.data + keys[first + i] * v.stride; };
-      for (int64_t i = first + j + kAhead; i < first + j + kAhead + 2 && i < n; ++i)
+      for (int64_t i = first + j + kCopiesAhead; i < first + j + kCopiesAhead + 2 && i < n; ++i)
         v.prefetch(keys[i], 0, DV);
       if (j < count) {
         interleave_rows(row(j), j + 1 < count ? row(j + 1) : nullptr, DV, out);
@@ -210,67 +210,64 @@ inline void add_run(float const* weights, int64_t width, int64_t G, Rows<Bf16> c
   }
 }
 
-template <int kLog>
-void score_block(AttentionParams const& p, Document const& document, int64_t first, int64_t head,
-                 Block const& block, Bf16* q, float* scores, int64_t width) {
-  constexpr int64_t G = 1 << kLog;
-  Rows<Bf16> const k(p.k, p.dim, document, head);
-  for (int64_t t = 0; t < block.count; ++t) {
-    for (int64_t d = 0; d < p.dim; d += kTileRow) {
-      Vec pairs[G];
-      for (int h = 0; h < G; ++h) {
-        Bf16 const* const from = row_of<Bf16>(p.q, document, first + t, head * G + h) + d;
-        __builtin_memcpy(&pairs[h], from, sizeof(Vec));
+struct TileProducts : BlockHeads {
+  using BlockHeads::BlockHeads;
+
+  template <int kLog>
+  void score_heads(Heads const& left, Heads const& right, int64_t dim, float scale, float* rows,
+                   float* scores) const {
+    constexpr int64_t kHeads = 1 << kLog;
+    auto* const pairs = reinterpret_cast<Bf16*>(rows);  // [dim / 2, kHeads, 2] of each query
+    for (int64_t t = 0; t < block.count; ++t) {
+      for (int64_t d = 0; d < dim; d += kTileRow) {
+        Vec x[kHeads];
+        for (int64_t h = 0; h < kHeads; ++h) {
+          __builtin_memcpy(&x[h], row<Bf16>(left, t * kHeads + h) + d, sizeof(Vec));
+        }
+        join_columns<kLog>(x);
+        __builtin_memcpy(pairs + (t * dim + d) * kHeads, x, sizeof(x));
       }
-      join_columns<kLog>(pairs);
-      __builtin_memcpy(q + (t * p.dim + d) * G, pairs, sizeof(pairs));
     }
+    TileShapes shapes;
+    for (int i = 0; i < 4; ++i) shapes.set(i, 16, 4 * kHeads);
+    shapes.set(4, 16, 64);
+    shapes.set(5, 16, 64);
+    shapes.set(6, 16, 4 * kHeads);
+    configure(shapes);
+    Rows<Bf16> const keys(right, dim, document, head);
+    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+      score_run<kLog>(pairs + query * kHeads * dim, keys, block.selected[query].keys + i, n, scale,
+                      scores + query * kHeads * width + i, width);
+    });
+    asm volatile("tilerelease");
   }
-  TileShapes shapes;
-  for (int i = 0; i < 4; ++i) shapes.set(i, 16, 4 * G);
-  shapes.set(4, 16, 64);
-  shapes.set(5, 16, 64);
-  shapes.set(6, 16, 4 * G);
-  configure(shapes);
-  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-    score_run<kLog>(q + query * G * p.dim, k, block.selected[query].keys + i, n, p.scale,
-                    scores + query * G * width + i, width);
-  });
-}
 
-void attend_block_tiles(AttentionForwardParams const& p, Document const& document, int64_t first,
-                        int64_t head, float* workspace) {
-  int64_t const G = p.query_heads / p.key_heads, D = p.dim, DV = p.value_dim, width = padded(p.topk);
-  Arena arena{workspace};
-  auto* const q = reinterpret_cast<Bf16*>(arena.take(kAttendQueries * G * D));
-  float* const o = arena.take(kAttendQueries * G * DV);
-  float* const scores = arena.take(kAttendQueries * G * width);
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
-  auto const score = G == 1   ? score_block<0>
-                     : G == 2 ? score_block<1>
-                     : G == 4 ? score_block<2>
-                     : G == 8 ? score_block<3>
-                              : score_block<4>;
-  score(p, document, first, head, block, q, scores, width);
-  normalise(p, document, first, head, block, scores, width);
-
-  Rows<Bf16> const v(p.v, DV, document, head);
-  __builtin_memset(o, 0, static_cast<size_t>(block.count * G * DV) * sizeof(float));
-  TileShapes shapes;
-  for (int i = 0; i < 5; ++i) shapes.set(i, G, 64);
-  shapes.set(5, 16, 64);
-  shapes.set(6, 16, 64);
-  configure(shapes);
-  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-    add_run(scores + query * G * width + i, width, G, v, block.selected[query].keys + i, n,
-            o + query * G * DV);
-  });
-  asm volatile("tilerelease");
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    for (int64_t d = 0; d < DV; d += kTileRow) order_sums(o + r * DV + d);
-    narrow(o + r * DV, DV, row_of<Bf16>(p.o, document, first + r / G, head * G + r % G));
+  void score(Heads const& left, Heads const& right, int64_t dim, float scale, float* rows,
+             float* scores) const {
+    auto const body = G == 1   ? &TileProducts::score_heads<0>
+                      : G == 2 ? &TileProducts::score_heads<1>
+                      : G == 4 ? &TileProducts::score_heads<2>
+                      : G == 8 ? &TileProducts::score_heads<3>
+                               : &TileProducts::score_heads<4>;
+    (this->*body)(left, right, dim, scale, rows, scores);
   }
-}
+
+  void add(float const* weights, Heads const& right, int64_t dim, float* out) const {
+    __builtin_memset(out, 0, static_cast<size_t>(rows() * dim) * sizeof(float));
+    TileShapes shapes;
+    for (int i = 0; i < 5; ++i) shapes.set(i, G, 64);
+    shapes.set(5, 16, 64);
+    shapes.set(6, 16, 64);
+    configure(shapes);
+    Rows<Bf16> const keys(right, dim, document, head);
+    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+      add_run(weights + query * G * width + i, width, G, keys, block.selected[query].keys + i, n,
+              out + query * G * dim);
+    });
+    asm volatile("tilerelease");
+    for (int64_t d = 0; d < rows() * dim; d += kTileRow) order_sums(out + d);
+  }
+};
 
 }  // namespace
 }  // namespace lt2::dsa::LT2_ISA

@@ -10,14 +10,27 @@
 
 namespace lt2::dsa::LT2_ISA {
 
+#if defined(__AMX_BF16__)
+using Bf16Products = TileProducts;
+#else
+using Bf16Products = RowProducts<Bf16>;
+static bool fits_tiles(AttentionParams const&) { return false; }
+#endif
+
 static void attend(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
                    float* workspace) {
-#if defined(__AMX_BF16__)
-  if (p.dtype == Dtype::kBFloat16 && fits_tiles(p))
-    return attend_block_tiles(p, document, first, head, workspace);
-#endif
-  (p.dtype == Dtype::kBFloat16 ? attend_block<Bf16> : attend_block<float>)(p, document, first, head,
-                                                                           workspace);
+  auto const body = p.dtype == Dtype::kFloat32 ? attend_block<float>
+                    : fits_tiles(p)            ? attend_block<Bf16, Bf16Products>
+                                               : attend_block<Bf16>;
+  body(p, document, first, head, workspace);
+}
+
+static void attend_backward(AttentionBackwardParams const& p, Document const& document, int64_t first,
+                            int64_t head, float* partial, float* workspace) {
+  auto const body = p.dtype == Dtype::kFloat32 ? attend_backward_block<float>
+                    : fits_tiles(p)            ? attend_backward_block<Bf16, Bf16Products>
+                                               : attend_backward_block<Bf16>;
+  body(p, document, first, head, partial, workspace);
 }
 
 extern Kernels const kKernels;
