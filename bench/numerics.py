@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,9 @@ from torch import Tensor
 import lt2_ext
 from lt2_ext import ops
 from lt2_ext.reference import causal_conv1d as conv
-from lt2_ext.reference import dsa, gdn
+from lt2_ext.reference import dsa, gdn, kda
 from lt2_ext.reference import loop_state as loop
-from lt2_ext.testing import TOLERANCE, gdn_inputs, gradient_kind, rel_err
+from lt2_ext.testing import TOLERANCE, gate_values, gdn_inputs, gradient_kind, rel_err
 
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], Tensors]  # outputs by name
@@ -80,7 +82,7 @@ def measure(case: Case) -> list[Error]:
     got = run(case.ours, {n: t.clone() for n, t in x.items()}, case.trained, cotangents)
     columns: dict[str, list[Error]] = {"out": [], "grad": [], "gate_grad": []}
     for name, w in want.items():
-        kind = "out" if name in outputs else gradient_kind(name) if case.op.endswith("delta_rule") else "grad"
+        kind = "out" if name in outputs else gradient_kind(name) if "g" in case.trained else "grad"
         tolerance = TOLERANCE[case.dtype][kind][case.hard]
         columns[kind].append(Error(name, rel_err(got[name], w), rel_err(plain[name], w), tolerance))
     return [max(errors, key=lambda e: e.ours) for errors in columns.values() if errors]
@@ -114,6 +116,27 @@ def gdn_cases(dtype: torch.dtype) -> list[Case]:
             cases.append(
                 Case(op.__name__, regime, dtype, inputs, partial(rule, op), plain, oracle, trained, regime != "usual")
             )
+    return cases
+
+
+def kda_inputs(op: Callable[..., object], **options: Any) -> Tensors:
+    x = gdn_inputs(T=200, H=2, HV=4, K=64, V=96, **options)
+    x["g"] = gate_values(options.get("gate", "logsigmoid"), (1, 200, 4, 64))
+    return x if op is ops.chunk_kda else {n: t for n, t in x.items() if n != "beta"}
+
+
+def kda_cases(dtype: torch.dtype) -> list[Case]:
+    regimes = {"usual": {}, "strong gates": {"gate": "strong16"}}
+    chunks = partial(kda.chunks, operands=None if dtype == torch.float32 else dtype)
+    cases = []
+    for (regime, options), op in product(regimes.items(), (ops.chunk_kda, ops.chunk_gla)):
+        delta = op is ops.chunk_kda
+        plain, oracle = (partial(rule, partial(kda.kda, delta=delta, rule=r)) for r in (chunks, kda.recurrence))
+        trained = ("q", "k", "v", "g", *(["beta"] if delta else []), "initial_state")
+        inputs = partial(kda_inputs, op, dtype=dtype, **options)
+        cases.append(
+            Case(op.__name__, regime, dtype, inputs, partial(rule, op), plain, oracle, trained, regime != "usual")
+        )
     return cases
 
 
@@ -211,7 +234,8 @@ def other_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [case for dtype in (torch.float32, torch.bfloat16) for case in (*gdn_cases(dtype), *other_cases(dtype))]
+    families = (gdn_cases, kda_cases, other_cases)
+    return [case for dtype in (torch.float32, torch.bfloat16) for family in families for case in family(dtype)]
 
 
 def cell(error: Error) -> str:

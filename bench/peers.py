@@ -127,6 +127,17 @@ def fla_simple(x: Tensors) -> Tensors:
     return {"o": chunk_simple_gla(x["q"], x["k"], v, x["g"])[0]}
 
 
+def fla_kda(x: Tensors) -> Tensors:
+    """KDA, or GLA where there is no beta."""
+    if "beta" in x:
+        from fla.ops.kda import chunk_kda
+
+        return {"o": chunk_kda(x["q"], x["k"], x["v"], x["g"], x["beta"])[0]}
+    from fla.ops.gla import chunk_gla
+
+    return {"o": chunk_gla(x["q"], x["k"], x["v"], x["g"])[0]}
+
+
 def flash_qla_chunk(x: Tensors) -> Tensors:
     from flash_qla import chunk_gated_delta_rule
 

@@ -73,6 +73,27 @@ def gdn_step() -> list[dict[str, Any]]:
     return [sample, sample | low | options | {"state": pool}]
 
 
+def with_channel_decays(sample: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of kda_fwd and kda_bwd out of gdn's."""
+    B, T, HV = sample["v"].shape[:3]
+    raw = {} if sample["dt_bias"] is None else {"dt_bias": torch.randn(HV * 8)}
+    return sample | {"g": -torch.rand(B, T, HV, 8)} | raw
+
+
+def kda_fwd() -> list[dict[str, Any]]:
+    return [with_channel_decays(s) for s in gdn_fwd()]
+
+
+def kda_bwd() -> list[dict[str, Any]]:
+    return [with_channel_decays(s) for s in gdn_bwd()]
+
+
+def kda_step() -> list[dict[str, Any]]:
+    plain, full = ({n: v for n, v in s.items() if n not in ("a", "b")} for s in gdn_step())
+    plain |= {"g": -torch.rand(2, 2, 4, 8), "beta": None, "A_log": None, "dt_bias": None}
+    return [plain, full | {"g": torch.randn(2, 2, 4, 8), "beta": torch.randn(2, 2, 4), "dt_bias": torch.randn(32)}]
+
+
 def gdn_fused() -> list[dict[str, Any]]:
     sample = {"state": torch.randn(2, 4, 8, 12), "conv_state": torch.randn(2, 80, 4), "qkv": torch.randn(2, 3, 80),
               "z": torch.randn(2, 3, 4, 12), "a": torch.randn(2, 3, 4), "b": torch.randn(2, 3, 4),
@@ -247,6 +268,9 @@ CONTRACTS = {
     "gdn_bwd": Contract(gdn_bwd, {"dout": torch.zeros(2, 5, 4, 7), "v": torch.zeros(2, 5, 3, 6)}),
     "gdn_step_": Contract(gdn_step, {"state": torch.zeros(2, 4, 8, 7), "slots": torch.zeros(3, dtype=torch.int64)}),
     "gdn_decode_fused_": Contract(gdn_fused, {"z": torch.zeros(2, 3, 4, 8), "norm_weight": torch.zeros(8)}),
+    "kda_fwd": Contract(kda_fwd, {"g": torch.zeros(2, 5, 4, 7), "k": torch.zeros(2, 5, 2, 7)}, differentiable=True),
+    "kda_bwd": Contract(kda_bwd, {"dout": torch.zeros(2, 5, 4, 7), "g": torch.zeros(2, 5, 4)}),
+    "kda_step_": Contract(kda_step, {"state": torch.zeros(2, 4, 8, 7), "slots": torch.zeros(3, dtype=torch.int64)}),
     "causal_conv1d_fwd": Contract(conv_fwd, {"weight": torch.zeros(7, 4)}, differentiable=True),
     "causal_conv1d_bwd": Contract(conv_bwd, {"dy": torch.zeros(2, 5, 7)}),
     "causal_conv1d_step_": Contract(conv_step, {"state": torch.zeros(2, 6, 3)}),

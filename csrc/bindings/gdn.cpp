@@ -54,12 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_b
   Operands const x(OP, false, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale,
                    use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, delta);
   int64_t const B = x.params.batch, T = x.params.tokens, N = x.params.sequences;
-  int64_t const HV = x.params.value_heads, K = x.params.key_dim, V = x.params.value_dim;
-  LT2_CHECK_SHAPE(OP, dout, "[B, T, HV, V]", B, T, HV, V);
-  LT2_CHECK_DTYPE(OP, dout, v.scalar_type());
-  LT2_CHECK_SAME_DEVICE(OP, dout, q);
-  check_float32(OP, dfinal_state, "dfinal_state", state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]",
-                {N, HV, state_v_first ? V : K, state_v_first ? K : V}, q);
+  int64_t const HV = x.params.value_heads;
+  x.check_cotangents(dout, dfinal_state);
 
   Tensor const dout_rows = with_unit_last_stride(dout);
   OptionalTensor const dfinal = contiguous(dfinal_state);
@@ -116,25 +112,7 @@ struct StepOperands {
     STD_TORCH_CHECK(!A_log_ || (a && dt_bias_), OP ": A_log must come with a and dt_bias");
     check_float32(OP, A_log_, "A_log", "[HV]", {HV}, like);
     check_float32(OP, dt_bias_, "dt_bias", "[HV]", {HV}, like);
-    LT2_CHECK_DIM(OP, state, 4);
-    if (state_v_first) {
-      LT2_CHECK_SHAPE(OP, state, "[slots, HV, V, K]", state.size(0), HV, V, K);
-    } else {
-      LT2_CHECK_SHAPE(OP, state, "[slots, HV, K, V]", state.size(0), HV, K, V);
-    }
-    LT2_CHECK_SAME_DEVICE(OP, state, like);
-    STD_TORCH_CHECK(state.size(3) == 1 || state.stride(3) == 1,
-                    OP ": state must have a contiguous last axis, got stride ", state.stride(3));
-    if (slots_) {
-      STD_TORCH_CHECK(has_shape(*slots_, {B}), OP ": slots must have shape [B] = ", shape_string({B}),
-                      ", got ", shape_string(*slots_));
-      STD_TORCH_CHECK(slots_->scalar_type() == ScalarType::Long, OP ": slots must be int64, got ",
-                      dtype_name(slots_->scalar_type()));
-      STD_TORCH_CHECK(slots_->device() == like.device(), OP ": slots and q must be on one device");
-    } else {
-      STD_TORCH_CHECK(state.size(0) >= B, OP ": state must have at least B = ", B, " slots, got ",
-                      state.size(0));
-    }
+    check_pool(OP, state, slots_, B, HV, K, V, state_v_first, like);
     A_log = contiguous(A_log_);
     dt_bias = contiguous(dt_bias_);
     slots = contiguous(slots_);

@@ -95,6 +95,30 @@ inline float const* floats(OptionalTensor const& t) {
   return t ? static_cast<float const*>(t->const_data_ptr()) : nullptr;
 }
 
+// A pool of states for B rows, and the slots of the rows.
+inline void check_pool(char const* op, Tensor const& state, OptionalTensor const& slots, int64_t B,
+                       int64_t HV, int64_t K, int64_t V, bool state_v_first, Tensor const& like) {
+  LT2_CHECK_DIM(op, state, 4);
+  if (state_v_first) {
+    LT2_CHECK_SHAPE(op, state, "[slots, HV, V, K]", state.size(0), HV, V, K);
+  } else {
+    LT2_CHECK_SHAPE(op, state, "[slots, HV, K, V]", state.size(0), HV, K, V);
+  }
+  LT2_CHECK_SAME_DEVICE(op, state, like);
+  STD_TORCH_CHECK(state.size(3) == 1 || state.stride(3) == 1, op,
+                  ": state must have a contiguous last axis, got stride ", state.stride(3));
+  if (slots) {
+    STD_TORCH_CHECK(has_shape(*slots, {B}), op, ": slots must have shape [B] = ", shape_string({B}), ", got ",
+                    shape_string(*slots));
+    STD_TORCH_CHECK(slots->scalar_type() == ScalarType::Long, op, ": slots must be int64, got ",
+                    dtype_name(slots->scalar_type()));
+    STD_TORCH_CHECK(slots->device() == like.device(), op, ": slots and q must be on one device");
+  } else {
+    STD_TORCH_CHECK(state.size(0) >= B, op, ": state must have at least B = ", B, " slots, got ",
+                    state.size(0));
+  }
+}
+
 // The checked arguments that forward and backward share; owns what `params` points to.
 struct Operands {
   char const* op;
@@ -184,6 +208,15 @@ struct Operands {
       all_tokens_covered = check_offsets(op, static_cast<int32_t const*>(data), N, T);
     }
     return N;
+  }
+
+  void check_cotangents(Tensor const& dout, OptionalTensor const& dfinal_state) const {
+    int64_t const HV = params.value_heads, K = params.key_dim, V = params.value_dim;
+    LT2_CHECK_SHAPE(op, dout, "[B, T, HV, V]", params.batch, params.tokens, HV, V);
+    LT2_CHECK_DTYPE(op, dout, v.scalar_type());
+    LT2_CHECK_SAME_DEVICE(op, dout, q);
+    check_float32(op, dfinal_state, "dfinal_state", params.state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]",
+                  {params.sequences, HV, params.state_v_first ? V : K, params.state_v_first ? K : V}, q);
   }
 
   // Contiguous output per token: zero where no sequence writes.

@@ -24,6 +24,17 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "Tensor? slots, float scale, float eps, bool use_qk_l2norm, bool allow_neg_eigval, "
       "bool state_v_first) -> Tensor");
 
+  m.def("kda_fwd(" LT2_GDN_INPUTS
+        ", bool output_final_state, bool recurrent) -> (Tensor o, Tensor final_state)");
+  m.def("kda_bwd(Tensor dout, Tensor? dfinal_state, " LT2_GDN_INPUTS
+        ", bool recurrent) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, "
+        "Tensor ddt_bias, "
+        "Tensor dinitial_state)");
+  m.def(
+      "kda_step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? A_log, "
+      "Tensor? dt_bias, Tensor? slots, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, "
+      "bool allow_neg_eigval, bool state_v_first, bool delta) -> Tensor");
+
   m.def(
       "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
       "bool silu, bool output_final_state) -> (Tensor y, Tensor final_state)");

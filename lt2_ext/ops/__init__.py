@@ -4,6 +4,7 @@ from .block_ops import gated_rmsnorm, rope_cache_, swiglu
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
 from .dsa import dsa_attention, indexer_loss, lightning_indexer
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
+from .kda import chunk_gla, chunk_kda, fused_recurrent_gla, fused_recurrent_kda, kda_step_
 from .linear_attention import (
     chunk_delta_rule,
     chunk_simple_gla,
@@ -27,16 +28,21 @@ __all__ = [
     "causal_conv1d_step_",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
+    "chunk_gla",
+    "chunk_kda",
     "chunk_simple_gla",
     "delta_rule_step_",
     "dsa_attention",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gla",
+    "fused_recurrent_kda",
     "fused_recurrent_simple_gla",
     "gated_delta_step_",
     "gated_rmsnorm",
     "gdn_decode_fused_",
     "indexer_loss",
+    "kda_step_",
     "lightning_indexer",
     "loop_decode_attention",
     "loop_residual",

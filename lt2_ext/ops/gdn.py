@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,7 +230,25 @@ def delta_rule(
     scale: float | None, initial_state: Tensor | None, output_final_state: bool, use_qk_l2norm: bool, use_gate: bool,
     A_log: Tensor | None, dt_bias: Tensor | None, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool,
     cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, delta: bool = True,
+    forward: Callable[..., tuple[Tensor, Tensor]] = _fwd,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    tensors, scale = check_inputs(
+        op, q, k, v, g, beta, scale, use_gate, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval, cu_seqlens,
+        cu_seqlens_cpu,
+    )  # fmt: skip
+    o, final_state = forward(
+        *tensors, as_float(initial_state), cu_seqlens, scale, use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval,
+        state_v_first, delta, output_final_state, recurrent,
+    )  # fmt: skip
+    return o, final_state if output_final_state else None
+
+
+def check_inputs(
+    op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float | None,
+    use_gate: bool, A_log: Tensor | None, dt_bias: Tensor | None, use_beta_sigmoid: bool, allow_neg_eigval: bool,
+    cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], float]:  # fmt: skip
+    """``(q, k, v, g, beta, A_log, dt_bias)`` in the dtypes of the kernels, and the scale."""
     q, k, v = autocast(q, q, k, v)
     check_dtypes(op, q=q, k=k, v=v)
     alone = allow_neg_eigval and not use_beta_sigmoid
@@ -237,8 +257,8 @@ def delta_rule(
     if use_gate:
         check(g is not None, op, "use_gate_in_kernel", "come with g (the raw a)", None)
         check(A_log is not None, op, "use_gate_in_kernel", "come with A_log", None)
-        if A_log is not None and dt_bias is None:
-            dt_bias = torch.zeros_like(A_log)
+        if A_log is not None and g is not None and dt_bias is None:
+            dt_bias = A_log.new_zeros(g.shape[2:].numel())
     else:
         check(A_log is None and dt_bias is None, op, "A_log and dt_bias", "come with use_gate_in_kernel", False)
     if cu_seqlens_cpu is not None:
@@ -250,11 +270,7 @@ def delta_rule(
     if checks_enabled() and not torch.compiler.is_compiling():
         _check_values(op, None if use_gate else g, q.shape[1], cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
-    o, final_state = _fwd(
-        q, k, v, *map(as_float, (g, beta, A_log, dt_bias, initial_state)), cu_seqlens, scale,
-        use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, delta, output_final_state, recurrent,
-    )  # fmt: skip
-    return o, final_state if output_final_state else None
+    return (q, k, v, *map(as_float, (g, beta, A_log, dt_bias))), scale
 
 
 def _check_values(op: str, g: Tensor | None, tokens: int, cu_seqlens: Tensor | None) -> None:
@@ -266,8 +282,7 @@ def _check_values(op: str, g: Tensor | None, tokens: int, cu_seqlens: Tensor | N
         check(valid, op, "cu_seqlens", f"not decrease and stay within 0..T = {tokens}", offsets)
 
 
-@fake("gdn_fwd")
-def _(
+def fake_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, A_log: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
     use_qk_l2norm: bool, use_beta_sigmoid: bool, allow_neg_eigval: bool, state_v_first: bool, delta: bool,
@@ -283,46 +298,52 @@ def _(
     return o, v.new_empty(shape, dtype=torch.float32)
 
 
-@fake("gdn_bwd")
-def _(
+def fake_backward(
     dout: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, use_qk_l2norm: bool, use_beta_sigmoid: bool,
     allow_neg_eigval: bool, state_v_first: bool, delta: bool, recurrent: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    partials = (sequences, v.shape[2])
 
-    def optional(t: Tensor | None, shape: tuple[int, ...] | None = None) -> Tensor:
-        return q.new_empty((0,) if t is None else t.shape if shape is None else shape, dtype=torch.float32)
+    def optional(t: Tensor | None, *partial: int) -> Tensor:
+        return q.new_empty((0,) if t is None else (*partial, *t.shape), dtype=torch.float32)
 
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), optional(g), optional(beta),
-        optional(A_log, partials), optional(A_log, partials), optional(initial_state),
+        optional(A_log, sequences), optional(dt_bias, sequences), optional(initial_state),
     )  # fmt: skip
 
 
+fake("gdn_fwd")(fake_forward)
+fake("gdn_bwd")(fake_backward)
 fake("gdn_step_")(lambda state, q, k, v, *_: v.new_empty(v.shape))
 fake("gdn_decode_fused_")(lambda state, conv_state, qkv, z, *_: z.new_empty(z.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, l2norm, beta_sigmoid, neg_eigval, v_first, delta, output_final_state, recurrent = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = (scale, l2norm, beta_sigmoid, neg_eigval, v_first, delta, recurrent)
-    ctx.output_final_state = output_final_state
+    *rest, ctx.output_final_state, recurrent = inputs
+    ctx.save_for_backward(*rest[:9])
+    ctx.options = (*rest[9:], recurrent)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    backward: Callable[..., tuple[Tensor, ...]], ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[2])
     if not ctx.output_final_state:  # the placeholder's gradient
         dfinal_state = None
-    dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state = _bwd(dout, dfinal_state, *tensors, *ctx.options)
+    *grads, dA_log, ddt_bias, dinitial_state = backward(dout, dfinal_state, *tensors, *ctx.options)
     # dA_log and ddt_bias come as one partial sum per sequence.
-    return wanted(ctx, dq, dk, dv, dg, dbeta, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)
+    return wanted(ctx, *grads, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)
 
 
-torch.library.register_autograd("lt2::gdn_fwd", _backward, setup_context=_setup_context)
+def differentiate(op: str, backward: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Autograd of ``lt2::<op>``: nine tensors, options, ``output_final_state``, ``recurrent``."""
+    torch.library.register_autograd(f"lt2::{op}", functools.partial(_backward, backward), setup_context=_setup_context)
+
+
+differentiate("gdn_fwd", _bwd)

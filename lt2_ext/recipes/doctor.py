@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +19,7 @@ from lt2_ext.reference import block_ops as block_reference
 from lt2_ext.reference import causal_conv1d as conv_reference
 from lt2_ext.reference import dsa as dsa_reference
 from lt2_ext.reference import gdn as gdn_reference
+from lt2_ext.reference import kda as kda_reference
 from lt2_ext.reference import loop_state as loop_reference
 from lt2_ext.testing import TOLERANCE, gdn_inputs, rel_err
 
@@ -140,6 +142,41 @@ def fused_recurrent_gated_delta_rule(device: str) -> Pairs:
     return compare(
         ops.fused_recurrent_gated_delta_rule, gdn_reference.gated_delta_rule, device, inputs, output_final_state=True
     )
+
+
+def kda_inputs(B: int, T: int, delta: bool) -> Tensors:
+    x = gdn_inputs(B=B, T=T, H=1, HV=2, K=64, V=128)
+    x["g"] = torch.nn.functional.logsigmoid(torch.randn(B, T, 2, 64))
+    return x if delta else {n: t for n, t in x.items() if n != "beta"}
+
+
+def chunk_kda(device: str) -> Pairs:
+    return compare(ops.chunk_kda, kda_reference.kda, device, kda_inputs(1, 70, True), output_final_state=True)
+
+
+def fused_recurrent_kda(device: str) -> Pairs:
+    return compare(ops.fused_recurrent_kda, kda_reference.kda, device, kda_inputs(1, 20, True), output_final_state=True)
+
+
+def chunk_gla(device: str) -> Pairs:
+    oracle = partial(kda_reference.kda, delta=False)
+    return compare(ops.chunk_gla, oracle, device, kda_inputs(1, 70, False), output_final_state=True)
+
+
+def fused_recurrent_gla(device: str) -> Pairs:
+    tensors = kda_inputs(1, 20, False)
+    tensors["gk"] = tensors.pop("g")
+
+    def oracle(gk: Tensor, **x: Any) -> tuple[Tensor, Tensor | None]:
+        return kda_reference.kda(g=gk, delta=False, **x)
+
+    return compare(ops.fused_recurrent_gla, oracle, device, tensors, output_final_state=True)
+
+
+def kda_step_(device: str) -> Pairs:
+    tensors = kda_inputs(2, 1, True)
+    tensors["state"] = tensors.pop("initial_state")
+    return compare(ops.kda_step_, kda_reference.kda_step, device, tensors, ("state",))
 
 
 def gated_delta_step_(device: str) -> Pairs:

@@ -1,0 +1,2 @@
+#define LT2_ISA amx
+#include "kda/cpu/kda_kernels.h"

@@ -1,0 +1,2 @@
+#define LT2_ISA avx2
+#include "kda/cpu/kda_kernels.h"

@@ -1,0 +1,2 @@
+#define LT2_ISA neon
+#include "kda/cpu/kda_kernels.h"

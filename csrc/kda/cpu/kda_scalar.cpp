@@ -1,0 +1,2 @@
+#define LT2_ISA scalar
+#include "kda/cpu/kda_kernels.h"
