@@ -1,26 +1,9 @@
 #include "gdn/cuda/portable/chunk_forward.cuh"
 #include "gdn/cuda/portable/launch.h"
-
-// Calls f<dtype>(..).
-#define LT2_BY_DTYPE(dtype, f, ...)            \
-  switch (dtype) {                             \
-    case Dtype::kBFloat16:                     \
-      return f<Dtype::kBFloat16>(__VA_ARGS__); \
-    case Dtype::kFloat16:                      \
-      return f<Dtype::kFloat16>(__VA_ARGS__);  \
-    default:                                   \
-      return f<Dtype::kFloat32>(__VA_ARGS__);  \
-  }
+#include "gdn/cuda/portable/sizes.cuh"
 
 namespace lt2::gdn::portable {
 namespace {
-
-Status check_sizes(int heads, int value_heads, int key_dim, int value_dim) {
-  if (key_dim < 1 || key_dim > kMaxKeyDim) return "the CUDA kernels take K in 1..256";
-  if (value_dim < 1 || value_dim > kMaxValueDim) return "the CUDA kernels take V in 1..512";
-  if (heads < 1 || value_heads % heads != 0) return "the CUDA kernels take a multiple of H value heads";
-  return kOk;
-}
 
 // Whether the forward pass goes by chunks: else token by token.
 bool by_chunks(ForwardParams const& p) { return !p.recurrent && p.dtype != Dtype::kFloat32; }

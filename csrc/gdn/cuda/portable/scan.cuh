@@ -22,14 +22,14 @@ struct Tile {
   static_assert(kRows % 4 == 0 && kKeys % kWarp == 0);
 };
 
-template <class Tile>
+template <class Tile, int kCount = kTokens>
 struct Tokens {
-  alignas(16) float q[kTokens][Tile::kKeys];
-  alignas(16) float k[kTokens][Tile::kKeys];
-  float v[kTokens][Tile::kColumns];  // or dO
-  float qk[kTokens], beta[kTokens];
-  float decay[kTokens], change[kTokens];  // e^g and e^g - 1
-  float erase[kTokens];                   // e^g for the delta rule, else 0
+  alignas(16) float q[kCount][Tile::kKeys];
+  alignas(16) float k[kCount][Tile::kKeys];
+  float v[kCount][Tile::kColumns];  // or dO
+  float qk[kCount], beta[kCount];
+  float decay[kCount], change[kCount];  // e^g and e^g - 1
+  float erase[kCount];                  // e^g for the delta rule, else 0
 
   // `count` rows of q and k, normalised if asked for; a warp per token.
   template <class T>
