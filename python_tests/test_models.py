@@ -42,7 +42,8 @@ KINDS = {
     },
 }
 KINDS |= {name: {"layer_pattern": name} for name in MIXERS if name not in KINDS}
-KINDS["delta"]["linear_num_key_heads"] = 2  # in narrow heads q.k is often nearly zero, and the norm magnifies rounding
+for name in ("delta", "kda", "gla"):
+    KINDS[name]["linear_num_key_heads"] = 2  # in narrow heads q.k is often nearly zero, and the norm magnifies rounding
 
 
 @pytest.fixture(autouse=True)
@@ -369,7 +370,8 @@ def test_a_token_changes_nothing_before_it(kind):
         after = model(changed)
         assert torch.equal(after[:, :t], before[:, :t])
         if kind not in ("dsa", "all_first"):  # there later tokens need not select it
-            assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
+            seen = slice(t, t + 12 if kind == "hgrn2" else None)  # at first it halves its state with each token
+            assert (after[:, seen] != before[:, seen]).any(dim=-1).all()
 
 
 PACKED = [7, 1, 0, 20, 4]

@@ -48,6 +48,7 @@ _SMALL = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 5, "num_a
 # Depth of the models of one mixer, 0.6B and 1.3B: nearest to the size of the published one of attention, as the paper
 # gives no depth but that of gdn. The heads of the index of dsa, their dim and topk are those of its code.
 _LAYERS = {"linear": (25, 25), "retnet": (19, 19), "mamba2": (21, 21), "delta": (25, 25), "window": (25, 25)}
+_LAYERS |= {"gla": (25, 25), "hgrn2": (25, 25), "kda": (24, 24)}
 _LAYERS |= {"nsa": (29, 29), "dsa": (23, 24)}
 _SPARSE = {"index_topk": 32, "nsa_block_size": 16, "nsa_block_count": 2, "nsa_window_size": 32, "window_size": 64}
 

@@ -4,6 +4,7 @@ torch and ``lt2_ext.ops``."""
 from ._linear import LinearMixer
 from ._mixer import Mixer, Shared, State
 from .attention import Attention
+from .channel import GLA, HGRN2, KimiDeltaAttention
 from .dsa import SparseAttention
 from .gdn import GatedDeltaNet
 from .nsa import NativeSparseAttention
@@ -20,6 +21,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "retnet": RetNet,
     "mamba2": Mamba2,
     "delta": DeltaNet,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "kda": KimiDeltaAttention,
 }
 
 __all__ = [
