@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lt2_ext import ops
+from lt2_ext.models import mixers
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -42,6 +43,19 @@ def test_every_operator_is_in_layout_and_support():
     for name in ops.__all__:
         assert f"`{name}`" in page("support"), name
         assert name in page("layout"), name
+
+
+def test_the_mixer_of_adding_a_mixer():
+    """Its code is short and does what the page says."""
+    before, scope = dict(mixers.MIXERS), {}
+    definition, use = re.findall(r"```python\n(.*?)```", page("adding_a_mixer"), re.S)
+    assert len(definition.splitlines()) < 100
+    try:
+        exec(definition + use, scope)
+    finally:
+        mixers.MIXERS.clear()
+        mixers.MIXERS.update(before)
+    assert all(p.grad is not None for p in scope["model"].parameters())
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md")), ids=lambda p: p.name)
