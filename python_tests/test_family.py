@@ -17,8 +17,7 @@ def corpus():
 def test_learns(mixer, corpus, threads, monkeypatch):
     threads(1)
     monkeypatch.setattr(stdlib_bytes, "LENGTH", 128)
-    monkeypatch.setattr(stdlib_bytes, "BATCH", 4)
-    result = family.run(f"tiny-{mixer}", corpus, steps=30)
+    result = family.run(f"tiny-{mixer}", corpus, steps=30, batch=4)
     assert all(map(math.isfinite, (*result.losses, result.bits, result.largest)))
     assert sum(result.losses[-5:]) / 5 < 0.7 * result.losses[0]
     assert result.bits < 6  # of the 8 that it starts with
@@ -27,7 +26,7 @@ def test_learns(mixer, corpus, threads, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_learns_for_200_steps(mixer, corpus):
-    result = family.run(f"tiny-{mixer}", corpus, steps=200)
+    result = family.run(f"tiny-{mixer}", corpus, steps=200, batch=2)
     assert all(map(math.isfinite, result.losses))
     assert result.bits < 4
 

@@ -36,11 +36,13 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lt2_ext.recipes.family", description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="of each run, default 200")
+    parser.add_argument("--batch", type=int, default=8, help="pieces of 256 bytes in a step, default 8")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="PRESET", help="default: the tiny ones")
     parser.add_argument("--out", type=Path, help="write the table there too")
     args = parser.parse_args(argv)
     corpus = stdlib_bytes.load(windows=16)
-    results = [run(name, corpus, args.steps) for name in args.presets or [*HYBRIDS, *(f"tiny-{m}" for m in MIXERS)]]
+    names = args.presets or [*HYBRIDS, *(f"tiny-{m}" for m in MIXERS)]
+    results = [run(name, corpus, args.steps, args.batch) for name in names]
     text = table(results)
     print(text)
     if args.out:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(name: str, corpus: stdlib_bytes.Corpus, steps: int) -> Result:
+def run(name: str, corpus: stdlib_bytes.Corpus, steps: int, batch: int) -> Result:
     """``steps`` steps of the preset called ``name``."""
     torch.manual_seed(0)
     model = LT2(preset(name))
@@ -58,7 +60,7 @@ def run(name: str, corpus: stdlib_bytes.Corpus, steps: int) -> Result:
         norms.append(step.grad_norm)
         print(f"\r{name}: step {len(norms)}, {step.loss:.2f} bits per byte ", end="", file=sys.stderr)
 
-    history = stdlib_bytes.train(model, corpus.train, 0.0, tick, steps)
+    history = stdlib_bytes.train(model, corpus.train, 0.0, tick, steps, batch)
     print(file=sys.stderr)
     return Result(
         name=name,

@@ -20,6 +20,7 @@ from lt2_ext.models.mixers import SparseAttention
 from lt2_ext.models.mixers._mixer import Selection
 
 from . import stdlib_bytes
+from .instruments import attention
 
 LOOPS, TOPK = 3, 32
 SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "loop_count": LOOPS, "layer_pattern": "gdn,full"}
@@ -168,13 +169,6 @@ def random_indexer(mixer: SparseAttention) -> SparseAttention:
     for linear in (fresh.index_q_proj, fresh.index_k_proj, fresh.index_weights_proj):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=torch.Generator().manual_seed(2))
     return fresh
-
-
-def attention(q: Tensor, k: Tensor) -> Tensor:
-    """Mean over heads of the attention of each token to all that it sees, ``[B, T, T]``."""
-    logits = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)) * q.shape[-1] ** -0.5
-    future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
-    return logits.masked_fill(future, -torch.inf).softmax(-1).mean(1)
 
 
 def selected(indices: Tensor, T: int) -> Tensor:

@@ -84,10 +84,15 @@ def new_model(**changes: Any) -> LT2:
 
 
 def train(
-    model: LT2, data: Tensor, seconds: float, tick: Callable[[Step], object], steps: int | None = None
+    model: LT2,
+    data: Tensor,
+    seconds: float,
+    tick: Callable[[Step], object],
+    steps: int | None = None,
+    batch: int = BATCH,
 ) -> list[Step]:
-    """AdamW on random pieces of ``data`` until ``seconds`` have passed, or for so many steps however long they take;
-    ``tick`` is told of every step."""
+    """AdamW on ``batch`` random pieces of ``data`` at a time until ``seconds`` have passed, or for so many steps
+    however long they take; ``tick`` is told of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(1)
     history: list[Step] = []
@@ -95,7 +100,7 @@ def train(
     while (progress := len(history) / steps if steps else (time.perf_counter() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (len(history) + 1) / 20) * (1 + math.cos(math.pi * progress)) / 2
-        offsets = torch.randint(len(data) - LENGTH, (BATCH, 1), generator=generator)
+        offsets = torch.randint(len(data) - LENGTH, (batch, 1), generator=generator)
         tokens = data[offsets + torch.arange(LENGTH)].long()
         loss, _, index_loss = model(tokens, labels=tokens)
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from lt2_ext.models import LT2, LT2Config, LT2Output
 
 from . import checkpoint, text
 from .files import UserError
-from .instruments import grad_norms, watch_loops
+from .instruments import grad_norms, probe, watch_loops
 from .rows import Batch, Rows
 from .settings import Run
 from .shards import Split
@@ -88,6 +88,7 @@ class Trainer:
                 index_total += out.index_loss.detach() * share
         if watch:
             instruments["grad_norms"] = grad_norms(self.model)
+            instruments |= probe(self.model, batches[0].tokens[:1].to(self.device))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optimizer.clip or math.inf)
         step = self.step + 1
         values = {"loss": float(total - self.model.config.index_loss_weight * index_total), "grad_norm": float(norm)}
