@@ -29,6 +29,8 @@ KINDS = {
     "back": {"layer_pattern": "back:1:full:window", "window_size": 6},
     "list": {"layer_pattern": "gdn,full,gdn", "norm_placement": "sandwich", "inter_loop_norm": True},
     "dsa": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 4, "index_loss_weight": 0.0, "state_reuse": "index:share"},
+    "family": {"layer_pattern": "kda,mamba2,nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5},
+    "linear": {"layer_pattern": "retnet,gla,delta"},
     "schedule": {"layer_pattern": "full->window:9->window:5->window:3"},
 }
 LENGTHS = [12, 5, 1]

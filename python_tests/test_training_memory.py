@@ -19,6 +19,8 @@ KINDS = {
     "reuse": {"layer_pattern": "gdn,full,window:9", "state_reuse": "gdn:read,kv:first"},
     "segment": {"layer_pattern": "gdn,full,window:9", "state_reuse": "gdn:segment:20"},
     "dsa_reuse": {"layer_pattern": "dsa,gdn,dsa", "index_topk": 9, "state_reuse": "index:share,kv:first"},
+    "family": {"layer_pattern": "kda,mamba2,nsa", "nsa_block_size": 4, "nsa_block_count": 3, "nsa_window_size": 5},
+    "linear": {"layer_pattern": "retnet,gla,delta"},
     "schedule": {"layer_pattern": "full,gdn,full->window:9,gdn,window:3", "tie_word_embeddings": False},
 }
 
