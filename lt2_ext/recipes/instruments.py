@@ -71,7 +71,8 @@ def probe(model: LT2, tokens: Tensor) -> dict[str, list[float]]:
     def attends(mixer: nn.Module, arguments: tuple[Any, ...], results: object) -> None:
         x, where, window, state, shared = arguments
         if window is None and type(mixer) is Attention:
-            p = attention(mixer.queries(x, where), mixer.keys(x, where, state, shared).k)
+            q, seen = mixer.project(x, where, state, shared)
+            p = attention(q, seen.k)
             masses[calls[mixer]].append(p[:, p.shape[1] // 2 :, 0].mean())
         calls[mixer] += 1
 
