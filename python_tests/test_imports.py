@@ -71,3 +71,20 @@ print(*{{"transformers", "matplotlib", "tqdm", "yaml", "tokenizers", "triton", "
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert run.returncode == 0, run.stderr
     assert not run.stdout.split()
+
+
+def lines_of_code(path):
+    """Those that are not blank, and not of a comment or a docstring alone."""
+    text = path.read_text()
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in prose for n, line in lines)
+
+
+def test_the_python_layer_stays_small():
+    layer = [path for path in PACKAGE.rglob("*.py") if part_of(path) != "recipes"]
+    assert 1000 < sum(map(lines_of_code, layer)) < 4000
+    assert len((PACKAGE / "models/lt2.py").read_text().splitlines()) <= 400
