@@ -12,7 +12,7 @@ import peers
 import report
 import run as bench
 import timing
-from suites import Case, block_ops, causal_conv1d, dsa, gdn, loop_state, model
+from suites import Case, block_ops, causal_conv1d, dsa, gdn, kda, loop_state, model
 
 from lt2_ext.testing import TOLERANCE
 
@@ -35,6 +35,10 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         gdn.chunk_case(VARLEN, BF16, False, CPU),
         gdn.step_case(2, 2, 4, 32, BF16, CPU),
         gdn.layer_case(2, 2, 4, 32, BF16, CPU),
+        kda.chunk_case(SMALL, F32, True, True, CPU),
+        kda.chunk_case(SMALL, BF16, True, False, CPU),
+        kda.chunk_case(SMALL, BF16, False, True, CPU),
+        kda.step_case(2, 2, 32, BF16, CPU),
         causal_conv1d.conv_case(2, 9, 16, 4, F32, True, CPU),
         causal_conv1d.conv_case(2, 9, 16, 4, BF16, False, CPU),
         causal_conv1d.step_case(2, 16, 4, BF16, CPU),

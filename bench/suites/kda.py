@@ -18,7 +18,7 @@ from .gdn import Shape
 
 F32, BF16 = torch.float32, torch.bfloat16
 TRAINED = ("q", "k", "v", "g", "beta")
-MAIN = Shape(T=4096, H=16, HV=16)
+MAIN = Shape()
 CPU = [  # (shape, dtype, with gradients, with the delta rule, part of --quick)
     (MAIN, F32, False, True, True),
     (MAIN, F32, True, True, False),
@@ -27,6 +27,8 @@ CPU = [  # (shape, dtype, with gradients, with the delta rule, part of --quick)
     (MAIN, F32, False, False, True),
     (MAIN, BF16, False, False, False),
     (MAIN, BF16, True, False, False),
+    (replace(MAIN, T=4096, H=16, HV=16), F32, False, True, False),
+    (replace(MAIN, T=4096, H=16, HV=16), F32, False, False, False),
 ]
 LONG = Shape(T=8192, H=16, HV=16)
 CHECKED = 1024  # tokens of a longer sequence that float64 is run on
