@@ -38,7 +38,7 @@ def test_a_first_token_that_all_attend_to():
     assert instruments.probe(model, IDS)["first_token_mass"] == pytest.approx([uniform, uniform], rel=1e-4)
 
     mixer = model.layers[0].mixer
-    mixer.project = _only_first(mixer.project)
+    mixer.project = _to_the_first(mixer.project)
     mass = instruments.probe(model, IDS)["first_token_mass"]
     assert mass == pytest.approx([(1 + uniform) / 2] * 2, rel=1e-3)
 
@@ -50,14 +50,16 @@ def test_loops_without_full_attention():
     assert found[2] > 0
 
 
-def _only_first(project):
+def _to_the_first(project):
     def changed(*arguments):
-        q, made = project(*arguments)
-        k = made.k.clone()
+        q, keys = project(*arguments)
+        k = keys.k.clone()
         k[:, 1:] = 0
-        return 1e4 * k[:, :1].expand_as(q), made._replace(k=k)
+        return 1e4 * k[:, :1].expand_as(q), keys._replace(k=k)
 
     return changed
+
+
 def test_the_rank_of_writes_lies_between_one_and_the_number_of_loops():
     ranks = instruments.probe(make("delta,full,gdn"), IDS)["write_rank"]
     assert ranks[0] == pytest.approx(1, abs=1e-5)

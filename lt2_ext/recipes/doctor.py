@@ -144,6 +144,30 @@ def fused_recurrent_gated_delta_rule(device: str) -> Pairs:
     )
 
 
+def relative(op: Callable[..., Any], T: int, delta: bool) -> Callable[[str], Pairs]:
+    """Of the gated delta rule: without its decay, or (not ``delta``) without its erasing; T = 3 is a step."""
+
+    def test(device: str) -> Pairs:
+        x = gdn_inputs(B=2, T=T, H=1, HV=2, K=64, V=128)
+        if delta:
+            del x["g"]
+        oracle = partial(gdn_reference.gated_delta_rule, delta=delta, output_final_state=True)
+        if T > 3:
+            return compare(partial(op, output_final_state=True), oracle, device, x)
+        x["state"] = x.pop("initial_state")
+        return compare(op, lambda state, **rest: oracle(initial_state=state, **rest), device, x, ("state",))
+
+    return test
+
+
+chunk_delta_rule = relative(ops.chunk_delta_rule, 70, True)
+fused_recurrent_delta_rule = relative(ops.fused_recurrent_delta_rule, 20, True)
+delta_rule_step_ = relative(ops.delta_rule_step_, 3, True)
+chunk_simple_gla = relative(ops.chunk_simple_gla, 70, False)
+fused_recurrent_simple_gla = relative(ops.fused_recurrent_simple_gla, 20, False)
+simple_gla_step_ = relative(ops.simple_gla_step_, 3, False)
+
+
 def kda_inputs(B: int, T: int, delta: bool) -> Tensors:
     x = gdn_inputs(B=B, T=T, H=1, HV=2, K=64, V=128)
     x["g"] = torch.nn.functional.logsigmoid(torch.randn(B, T, 2, 64))

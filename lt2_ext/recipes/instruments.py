@@ -66,13 +66,13 @@ def probe(model: LT2, tokens: Tensor) -> dict[str, list[float]]:
     loops = model.config.loop_count
     masses: list[list[Tensor]] = [[] for _ in range(loops)]
     calls: Counter[nn.Module] = Counter()
-    keys: dict[nn.Module, list[Tensor]] = {}
+    writers: dict[nn.Module, list[Tensor]] = {}
 
     def attends(mixer: nn.Module, arguments: tuple[Any, ...], results: object) -> None:
         x, where, window, state, shared = arguments
         if window is None and type(mixer) is Attention:
-            q, seen = mixer.project(x, where, state, shared)
-            p = attention(q, seen.k)
+            q, keys = mixer.project(x, where, state, shared)
+            p = attention(q, keys.k)
             masses[calls[mixer]].append(p[:, p.shape[1] // 2 :, 0].mean())
         calls[mixer] += 1
 
@@ -81,7 +81,7 @@ def probe(model: LT2, tokens: Tensor) -> dict[str, list[float]]:
 
         def inputs(*arguments: Any) -> dict[str, Any]:
             made = original(*arguments)
-            keys.setdefault(mixer, []).append(nn.functional.normalize(made["k"].float(), dim=-1))
+            writers.setdefault(mixer, []).append(nn.functional.normalize(made["k"].float(), dim=-1))
             return made
 
         return mock.patch.object(mixer, "inputs", inputs)
@@ -96,9 +96,9 @@ def probe(model: LT2, tokens: Tensor) -> dict[str, list[float]]:
     found = {}
     if any(masses):
         found["first_token_mass"] = [float(sum(loop) / max(len(loop), 1)) for loop in masses]
-    if keys:
+    if writers:
         found["write_rank"] = [
-            sum(float(effective_rank(torch.stack(of[: loop + 1], -2))) for of in keys.values()) / len(keys)
+            sum(float(effective_rank(torch.stack(of[: loop + 1], -2))) for of in writers.values()) / len(writers)
             for loop in range(loops)
         ]
     return found
