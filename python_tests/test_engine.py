@@ -44,9 +44,22 @@ class Alone:
 @torch.no_grad()
 def test_random_operations_give_every_sequence_what_it_says_alone(kind, buckets, operations, device):
     """Every slot that becomes free is filled with NaN: none may ever be read."""
+    operations = operations if device == "cpu" else 120
+    churn(make(kind, 2).to(device), buckets, operations)
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "segment_first"])
+@torch.no_grad()
+def test_steps_for_graphs_give_the_same(kind, monkeypatch):
+    """The way that is captured on CUDA, where the host reads no slot, run without a graph."""
+    monkeypatch.setattr("lt2_ext.models.engine.EAGER", 10**9)
+    churn(make(kind, 2), (1, 2, 4, 6), 300, as_if_captured=True)
+
+
+def churn(model, buckets, operations: int, as_if_captured: bool = False) -> None:
     rng = random.Random(0)
-    model = make(kind, 2).to(device)
     engine = Engine(model, 6, ROOM, chunk=5, buckets=buckets)
+    engine.cuda |= as_if_captured
     oracles, refused, steps = {}, 0, 0
     release = engine.state.release
 
@@ -88,7 +101,7 @@ def test_random_operations_give_every_sequence_what_it_says_alone(kind, buckets,
                 oracles[new] = Alone(past.prompt, number, past.options, old.tokens)
     while engine.running:
         engine.step()
-    assert refused > 5
+    assert refused > operations / 100
     assert steps > operations / 4
     assert sorted(engine.state.free) == list(range(6))
     for generation, oracle in oracles.items():

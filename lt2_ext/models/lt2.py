@@ -165,7 +165,8 @@ class LT2(nn.Module):
             logits_to_keep: Return the logits of the last so many positions; 0: of all. None: of all, or with labels of
                 none.
             slots: With a state, the slot of each row: different ints, or a tensor int64 ``[B]`` of them. The host reads
-                no tensor: whoever passes one sees to the room in ``host_lengths``. None: row b has slot b.
+                no tensor: whoever passes one sees to the room in ``host_lengths``, and with ``gdn:segment`` calls
+                ``state.hand_over`` where a segment starts. None: row b has slot b.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or :class:`LT2Output` when labels are given.

@@ -72,5 +72,7 @@ class GatedDeltaNet(LinearMixer):
         if z is None or self.read_gate is not None or (self.value_dim % PIECE and x.is_cuda):
             return self.scan(x, qkv, z, tokens, state, shared)
         pools, gates = (state["matrix"], state["conv"]), (self.a_proj(x), self.b_proj(x))
-        weights = (self.conv_weight, self.A_log, self.dt_bias, self.norm_weight)
+        # The op wants fp32: cast once for all loops.
+        conv, norm = tokens.once(("fp32", id(self)), lambda: (self.conv_weight.float(), self.norm_weight.float()))
+        weights = (conv, self.A_log, self.dt_bias, norm)
         return ops.gdn_decode_fused_(*pools, qkv, z, *gates, *weights, slots=tokens.slots, eps=self.eps), None
