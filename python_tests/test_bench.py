@@ -53,6 +53,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
         loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
         loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),
+        loop_state.selected_case(2, 33, 9, 4, 2, 64, F32, CPU),
         model.decode_case("demo", 2, 40, F32, CPU),
         model.decode_case("sparse", 1, 40, BF16, CPU),
         model.prefill_case("demo", 20, F32, CPU),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -18,7 +20,10 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     dtypes, contexts = ((BF16,), (1024, 4096, 16384)) if quick else ((F32, BF16), (1024, 2048, 4096, 8192, 16384))
     rows = [(norm, dtype, backward) for norm in (False, True) for dtype in dtypes for backward in (False, True)]
     residual = [residual_case(*shape, norm, dtype, backward, device) for norm, dtype, backward in rows]
-    return residual + [decode_case(1, context, 16, 4, 128, dtype, device) for dtype in dtypes for context in contexts]
+    decode = [decode_case(1, context, 16, 4, 128, dtype, device) for dtype in dtypes for context in contexts]
+    if device.type == "cuda":
+        decode += [decode_case(B, 32768, 16, H, 128, BF16, device) for B in (1, 8) for H in (4, 16)]
+    return residual + decode + [selected_case(1, 16384, 2048, 16, 4, 128, dtype, device) for dtype in dtypes]
 
 
 def residual_case(B: int, T: int, D: int, norm: bool, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
@@ -78,6 +83,38 @@ def decode_case(B: int, context: int, HQ: int, H: int, D: int, dtype: torch.dtyp
         ours=timed(lambda x: {"o": ops.loop_decode_attention(x["q"], x["k"], x["v"], x["lengths"])}),
         torch=timed(decode_torch),
         oracle=oracle(decode_torch),
+        graph=True,
+    )
+
+
+def selected_case(
+    B: int, context: int, topk: int, HQ: int, H: int, D: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """Decode of the keys that an indexer has selected."""
+    dense = decode_case(B, context, HQ, H, D, dtype, device)
+
+    def inputs() -> Tensors:
+        x, order = dense.inputs(), torch.Generator(device).manual_seed(1)
+        rows = [torch.randperm(context, generator=order, device=device)[:topk].sort().values for _ in range(B)]
+        return x | {"indices": torch.stack(rows).int()[:, None]}
+
+    def ours(x: Tensors) -> Tensors:
+        return {"o": ops.loop_decode_attention(x["q"], x["k"], x["v"], x["lengths"], indices=x["indices"])}
+
+    def plain(x: Tensors) -> Tensors:
+        rows = torch.arange(B, device=device)[:, None]
+        return decode_torch(x | {n: x[n][rows, x["indices"][:, 0].long()] for n in ("k", "v")})
+
+    return replace(
+        dense,
+        op="loop_decode_attention, indices",
+        shape=f"{dense.shape} topk={topk}",
+        flops=dense.flops * topk / context,
+        moved=dense.moved * topk / context,
+        inputs=inputs,
+        ours=timed(ours),
+        torch=timed(plain),
+        oracle=oracle(plain),
     )
 
 
