@@ -75,6 +75,17 @@ def test_head_shapes(device, K, V, H, HV, v_first, dtype):
 
 
 @both_dtypes
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+@pytest.mark.parametrize("t", [1, 3])
+def test_many_heads_of_one_value_head(device, t, v_first, dtype):
+    """On GPUs a block may have a whole head."""
+    x = fused_inputs(B=4, t=t, K=128, V=128, H=16, HV=16, dtype=dtype, device=device)
+    if v_first:
+        x["state"] = x["state"].mT.contiguous()
+    check_against_oracle(x, state_v_first=v_first)
+
+
+@both_dtypes
 @pytest.mark.parametrize("W", [1, 2, 3, 4, 7, 16])
 def test_widths(device, W, dtype):
     check_against_oracle(fused_inputs(t=3, W=W, dtype=dtype, device=device))

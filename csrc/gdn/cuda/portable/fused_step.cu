@@ -11,13 +11,16 @@ FusedSizes fused_sizes(StepParams const& p, int columns) {
   return {slices, blocks, own, group, static_cast<int>(ceil_div(2 * p.key_dim, blocks))};
 }
 
-// Wide tiles make clusters of half as many blocks. Measured: faster from so many clusters on, where a machine
-// is filled once or a few times, but neither with a few clusters nor with very many.
-constexpr int64_t kSomeClusters = 64, kManyClusters = 1024;
+// Fewer and larger blocks, measured: wide tiles make clusters of half as many blocks, and are faster from so
+// many clusters on, where a machine is filled once or a few times, but not with very many. A block that has
+// all of a head needs no cluster, and is faster around one block a multiprocessor.
+constexpr int64_t kFewClusters = 32, kSomeClusters = 64, kWholeClusters = 128, kManyClusters = 1024;
 
-template <class Tile, class Wide, class F>
-Status with_either(StepParams const& p, F const& f) {
+template <class Tile, class Wide, class Whole, class F>
+Status with_any(StepParams const& p, int64_t first_whole, F const& f) {
   int64_t const clusters = p.batch * p.heads;
+  bool const one_head = p.heads == p.value_heads && p.value_dim == Whole::kColumns;
+  if (one_head && clusters >= first_whole && clusters <= kWholeClusters) return f(Whole{});
   return clusters >= kSomeClusters && clusters < kManyClusters ? f(Wide{}) : f(Tile{});
 }
 
@@ -27,13 +30,17 @@ Status with_tile(StepParams const& p, F const& f) {
   if (p.state_v_first) {
     if (p.key_dim <= 64) return f(ValueFirst<4, 4, 1>{});
     if (p.key_dim <= 96) return f(ValueFirst<8, 3, 2>{});
-    if (p.key_dim <= 128) return with_either<ValueFirst<8, 4, 2>, ValueFirst<8, 4, 4>>(p, f);
+    if (p.key_dim <= 128) {
+      return with_any<ValueFirst<8, 4, 2>, ValueFirst<8, 4, 4>, ValueFirst<8, 4, 2, 512>>(p, kFewClusters, f);
+    }
     if (p.key_dim <= 192) return f(ValueFirst<16, 3, 3>{});
     return f(ValueFirst<16, 4, 2>{});
   }
   if (p.key_dim <= 64) return f(KeyFirst<8, 4>{});
   if (p.key_dim <= 96) return f(KeyFirst<8, 6>{});
-  if (p.key_dim <= 128) return with_either<KeyFirst<8, 8>, KeyFirst<16, 16>>(p, f);
+  if (p.key_dim <= 128) {
+    return with_any<KeyFirst<8, 8>, KeyFirst<16, 16>, KeyFirst<32, 8, 512>>(p, kSomeClusters, f);
+  }
   if (p.key_dim <= 192) return f(KeyFirst<8, 12>{});
   return f(KeyFirst<8, 16>{});
 }
@@ -44,7 +51,7 @@ Status run(FusedStepParams const& p, void* stream) {
     using Tile = decltype(tile);
     FusedSizes const sizes = fused_sizes(p.step, Tile::kColumns);
     dim3 const grid(sizes.blocks, p.step.heads, static_cast<unsigned>(p.step.batch));
-    return launch_overlapped(fused_kernel<T, Tile>, grid, kStepThreads,
+    return launch_overlapped(fused_kernel<T, Tile>, grid, Tile::kThreads,
                              sizes.shared_bytes<T, Tile>(p.conv.width), sizes.blocks, stream, p, sizes);
   });
 }

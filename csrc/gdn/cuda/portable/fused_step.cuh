@@ -56,10 +56,12 @@ __device__ __forceinline__ int remainder(int a, int b) { return b == 1 ? 0 : a %
 
 // Block (rank in its cluster, query/key head, row); block r has the slices r, r + blocks, ..
 template <class T, class Tile>
-__global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads ? 1
+                                                  : sizeof(Tile) <= 128         ? 4
+                                                                                : 2)
     fused_kernel(__grid_constant__ FusedStepParams const p, FusedSizes const sizes) {
   extern __shared__ __align__(16) char shared_bytes[];
-  constexpr int kColumns = Tile::kColumns;
+  constexpr int kColumns = Tile::kColumns, kThreads = Tile::kThreads, kWarps = kThreads / kWarp;
   StepParams const& s = p.step;
   int const rank = blockIdx.x, blocks = sizes.blocks, key_head = blockIdx.y, group = sizes.group;
   int const first_head = key_head * group;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   };
   if (live) tile.load(state_of(0), first_column(0), s.key_dim, s.value_dim);
   auto const each_output = [&](auto const& value) {
-    for (int e = threadIdx.x; e < items * s.tokens * kColumns; e += kStepThreads) {
+    for (int e = threadIdx.x; e < items * s.tokens * kColumns; e += kThreads) {
       int const c = e % kColumns, i = remainder(e / kColumns, s.tokens), n = quotient(e / kColumns, s.tokens);
       int const column = first_column(n) + c, head = first_head + quotient(n, own);
       if (column < s.value_dim)
@@ -111,12 +113,14 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
     Channel step[kKeyChannels];
 #pragma unroll
     for (int r = 0; r < kKeyChannels; ++r) {
-      int const e = r * kStepThreads + threadIdx.x;
+      int const e = r * kThreads + threadIdx.x;
       if (e < keys) load_key(step[r], e);
     }
     // While these are on their way: a thread has a channel of v, or an element of z.
     int const channels = items * kColumns;
-    for (int e = threadIdx.x; e < channels * (1 + s.tokens); e += kStepThreads) {
+    constexpr int kKeysFirst = kThreads > kStepThreads ? kThreads / 2 : 0;  // threads busy with q and k
+    for (int e = (threadIdx.x + kThreads - kKeysFirst) % kThreads; e < channels * (1 + s.tokens);
+         e += kThreads) {
       if (e < channels) {
         int const n = e / kColumns, c = e % kColumns, column = first_column(n) + c;
         if (column < s.value_dim) {
@@ -144,10 +148,10 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
     }
 #pragma unroll
     for (int r = 0; r < kKeyChannels; ++r) {
-      int const e = r * kStepThreads + threadIdx.x;
+      int const e = r * kThreads + threadIdx.x;
       if (e < keys) advance_key(step[r], e);
     }
-    for (int e = kKeyChannels * kStepThreads + threadIdx.x; e < keys; e += kStepThreads) {
+    for (int e = kKeyChannels * kThreads + threadIdx.x; e < keys; e += kThreads) {
       load_key(step[0], e);
       advance_key(step[0], e);
     }
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
     convolve(WideStepChannel<T>{});
   }
   int const padding = Tile::kKeys - s.key_dim;
-  for (int e = threadIdx.x; e < padding * s.tokens; e += kStepThreads) {
+  for (int e = threadIdx.x; e < padding * s.tokens; e += kThreads) {
     int const i = e / padding, c = s.key_dim + e % padding;
     shared.keys.q[i][c] = shared.keys.k[i][c] = 0.f;
   }
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   cluster_arrive();  // this one has read the windows of q and k
   __syncthreads();
 
-  for (int i = warp; i < s.tokens; i += kStepWarps) {
+  for (int i = warp; i < s.tokens; i += kWarps) {
     constexpr int kPerLane = Tile::kKeys / kWarp;
     float q[kPerLane], k[kPerLane];
 #pragma unroll
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
   __syncthreads();
 
   cluster_wait();
-  for (int e = warp; e < group * s.tokens; e += kStepWarps) {
+  for (int e = warp; e < group * s.tokens; e += kWarps) {
     int const g = quotient(e, s.tokens), i = remainder(e, s.tokens);
     float sum = 0.f;  // columns beyond the state are zeros
     for (int c = lane; c < own * kColumns; c += kWarp) {
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(Tile) <= 128 ? 4 : 2)
     if (lane < blocks) *of_rank(squares + rank * group * kMaxStepTokens + e, lane) = sum;
   }
   cluster_arrive();
-  for (int e = threadIdx.x; e < min(sizes.share, keys - begin) * p.conv.width; e += kStepThreads) {
+  for (int e = threadIdx.x; e < min(sizes.share, keys - begin) * p.conv.width; e += kThreads) {
     int const c = begin + e / p.conv.width, w = e % p.conv.width;
     int64_t const head = c < s.key_dim ? key_head : s.heads + key_head;
     int64_t const channel = head * s.key_dim + (c < s.key_dim ? c : c - s.key_dim);

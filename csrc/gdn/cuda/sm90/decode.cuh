@@ -98,11 +98,11 @@ __device__ inline void apply_decay(float4& s, float decay, float change) {
   }
 }
 
-template <int kLanes_, int kPieces, int kOwned_>
+template <int kLanes_, int kPieces, int kOwned_, int kThreads_ = kStepThreads>
 struct ValueFirst {
-  static constexpr int kLanes = kLanes_, kOwned = kOwned_;
+  static constexpr int kLanes = kLanes_, kOwned = kOwned_, kThreads = kThreads_;
   static constexpr int kKeys = kPiece * kLanes * kPieces;
-  static constexpr int kGroups = kStepThreads / kLanes, kColumns = kGroups * kOwned;
+  static constexpr int kGroups = kThreads / kLanes, kColumns = kGroups * kOwned;
   using Keys = StepKeys<kKeys>;
   using Writes = StepWrites<kColumns>;
   struct Shared {};
@@ -171,16 +171,16 @@ struct ValueFirst {
   }
 };
 
-template <int kLanes_, int kRows>
+template <int kLanes_, int kRows, int kThreads_ = kStepThreads>
 struct KeyFirst {
-  static constexpr int kLanes = kLanes_, kOwned = kPiece;
-  static constexpr int kGroups = kStepThreads / kLanes, kKeys = kGroups * kRows;
+  static constexpr int kLanes = kLanes_, kOwned = kPiece, kThreads = kThreads_, kWarps = kThreads / kWarp;
+  static constexpr int kGroups = kThreads / kLanes, kKeys = kGroups * kRows;
   static constexpr int kColumns = kPiece * kLanes;
   static_assert(kWarp % kLanes == 0);
   using Keys = StepKeys<kKeys>;
   using Writes = StepWrites<kColumns>;
   struct Shared {
-    alignas(16) float sums[2][kStepWarps][2][kColumns];  // of token i % 2: k^T s and q^T s over a warp's keys
+    alignas(16) float sums[2][kWarps][2][kColumns];  // of token i % 2: k^T s and q^T s over a warp's keys
   };
 
   float4 s[kRows];
@@ -238,7 +238,7 @@ struct KeyFirst {
     for (int x = 0; x < 2; ++x) {
       float4 total = {};
 #pragma unroll
-      for (int w = 0; w < kStepWarps; ++w) {
+      for (int w = 0; w < kWarps; ++w) {
         add(total, *reinterpret_cast<float4 const*>(&all[w][x][column(0)]), splat(1.f));
       }
       float (&to)[kOwned] = x == 0 ? ks : qs;
