@@ -8,7 +8,8 @@
 
 namespace lt2::gdn {
 
-constexpr int kSliceMultiple = 32;  // the kernels' panel width
+constexpr int kSliceMultiple = 32;             // the kernels' panel width
+constexpr int64_t kStepGrainFloats = 1 << 14;  // less state than this is not worth another thread
 
 // Value columns are independent: with fewer heads than threads, they are split too.
 inline int slice_count(int64_t items, int value_dim, ThreadPool const& pool) {
@@ -44,5 +45,66 @@ inline void zero_outside(Inputs const& p, Strided const& x, int heads, int64_t r
 }
 
 inline int64_t element_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
+
+// `kernels` is the function table of a family, whose entries take these items.
+template <class Kernels>
+int64_t spread_forward_workspace(Kernels const& kernels, ForwardParams const& p, ThreadPool const& pool) {
+  int64_t const heads = p.sequences * p.value_heads;
+  int const slices = slice_count(heads, p.value_dim, pool);
+  return kernels.forward_workspace(p, slices) * pool.lanes(heads * slices);
+}
+
+template <class Kernels>
+void spread_forward(Kernels const& kernels, ForwardParams const& p, float* workspace,
+                    ThreadPool const& pool) {
+  int64_t const heads = p.sequences * p.value_heads, size = element_bytes(p.dtype);
+  int const slices = slice_count(heads, p.value_dim, pool);
+  int64_t const lane_floats = kernels.forward_workspace(p, slices);
+  zero_outside(p, p.o, p.value_heads, p.value_dim * size, size);
+  pool.items(heads * slices, [&](int64_t item, int lane) {
+    ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
+    if (slice.begin == slice.end) return;
+    int64_t const head = item / slices;
+    kernels.forward(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice,
+                    workspace + lane * lane_floats);
+  });
+}
+
+template <class Kernels>
+int64_t spread_backward_workspace(Kernels const& kernels, BackwardParams const& p, ThreadPool const& pool) {
+  return kernels.backward_workspace(p, longest_sequence(p)) * pool.lanes(p.sequences * p.heads);
+}
+
+// A decay has `decay_dim` numbers.
+template <class Kernels>
+void spread_backward(Kernels const& kernels, BackwardParams const& p, int64_t decay_dim, float* workspace,
+                     ThreadPool const& pool) {
+  int64_t const size = element_bytes(p.dtype), f32 = sizeof(float);
+  zero_outside(p, p.dq, p.heads, p.key_dim * size, size);
+  zero_outside(p, p.dk, p.heads, p.key_dim * size, size);
+  zero_outside(p, p.dv, p.value_heads, p.value_dim * size, size);
+  zero_outside(p, p.dg, p.value_heads, decay_dim * f32, f32);
+  zero_outside(p, p.dbeta, p.value_heads, f32, f32);
+  int64_t const lane_floats = kernels.backward_workspace(p, longest_sequence(p));
+  pool.items(p.sequences * p.heads, [&](int64_t item, int lane) {
+    kernels.backward(p, item / p.heads, static_cast<int>(item % p.heads), workspace + lane * lane_floats);
+  });
+}
+
+// Equal items in fixed ranges: from step to step a head's state stays in the cache of one core.
+template <class Kernels, class StepParams>
+void spread_step(Kernels const& kernels, StepParams const& p, ThreadPool const& pool) {
+  int64_t const heads = p.batch * p.value_heads;
+  int const slices = slice_count(heads, p.value_dim, pool);
+  int64_t const item_floats = std::max<int64_t>(1, static_cast<int64_t>(p.key_dim) * p.value_dim / slices);
+  pool.ranges(0, heads * slices, 1 + kStepGrainFloats / item_floats, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
+      if (slice.begin == slice.end) continue;
+      int64_t const head = item / slices;
+      kernels.step(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice);
+    }
+  });
+}
 
 }  // namespace lt2::gdn
