@@ -33,7 +33,7 @@ def test_widths(topk, pool):
     for oversample in (1, 4):
         indexer = Indexer("cuda", pool=pool, oversample=oversample)
         if pool != 96:
-            check_exact(indexer, integers(1, 70, 20000, 4, 64, BF16), topk=topk)
+            check_exact(indexer, integers(1, 20, 20000, 4, 64, BF16), topk=topk)
         check_close(indexer, normals(1, 30, 6000, 4, 64, FP32), topk=topk)
 
 
