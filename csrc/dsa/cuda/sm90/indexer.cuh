@@ -367,13 +367,13 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
     int counts[kOwn];
     float least[kOwn];
     uint32_t guessed = 0;  // bits of queries
-    auto const list_of = [&](int j) { return Candidates{lists + j * a.capacity, counts[j], least[j]}; };
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       bool const sees = __shfl_sync(kAll, sight.count, warp * kOwn + j) > 0;
       counts[j] = 0;
       least[j] = sees ? -INFINITY : NAN;
     }
+    auto const list_of = [&](int j) { return Candidates{lists + j * a.capacity, counts[j], least[j]}; };
     __syncwarp();
     if (lane / kOwn == warp) shared.firsts[lane] = sight.first;
     __syncwarp();
