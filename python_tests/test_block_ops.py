@@ -66,7 +66,9 @@ def assert_equal(a, b):
 @every_dtype
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 65, 130])
 def test_against_oracle(name, dtype, T, device):
-    for D in (8, 15, 64, 65, 300):
+    for D in (3, 8, 15, 64, 65, 300):
+        if D == 3 and name == "add_rmsnorm" and dtype != torch.float32:
+            continue  # the gradient is a sum over three channels that cancels: rounding of the inputs is what is left
         x = inputs(name, (2, T, D), dtype, device)
         check_op(name, x, cotangents_of(name, x))
 

@@ -136,6 +136,7 @@ def kda_step(
     slots = torch.arange(len(q), device=q.device) if slots is None else slots
     live = (slots >= 0) & (slots < len(state))
     rows = slots[live]
+    # mypy cannot see the types of what is handed on by name
     o, S = kda(
         q[live], k[live], v[live], g[live], None if beta is None else beta[live], initial_state=state[rows],
         output_final_state=True, A_log=A_log, dt_bias=dt_bias, **options,  # type: ignore[arg-type]
