@@ -2,6 +2,8 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: demo test test-all mutants bench lint clean help
+# A worker per core, up to eight: they share one GPU, and short tests gain nothing from more.
+parallel = -n auto --maxprocesses 8 --dist worksteal
 cpp_sources = $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 demo: ## Four facts about LT2 and a small training run, about 3 minutes (ARGS=--help for options)
@@ -12,11 +14,11 @@ demo: ## Four facts about LT2 and a small training run, about 3 minutes (ARGS=--
 test: ## The quick tests, about 5 minutes
 	@.ci/setup test recipes hf
 	@echo "[3/3] tests"
-	@.venv/bin/python .ci/test.py -q -m "not slow" $(ARGS)
+	@.venv/bin/python .ci/test.py -q -m "not slow" $(parallel) $(ARGS)
 
 test-all: ## Every test: all instruction sets, long shapes, repeats
 	@.ci/setup test recipes hf
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest $(parallel) $(ARGS)
 
 mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 9 minutes)
 	@.ci/setup test recipes hf
