@@ -127,6 +127,12 @@ def fla_simple(x: Tensors) -> Tensors:
     return {"o": chunk_simple_gla(x["q"], x["k"], v, x["g"])[0]}
 
 
+def fla_delta(x: Tensors) -> Tensors:
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return {"o": chunk_delta_rule(x["q"], x["k"], x["v"], x["beta"], use_qk_l2norm_in_kernel=True)[0]}
+
+
 def fla_kda(x: Tensors) -> Tensors:
     """KDA, or GLA where there is no beta."""
     if "beta" in x:

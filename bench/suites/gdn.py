@@ -107,6 +107,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         shapes = (MAIN, F32), (MAIN, BF16)
         shapes = ((LONG, BF16), (replace(LONG, T=32768), BF16)) if device.type == "cuda" else shapes
         chunked += [simple_case(s, dtype, backward, device) for s, dtype in shapes for backward in (False, True)]
+        chunked += [delta_case(s, dtype, device) for s, dtype in shapes]
     return decode + chunked if device.type == "cuda" else chunked + decode
 
 
@@ -170,6 +171,27 @@ def simple_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.devi
         peers={"fla": timed(peers.fla_simple, trained)},
         headline=False,
     )
+
+
+def delta_case(s: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    """The same without a decay."""
+    return replace(
+        chunk_case(s, dtype, False, device),
+        op="delta_rule fwd",
+        ours=timed(delta_ours),
+        torch=timed(delta_torch) if s.B * s.T <= PLAIN else peers.unsupported(f"beyond {PLAIN} tokens"),
+        oracle=oracle(delta_torch),
+        peers={"fla": timed(peers.fla_delta)},
+        headline=False,
+    )
+
+
+def delta_ours(x: Tensors) -> Tensors:
+    return {"o": ops.chunk_delta_rule(*(x[n] for n in "qkv"), x["beta"], use_qk_l2norm_in_kernel=True)[0]}
+
+
+def delta_torch(x: Tensors) -> Tensors:
+    return chunk_torch({**x, "g": torch.zeros_like(x["g"])})
 
 
 def simple_ours(x: Tensors) -> Tensors:
