@@ -250,19 +250,17 @@ def causal_conv1d_forward(x: Tensors) -> Tensors:
     return {"o": causal_conv1d_fn(x["x"].transpose(1, 2), x["weight"], activation="silu").transpose(1, 2)}
 
 
-# Attention of q over the keys of k and v that `indices` names.
-
-
-def flex_attention(x: Tensors) -> Callable[[Tensors], Tensors]:
-    """Dense attention of torch with the selection of ``x`` as its mask, which is made here."""
+def flex_attention(x: Tensors, mask: Callable[..., Tensor] | None = None) -> Callable[[Tensors], Tensors]:
+    """Attention of q over the keys of k and v that the mask lets through, or that `indices` names."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T, S, device = x["q"].shape[1], x["k"].shape[1], x["q"].device
-    selected = torch.zeros(T, S + 1, dtype=torch.bool, device=device)
-    selected.scatter_(1, x["indices"][0].long().masked_fill(x["indices"][0] < 0, S), True)
+    if mask is None:
+        selected = torch.zeros(T, S + 1, dtype=torch.bool, device=device)
+        selected.scatter_(1, x["indices"][0].long().masked_fill(x["indices"][0] < 0, S), True)
 
-    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return selected[q, k]
+        def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return selected[q, k]
 
     blocks = torch.compile(create_block_mask)(mask, None, None, T, S, device=device)
     attend = torch.compile(flex_attention)

@@ -12,7 +12,7 @@ import peers
 import report
 import run as bench
 import timing
-from suites import Case, block_ops, causal_conv1d, dsa, gdn, kda, loop_state, model
+from suites import Case, block_ops, causal_conv1d, dsa, gdn, kda, loop_state, model, window
 
 from lt2_ext.testing import TOLERANCE
 
@@ -50,6 +50,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         dsa.attention_step_case(2, 90, 4, 2, 8, F32, CPU, D=16),
         dsa.loss_case(70, 4, 2, 16, 3, 16, 8, F32, CPU),
         dsa.loss_case(70, 4, 2, 16, 3, 16, 8, BF16, CPU),
+        window.case(70, 4, 2, 16, 8, True, CPU),
         loop_state.residual_case(1, 5, 64, False, BF16, True, CPU),
         loop_state.residual_case(1, 5, 64, True, F32, True, CPU),
         loop_state.decode_case(2, 33, 4, 2, 64, F32, CPU),
@@ -237,6 +238,7 @@ def test_suites_on_cuda(graph: bool):
         dsa.attention_case(300, 4, 2, 64, 40, BF16, False, True, cuda, "local"),
         dsa.attention_step_case(2, 90, 4, 2, 32, BF16, cuda),
         dsa.loss_case(300, 4, 2, 64, 4, 64, 100, BF16, cuda),
+        window.case(300, 4, 2, 64, 40, True, cuda),
     ]
     for case in cases:
         results = bench.run_case(case, "suite", cuda, CEILINGS, (), rounds=2, budget=0, graph=graph)

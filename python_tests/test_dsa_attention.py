@@ -51,7 +51,7 @@ def with_gradients(op, x, indices, cotangents, **options):
     return {"o": o.detach(), "lse": lse.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
-def check_against_oracle(x, indices, device="cpu", **options):
+def check_against_oracle(x, indices, device="cpu", op=dsa_attention, **options):
     """The oracle runs on the CPU."""
     dtype = x["q"].dtype
     shape = (*x["q"].shape[:3], x["v"].shape[3])
@@ -60,9 +60,7 @@ def check_against_oracle(x, indices, device="cpu", **options):
     exact_cotangents = {n: t.double() for n, t in cotangents.items()}
     exact = with_gradients(dsa.dsa_attention, double, indices, exact_cotangents, **options)
     plain = with_gradients(dsa.dsa_attention, x, indices, cotangents, **options)
-    ours = with_gradients(
-        dsa_attention, on(device, x), indices.to(device), on(device, cotangents), **on(device, options)
-    )
+    ours = with_gradients(op, on(device, x), indices.to(device), on(device, cotangents), **on(device, options))
     assert all(t.device.type == device for t in ours.values())
     ours = on("cpu", ours)
     dead = exact["lse"] == -torch.inf

@@ -148,18 +148,17 @@ def indexer_samples() -> list[dict[str, Any]]:
 def attention_samples() -> list[dict[str, Any]]:
     plain = {"q": torch.randn(2, 5, 4, 8), "k": torch.randn(2, 7, 2, 8), "v": torch.randn(2, 7, 2, 16),
              "indices": torch.randint(-2, 8, (2, 5, 3), dtype=torch.int32), "cu_seqlens": None, "cu_seqlens_k": None,
-             "q_offset": None, "scale": 0.3}  # fmt: skip
+             "q_offset": None, "scale": 0.3, "window": 0}  # fmt: skip
     full = {"q": torch.randn(1, 9, 4, 8).to(BF16), "k": torch.randn(1, 12, 2, 8).to(BF16),
             "v": torch.randn(1, 12, 2, 16).to(BF16), "indices": torch.randint(-2, 8, (1, 9, 5), dtype=torch.int32),
             "cu_seqlens": torch.tensor([0, 3, 3, 9]), "cu_seqlens_k": torch.tensor([1, 5, 5, 12]),
             "q_offset": torch.tensor([1, 0, -2])}  # fmt: skip
-    return [plain, plain | full]
+    return [plain, plain | full, plain | {"indices": None, "window": 3}]
 
 
 def attention_bwd() -> list[dict[str, Any]]:
-    plain, full = attention_samples()
     samples = []
-    for s, with_lse in ((plain, False), (full, True)):
+    for s, with_lse in zip(attention_samples(), (False, True, False), strict=True):
         o, lse = torch.ops.lt2.dsa_attention_fwd(**s)
         dlse = torch.randn_like(lse) if with_lse else None
         samples.append(s | {"dout": torch.randn_like(o), "dlse": dlse, "o": o, "lse": lse})

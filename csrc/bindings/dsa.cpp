@@ -2,6 +2,8 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
+#include <algorithm>
+
 #include "bindings/tensor.h"
 
 namespace lt2 {
@@ -135,13 +137,13 @@ Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& w
 #undef OP
 #define OP "lt2::dsa_attention"
 
-AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& indices,
-                             OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
-                             OptionalTensor const& q_offset, double scale) {
+AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v,
+                             OptionalTensor const& selection, OptionalTensor const& cu_seqlens,
+                             OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset, double scale,
+                             int64_t window) {
   LT2_CHECK_DIM(OP, q, 4);
   LT2_CHECK_DIM(OP, k, 4);
   LT2_CHECK_DIM(OP, v, 4);
-  LT2_CHECK_DIM(OP, indices, 3);
   int64_t const B = q.size(0), T = q.size(1), HQ = q.size(2), D = q.size(3), S = k.size(1), H = k.size(2);
   bool const half_ok = q.scalar_type() == ScalarType::Half && q.is_cuda();
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16 || half_ok,
@@ -158,10 +160,6 @@ AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, 
   LT2_CHECK_DTYPE(OP, v, q.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, k, q);
   LT2_CHECK_SAME_DEVICE(OP, v, q);
-  LT2_CHECK_SHAPE(OP, indices, "[B, T, topk]", B, T, indices.size(2));
-  LT2_CHECK_DTYPE(OP, indices, ScalarType::Int);
-  LT2_CHECK_CONTIGUOUS(OP, indices);
-  LT2_CHECK_SAME_DEVICE(OP, indices, q);
   AttentionParams p{};
   static_cast<Sequences&>(p) = sequences_of(OP, q, S, cu_seqlens, cu_seqlens_k, q_offset);
   p.dtype = kernel_dtype(q);
@@ -169,12 +167,24 @@ AttentionParams attention_of(Tensor const& q, Tensor const& k, Tensor const& v, 
   p.key_heads = H;
   p.dim = D;
   p.value_dim = v.size(3);
-  p.topk = indices.size(2);
   p.scale = static_cast<float>(scale);
   p.q = heads_of(q);
   p.k = heads_of(k);
   p.v = heads_of(v);
-  p.indices = static_cast<int32_t const*>(indices.const_data_ptr());
+  if (selection) {
+    Tensor const& indices = *selection;
+    LT2_CHECK_DIM(OP, indices, 3);
+    LT2_CHECK_SHAPE(OP, indices, "[B, T, topk]", B, T, indices.size(2));
+    LT2_CHECK_DTYPE(OP, indices, ScalarType::Int);
+    LT2_CHECK_CONTIGUOUS(OP, indices);
+    LT2_CHECK_SAME_DEVICE(OP, indices, q);
+    p.topk = indices.size(2);
+    p.indices = static_cast<int32_t const*>(indices.const_data_ptr());
+  } else {
+    STD_TORCH_CHECK(window >= 1, OP ": window must be at least 1 without indices, got ", window);
+    p.topk = std::min(window, S);
+    p.dense = true;
+  }
   return p;
 }
 
@@ -190,13 +200,13 @@ Tensor with_kernel_rows(Tensor const& t) {
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor const& q_any, Tensor const& k_any, Tensor const& v_any,
-                                     Tensor const& indices, OptionalTensor const& cu_seqlens,
+                                     OptionalTensor const& indices, OptionalTensor const& cu_seqlens,
                                      OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset,
-                                     double scale) {
+                                     double scale, int64_t window) {
   Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any), v = with_kernel_rows(v_any);
   AttentionForwardParams p{};
   static_cast<AttentionParams&>(p) =
-      attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale);
+      attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale, window);
   Tensor o = empty(q, {p.batch, p.tokens, p.query_heads, p.value_dim}, q.scalar_type());
   Tensor lse = empty(q, {p.batch, p.tokens, p.query_heads}, ScalarType::Float);
   p.o = heads_of(o);
@@ -216,18 +226,16 @@ std::tuple<Tensor, Tensor> attention(Tensor const& q_any, Tensor const& k_any, T
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor const& dout_any, OptionalTensor const& dlse_any,
-                                                      Tensor const& q_any, Tensor const& k_any,
-                                                      Tensor const& v_any, Tensor const& indices,
-                                                      Tensor const& o_any, Tensor const& lse,
-                                                      OptionalTensor const& cu_seqlens,
-                                                      OptionalTensor const& cu_seqlens_k,
-                                                      OptionalTensor const& q_offset, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    Tensor const& dout_any, OptionalTensor const& dlse_any, Tensor const& q_any, Tensor const& k_any,
+    Tensor const& v_any, OptionalTensor const& indices, Tensor const& o_any, Tensor const& lse,
+    OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k, OptionalTensor const& q_offset,
+    double scale, int64_t window) {
   Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any), v = with_kernel_rows(v_any);
   Tensor const o = with_kernel_rows(o_any), dout = with_kernel_rows(dout_any);
   AttentionBackwardParams p{};
   static_cast<AttentionParams&>(p) =
-      attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale);
+      attention_of(q, k, v, indices, cu_seqlens, cu_seqlens_k, q_offset, scale, window);
   int64_t const B = p.batch, T = p.tokens, HQ = p.query_heads;
   for (auto const& [name, x] : {std::pair{"dout", &dout}, std::pair{"o", &o}}) {
     STD_TORCH_CHECK(has_shape(*x, {B, T, HQ, p.value_dim}), OP ": ", name,

@@ -52,12 +52,11 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "Tensor? q_offset, int topk, float scale, bool relu, int pool, int blocks) -> Tensor");
 
   m.def(
-      "dsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? cu_seqlens, Tensor? "
-      "cu_seqlens_k, "
-      "Tensor? q_offset, float scale) -> (Tensor o, Tensor lse)");
+      "dsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? indices, Tensor? cu_seqlens, Tensor? "
+      "cu_seqlens_k, Tensor? q_offset, float scale, int window) -> (Tensor o, Tensor lse)");
   m.def(
-      "dsa_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor o, "
-      "Tensor lse, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, float scale) -> "
+      "dsa_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? indices, Tensor o, "
+      "Tensor lse, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, float scale, int window) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
 
   m.def(

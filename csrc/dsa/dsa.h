@@ -62,7 +62,7 @@ struct AttentionParams : Sequences {
   float scale;
   Heads q, k, v;           // [B, T, HQ, D], [B, S, H, D], [B, S, H, DV]
   int32_t const* indices;  // [B, T, topk]
-  bool dense;              // instead of indices every key that a query sees; topk = S
+  bool dense;              // instead of indices the newest topk keys that a query sees
 };
 
 struct AttentionForwardParams : AttentionParams {

@@ -2,7 +2,7 @@
 
 from .block_ops import gated_rmsnorm, rope_cache_, swiglu
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
-from .dsa import dsa_attention, indexer_loss, lightning_indexer
+from .dsa import dsa_attention, indexer_loss, lightning_indexer, window_attention
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
 from .kda import chunk_gla, chunk_kda, fused_recurrent_gla, fused_recurrent_kda, kda_step_
 from .linear_attention import (
@@ -52,4 +52,5 @@ __all__ = [
     "rope_cache_",
     "simple_gla_step_",
     "swiglu",
+    "window_attention",
 ]

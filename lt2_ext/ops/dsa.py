@@ -133,7 +133,38 @@ def dsa_attention(
     offset = _positions(op, q, cu_seqlens, q_offset)
     _check_unique(op, indices, k, cu_seqlens, cu_seqlens_k, offset)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
-    o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale)
+    o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale, 0)
+    return (o, lse) if return_lse else o
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_offset: Tensor | int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query to the newest ``window`` of the keys that it sees, in time ``O(T window)``.
+
+    Args:
+        window: at least 1; None: all keys that the query sees.
+
+    Other arguments, result and errors are those of :func:`dsa_attention`, except that on Hopper (2-byte dtypes,
+    D = DV = 64 or 128) NaN in a key or value may reach queries up to 127 places outside of the window.
+    """
+    op = "window_attention"
+    q, k, v = autocast(q, q, k, v)
+    check_dtypes(op, q=q, k=k, v=v)
+    check(window is None or window >= 1, op, "window", "be None or at least 1", window)
+    offset = _positions(op, q, cu_seqlens, q_offset)
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
+    width = max(k.shape[1], 1) if window is None else window
+    o, lse = _fwd(q, k, v, None, cu_seqlens, cu_seqlens_k, offset, scale, width)
     return (o, lse) if return_lse else o
 
 
@@ -264,9 +295,9 @@ fake("indexer_loss_bwd")(lambda dloss, *grads: tuple(map(torch.empty_like, grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, indices, *positions, scale = inputs
+    q, k, v, indices, *positions, scale, window = inputs
     ctx.save_for_backward(q, k, v, indices, *output, *positions)
-    ctx.scale = scale
+    ctx.scale, ctx.window = scale, window
     ctx.set_materialize_grads(False)
 
 
@@ -274,7 +305,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
     q, _, v = saved[:3]
     dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
-    return wanted(ctx, *_bwd(dout, dlse, *saved, ctx.scale))
+    return wanted(ctx, *_bwd(dout, dlse, *saved, ctx.scale, ctx.window))
 
 
 torch.library.register_autograd("lt2::dsa_attention_fwd", _backward, setup_context=_setup_context)

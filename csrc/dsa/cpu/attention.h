@@ -111,7 +111,7 @@ struct Exponentials {
   }
 };
 
-// What one query selects: its valid indices in the order in which they come, or every key that it sees.
+// What one query selects: its valid indices in the order in which they come, or the newest keys that it sees.
 struct Selection {
   int32_t* keys;
   int64_t count;
@@ -121,7 +121,8 @@ struct Selection {
       : keys(keys), count(0) {
     int64_t const limit = visible(document, t);
     if (p.dense) {
-      for (; count < limit; ++count) keys[count] = static_cast<int32_t>(count);
+      int64_t const first = limit > p.topk ? limit - p.topk : 0;
+      for (; first + count < limit; ++count) keys[count] = static_cast<int32_t>(first + count);
       return;
     }
     int32_t const* const row = p.indices + (document.row * p.tokens + document.query + t) * p.topk;

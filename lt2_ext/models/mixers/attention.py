@@ -129,6 +129,8 @@ def attend(q: Tensor, keys: Keys, tokens: Tokens, window: int | None) -> Tensor:
     k, v, places = keys
     if places is None:
         return ops.loop_decode_attention(q, k, v, tokens.lengths, slots=tokens.slots)
+    if tokens.from_start and (tokens.bounds is not None or (tokens.plain and window)) and has_kernel(q):
+        return attend_within(window, q, k, v, tokens)
     block = T = q.shape[1]
     if window is not None and (wide := max(window, MIN_BLOCK)) * 2 < T and k.shape[1] <= T + wide:
         block = wide
@@ -139,6 +141,25 @@ def attend(q: Tensor, keys: Keys, tokens: Tokens, window: int | None) -> Tensor:
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     o = o.transpose(1, 2)
     return o if block == T else o.unflatten(0, (-1, -(-T // block))).flatten(1, 2)[:, :T]
+
+
+def attend_within(window: int | None, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """To the newest keys of whole sequences, or of what the state holds."""
+    o, _ = ops.window_attention(
+        *(tokens.pack(t) for t in (q, k, v)),
+        window=window,
+        cu_seqlens=tokens.bounds,
+        q_offset=tokens.offset,
+        return_lse=True,
+    )
+    return o.view(q.shape)
+
+
+def has_kernel(q: Tensor) -> bool:
+    """Whether :func:`lt2_ext.ops.window_attention` is faster than SDPA for such queries."""
+    if not q.is_cuda or q.dtype == torch.float32 or q.shape[-1] not in (64, 128):
+        return False
+    return torch.cuda.get_device_properties(q.device).major == 9
 
 
 def _mask(tokens: Tokens, window: int | None, places: Tensor, block: int) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mixer import Keys, Shared, State
-from .attention import Attention, store
+from .attention import Attention, attend_within, store
 from .dsa import attend_to
 
 if TYPE_CHECKING:
@@ -56,19 +56,17 @@ class NativeSparseAttention(Attention):
             store(state["v"], v, tokens)
             blocks = self.stored_blocks(state, tokens)
             k, v = (tokens.of(state[name][:, : tokens.visible]) for name in ("k", "v"))
-        position = tokens.positions[..., None]
-        newest = torch.arange(min(self.window, tokens.visible), device=x.device)
-        recent = (position - newest).clamp(min=-1).int()
-        means, selected, near = [], [], []
+        means, selected = [], []
         for head, queries in enumerate(q.chunk(self.kv_heads, 2)):
             mean, chosen = self.compressed(queries, head, blocks, tokens)
             own = Keys(k[:, :, head : head + 1], v[:, :, head : head + 1], None)
             rows = queries.shape[0]
             means.append(mean)
             selected.append(attend_to(chosen.expand(rows, -1, -1), queries, own, tokens)[0])
-            near.append(attend_to(recent.expand(rows, -1, -1), queries, own, tokens)[0])
+        near = attend_within(self.window, q, k, v, tokens)
         weights = self.branch_proj(x).float().sigmoid().unflatten(-1, (self.heads, 1, 3))
-        o = (torch.stack([torch.cat(parts, 2).float() for parts in (means, selected, near)], -1) * weights).sum(-1)
+        branches = torch.stack([t.float() for t in (torch.cat(means, 2), torch.cat(selected, 2), near)], -1)
+        o = (branches * weights).sum(-1)
         return self.output(o.to(x.dtype), x), None
 
     def compressed(self, q: Tensor, head: int, blocks: Blocks, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -63,10 +63,11 @@ __device__ void add_scaled(float (&x)[kElements], float factor, Piece<T> const& 
   for (int i = 0; i < kElements; ++i) x[i] += factor * to_float(y.x[i]);
 }
 
-// The key that index i of a query names, in its batch row, or -1 if the query does not see it.
+// The i-th key of a query, in its batch row, or -1 if the query does not see it.
 __device__ inline int selected_key(AttentionParams const& p, int32_t const* indices, Sight const& sight,
                                    int64_t i) {
-  int const index = i < p.topk ? indices[i] : -1;
+  int const newest = sight.count - 1 - static_cast<int>(i);
+  int const index = i >= p.topk ? -1 : p.dense ? newest : indices[i];
   return index >= 0 && index < sight.count ? sight.first + index : -1;
 }
 

@@ -22,16 +22,22 @@ __device__ inline int64_t offset_at(Offsets const& offsets, int64_t n, int64_t l
   return clamp(offset, 0, limit);
 }
 
+// The last of the sequences that begin up to `token`.
+__device__ inline int64_t sequence_of(Offsets const& offsets, int64_t sequences, int64_t token,
+                                      int64_t limit) {
+  int64_t n = 0, end = sequences;
+  while (end - n > 1) {
+    int64_t const middle = (n + end) / 2;
+    (offset_at(offsets, middle, limit) <= token ? n : end) = middle;
+  }
+  return n;
+}
+
 __device__ inline Sight sight(Sequences const& p, int64_t row, int64_t token) {
   int64_t n = row, begin = 0, queries = p.tokens, first = 0, keys = p.keys;
   if (p.cu_seqlens.data != nullptr) {
-    n = 0;
-    int64_t end = p.sequences;
-    while (end - n > 1) {
-      int64_t const middle = (n + end) / 2;
-      (offset_at(p.cu_seqlens, middle, p.tokens) <= token ? n : end) = middle;
-    }
     if (p.sequences == 0) return {0, 0};
+    n = sequence_of(p.cu_seqlens, p.sequences, token, p.tokens);
     begin = offset_at(p.cu_seqlens, n, p.tokens);
     queries = offset_at(p.cu_seqlens, n + 1, p.tokens) - begin;
     if (token < begin || token >= begin + queries) return {0, 0};

@@ -91,11 +91,12 @@ UnionBackwardLaunch take_union(AttentionBackwardParams const& p, Arena& arena, F
 template <class Traits>
 Status launch_pass(BackwardLaunch const& a, BackwardMaps const& maps, void* stream) {
   int64_t const tiles = Traits::kKeys ? a.masks.key_tiles : a.masks.query_tiles;
-  return launch(backward_kernel<Traits>, a.p.batch * tiles * a.p.query_heads, Traits::kThreads,
+  int64_t const units = a.p.query_heads / BackwardUnit::heads_of<Traits>(a.p);
+  return launch(backward_kernel<Traits>, a.p.batch * tiles * units, Traits::kThreads,
                 sizeof(typename Traits::Shared), stream, a, maps);
 }
 
-template <Dtype kDtype, int kDim>
+template <Dtype kDtype, int kDim, bool kWindow>
 Status launch_dense(BackwardLaunch const& a, bool of_queries, void* stream) {
   using T = Element<kDtype>;
   AttentionBackwardParams const& p = a.p;
@@ -108,10 +109,10 @@ Status launch_dense(BackwardLaunch const& a, bool of_queries, void* stream) {
                                          {&maps.dk, keys(p, p.dk, kDim), kTileSide},
                                          {&maps.dv, keys(p, p.dv, kDim), kTileSide}});
   if (made != kOk) return made;
-  Status const of_keys = launch_pass<BackwardTraits<T, kDim, true>>(a, maps, stream);
+  Status const of_keys = launch_pass<BackwardTraits<T, kDim, true, kWindow>>(a, maps, stream);
   if (of_keys != kOk) return of_keys;
   if (of_queries) {
-    Status const s = launch_pass<BackwardTraits<T, kDim, false>>(a, maps, stream);
+    Status const s = launch_pass<BackwardTraits<T, kDim, false, kWindow>>(a, maps, stream);
     if (s != kOk) return s;
   }
   if (a.dk == nullptr) return kOk;
@@ -163,8 +164,8 @@ Status dense_backward(BackwardLaunch const& a, bool of_queries, void* stream) {
   Status const transposed = launch(transpose_masks, a.p.batch * a.masks.query_tiles * a.masks.key_tiles,
                                    kTile, 0, stream, a.masks, const_cast<uint4*>(a.key_bits));
   if (transposed != kOk) return transposed;
-  return with_shape(a.p,
-                    [&](auto dtype, auto dim) { return launch_dense<dtype, dim>(a, of_queries, stream); });
+  return with_shape(
+      a.p, [&](auto dtype, auto dim) { return launch_dense<dtype, dim, false>(a, of_queries, stream); });
 }
 
 Status union_backward(UnionBackwardLaunch const& a, void* stream) {
@@ -190,6 +191,7 @@ int64_t attention_backward_workspace(AttentionBackwardParams const& p) {
   Arena arena{nullptr};
   Flags const flags = take_flags(arena);
   Rows const rows = take_rows(p, arena);
+  if (p.dense) return arena.floats;
   Arena gathering = arena, dense = arena;
   if (gathers(p)) take_union(p, gathering, flags, rows);
   if (!gathers(p) || fits_masks(p)) take_dense(p, dense, flags.redo, rows, nullptr);
@@ -201,10 +203,16 @@ Status attention_backward(AttentionBackwardParams const& p, float* workspace, vo
   Flags const flags = take_flags(arena);
   Rows const rows = take_rows(p, arena);
   float* const rest = workspace + arena.floats;
-  if (Status const s = clear(flags, stream); s != kOk) return s;
   Status const stats =
       with_shape(p, [&](auto dtype, auto dim) { return launch_rows<dtype, dim>(p, rows, stream); });
   if (stats != kOk) return stats;
+  if (p.dense) {
+    BackwardLaunch a{p, cut_masks(p), nullptr, rows.lse, rows.delta, nullptr, nullptr};
+    a.masks.redo = flags.redo;  // written, not read
+    return with_shape(p,
+                      [&](auto dtype, auto dim) { return launch_dense<dtype, dim, true>(a, true, stream); });
+  }
+  if (Status const s = clear(flags, stream); s != kOk) return s;
   bool const gather = gathers(p);
   if (gather) {
     Arena gathering = arena;

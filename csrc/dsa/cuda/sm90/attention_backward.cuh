@@ -12,23 +12,29 @@ namespace lt2::dsa::sm90 {
 
 inline constexpr int kStep = 64;
 
-template <class T_, int kDim_, bool kKeys_>
+template <class T_, int kDim_, bool kKeys_, bool kWindow_>
 struct BackwardTraits {
   using T = T_;
-  static constexpr bool kKeys = kKeys_;  // keys stay
+  static constexpr bool kKeys = kKeys_, kWindow = kWindow_;  // keys stay; bits are those of a window
   static constexpr int kDim = kDim_, kColumns = kDim / kTileSide,
                        kBytes = kColumns * kTileBytes;  // of 64 rows
   static constexpr int kStages = 4, kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
+
+  // Which step of a head's.
+  static __device__ int step(int u, int steps) { return kKeys && kWindow ? u % steps : u; }
 
   struct Shared {
     alignas(1024) char a[kConsumers][kBytes];  // then dk or dq
     char b[kConsumers][kBytes];                // then dv
     char x[kStages][kBytes], y[kStages][kBytes];
     uint4 mask[kStages][kTile];
+    Range ranges[kTile];                               // of a window
     float lse[kStages][kStep], delta[kStages][kStep];  // of queries that pass
     Barrier stay, loaded[kStages], released[kStages];
-    int count;
+    int count, first;
     uint16_t tiles[kMaxTiles];
+
+    __device__ int tile(int i) const { return kWindow ? first + i : tiles[i]; }
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
@@ -48,16 +54,22 @@ struct BackwardLaunch {
 
 // Where a block is.
 struct BackwardUnit {
-  int row, head, key_head, tile;  // tile of what stays
+  int row, head, heads, key_head, tile;  // query heads that pass or stay, tile of what stays
 
-  template <bool kKeys>
+  template <class Traits>
   static __device__ BackwardUnit of(BackwardLaunch const& a, int64_t unit) {
-    int64_t const heads = a.p.batch * a.p.query_heads, order = unit / heads;
-    int const head = static_cast<int>(unit % a.p.query_heads);
+    int const group = static_cast<int>(a.p.query_heads / a.p.key_heads), together = heads_of<Traits>(a.p);
+    int64_t const units = a.p.query_heads / together, order = unit / (a.p.batch * units);
+    int const head = static_cast<int>(unit % units) * together;
     // First those that have most to do under a causal selection: the first keys, the last queries.
-    return {static_cast<int>(unit % heads / a.p.query_heads), head,
-            static_cast<int>(head / (a.p.query_heads / a.p.key_heads)),
-            static_cast<int>(kKeys ? order : a.masks.query_tiles - 1 - order)};
+    return {static_cast<int>(unit / units % a.p.batch), head, together, head / group,
+            static_cast<int>(Traits::kKeys ? order : a.masks.query_tiles - 1 - order)};
+  }
+
+  // The keys of a window meet few queries: those of all heads pass by.
+  template <class Traits>
+  static __host__ __device__ int heads_of(AttentionParams const& p) {
+    return Traits::kKeys && Traits::kWindow ? static_cast<int>(p.query_heads / p.key_heads) : 1;
   }
 };
 
@@ -66,8 +78,9 @@ __device__ void load_backward(typename Traits::Shared& shared, BackwardLaunch co
                               BackwardMaps const& maps, BackwardUnit const& unit) {
   constexpr int kColumns = Traits::kColumns, kStages = Traits::kStages;
   constexpr bool kKeys = Traits::kKeys;
+  int head = unit.head;
   auto const load = [&](char* to, CUtensorMap const& map, bool of_keys, int token, Barrier& loaded) {
-    load_columns<kColumns, kTileBytes>(to, map, of_keys ? unit.key_head : unit.head, token, unit.row, loaded);
+    load_columns<kColumns, kTileBytes>(to, map, of_keys ? unit.key_head : head, token, unit.row, loaded);
   };
   shared.stay.arrive_expecting(2 * Traits::kConsumers * Traits::kBytes);
   for (int g = 0; g < Traits::kConsumers; ++g) {
@@ -75,19 +88,25 @@ __device__ void load_backward(typename Traits::Shared& shared, BackwardLaunch co
     load(shared.a[g], kKeys ? maps.k : maps.q, kKeys, token, shared.stay);
     load(shared.b[g], kKeys ? maps.v : maps.dout, kKeys, token, shared.stay);
   }
-  int64_t const stats = (int64_t{unit.row} * a.p.query_heads + unit.head) * a.masks.query_tiles * kTile;
   uint4 const* const bits = kKeys ? a.key_bits : a.masks.bits;
-  for (int u = 0; u < 2 * shared.count; ++u) {
-    int const stage = u % kStages, passing = shared.tiles[u / 2], token = passing * kTile + u % 2 * kStep;
+  int const steps = 2 * shared.count;
+  for (int u = 0; u < steps * unit.heads; ++u) {
+    int const stage = u % kStages, passing = shared.tile(Traits::step(u, steps) / 2),
+              token = passing * kTile + u % 2 * kStep;
+    head = unit.head + u / steps;
+    int64_t const stats = (int64_t{unit.row} * a.p.query_heads + head) * a.masks.query_tiles * kTile;
     Barrier& loaded = shared.loaded[stage];
     if (u >= kStages) shared.released[stage].wait((u / kStages - 1) & 1);
-    loaded.arrive_expecting(2 * Traits::kBytes + kMaskBytes + (kKeys ? 2 * kStep * sizeof(float) : 0));
+    loaded.arrive_expecting(2 * Traits::kBytes + (Traits::kWindow ? 0 : kMaskBytes) +
+                            (kKeys ? 2 * kStep * sizeof(float) : 0));
     load(shared.x[stage], kKeys ? maps.q : maps.k, !kKeys, token, loaded);
-    load_bytes(shared.mask[stage],
-               bits + (kKeys ? a.masks.tile(unit.row, passing, unit.tile)
-                             : a.masks.tile(unit.row, unit.tile, passing)) *
-                          kTile,
-               kMaskBytes, loaded);
+    if constexpr (!Traits::kWindow) {
+      load_bytes(shared.mask[stage],
+                 bits + (kKeys ? a.masks.tile(unit.row, passing, unit.tile)
+                               : a.masks.tile(unit.row, unit.tile, passing)) *
+                            kTile,
+                 kMaskBytes, loaded);
+    }
     load(shared.y[stage], kKeys ? maps.dout : maps.v, !kKeys, token, loaded);
     if constexpr (kKeys) {
       load_bytes(shared.lse[stage], a.lse + stats + token, kStep * sizeof(float), loaded);
@@ -252,16 +271,20 @@ __device__ void differentiate(typename Traits::Shared& shared, BackwardLaunch co
   }
   Gradients<typename Traits::T, kDim, kKeys> g;
   g.clear();
+  Range ranges[2];
+  if constexpr (Traits::kWindow) ranges[0] = shared.ranges[row], ranges[1] = shared.ranges[row + 8];
   shared.stay.wait(0);
   int const steps = 2 * shared.count;
-  for (int u = 0; u < steps; ++u) {
+  for (int u = 0; u < steps * unit.heads; ++u) {
     int const stage = u % kStages;
     shared.loaded[stage].wait((u / kStages) & 1);
     uint32_t bits[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      bits[half] =
-          reinterpret_cast<uint32_t const*>(shared.mask[stage] + row + 8 * half)[lane % 4] >> (u % 2 * 16);
+      uint32_t const word =
+          Traits::kWindow ? bits_of(ranges[half], shared.tile(Traits::step(u, steps) / 2), lane % 4)
+                          : reinterpret_cast<uint32_t const*>(shared.mask[stage] + row + 8 * half)[lane % 4];
+      bits[half] = word >> (u % 2 * 16);
     }
     g.add(shared.a[group], shared.b[group], shared.x[stage], shared.y[stage], bits,
           kKeys ? shared.lse[stage] : row_lse, kKeys ? shared.delta[stage] : row_delta, scale, lane, [&] {
@@ -281,8 +304,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(BackwardLaunch const a, __grid_constant__ BackwardMaps const maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
-  if (is_idle(a.masks)) return;
-  BackwardUnit const unit = BackwardUnit::of<Traits::kKeys>(a, blockIdx.x);
+  BackwardUnit const unit = BackwardUnit::of<Traits>(a, blockIdx.x);
+  if constexpr (Traits::kWindow) {
+    int const i = threadIdx.x, own = unit.tile * kTile + i;
+    if (i < kTile)
+      shared.ranges[i] = Traits::kKeys ? queries_of(a.p, unit.row, own) : keys_of(a.p, unit.row, own);
+    __syncthreads();
+  } else if (is_idle(a.masks)) {
+    return;
+  }
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
     shared.stay.init(1);
@@ -294,10 +324,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   if (threadIdx.x / kWarp == 1) {
     Masks const& m = a.masks;
-    int const count = Traits::kKeys ? list_used(m.used + m.tile(unit.row, 0, unit.tile), m.key_tiles,
-                                                static_cast<int>(m.query_tiles), shared.tiles)
-                                    : list_used(m.used + m.tile(unit.row, unit.tile, 0), 1,
-                                                static_cast<int>(m.key_tiles), shared.tiles);
+    int count;
+    if constexpr (Traits::kWindow) {
+      Range const tiles = tiles_of(shared.ranges);
+      count = tiles.end - tiles.first;
+      shared.first = tiles.first;
+    } else {
+      count = Traits::kKeys ? list_used(m.used + m.tile(unit.row, 0, unit.tile), m.key_tiles,
+                                        static_cast<int>(m.query_tiles), shared.tiles)
+                            : list_used(m.used + m.tile(unit.row, unit.tile, 0), 1,
+                                        static_cast<int>(m.key_tiles), shared.tiles);
+    }
     if (threadIdx.x % kWarp == 0) shared.count = count;
   }
   __syncthreads();

@@ -4,9 +4,10 @@
 namespace lt2::dsa::sm90 {
 namespace {
 
-template <Dtype kDtype, int kDim, bool kGather>
+template <Dtype kDtype, int kDim, Source kSource>
 Status launch_forward(ForwardLaunch const& a, void* stream) {
-  using Traits = ForwardTraits<Element<kDtype>, kDim, kGather>;
+  using Traits = ForwardTraits<Element<kDtype>, kDim, kSource>;
+  constexpr bool kGather = Traits::kGather;
   AttentionForwardParams const& p = a.p;
   int const heads = kGather ? static_cast<int>(p.query_heads / p.key_heads) : 1;
   ForwardMaps maps;
@@ -23,7 +24,7 @@ Status launch_forward(ForwardLaunch const& a, void* stream) {
 }  // namespace
 
 int64_t attention_workspace(AttentionForwardParams const& p) {
-  if (is_step(p)) return 0;
+  if (is_step(p) || p.dense) return 0;
   Arena arena{nullptr};
   int* const redo = take_flags(arena).redo;
   if (gathers(p)) {
@@ -36,12 +37,17 @@ int64_t attention_workspace(AttentionForwardParams const& p) {
 
 Status attention(AttentionForwardParams const& p, float* workspace, void* stream) {
   if (is_step(p)) return attention_step(p, stream);
+  ForwardLaunch a{p, {}, {}};
+  if (p.dense) {
+    a.masks = cut_masks(p);
+    return with_shape(
+        p, [&](auto dtype, auto dim) { return launch_forward<dtype, dim, Source::kWindow>(a, stream); });
+  }
   Arena arena{workspace};
   Flags const flags = take_flags(arena);
   int* const redo = flags.redo;
   if (Status const s = clear(flags, stream); s != kOk) return s;
   bool const gather = gathers(p);
-  ForwardLaunch a{p, {}, {}};
   if (gather) {
     a.unions = take_unions(p, arena);
     a.masks.redo = redo;
@@ -51,8 +57,8 @@ Status attention(AttentionForwardParams const& p, float* workspace, void* stream
   Status const selected = gather ? make_unions(p, a.unions, redo, stream) : make_masks(p, a.masks, stream);
   if (selected != kOk) return selected;
   Status const done = with_shape(p, [&](auto dtype, auto dim) {
-    return gather ? launch_forward<dtype, dim, true>(a, stream)
-                  : launch_forward<dtype, dim, false>(a, stream);
+    return gather ? launch_forward<dtype, dim, Source::kUnions>(a, stream)
+                  : launch_forward<dtype, dim, Source::kMasks>(a, stream);
   });
   return done != kOk ? done : portable::attention_if(p, nullptr, stream, redo);
 }

@@ -7,15 +7,19 @@
 #include "common/cuda/sm90/wgmma.cuh"
 #include "dsa/cuda/sm90/mask.cuh"
 #include "dsa/cuda/sm90/union.cuh"
+#include "dsa/cuda/sm90/window.cuh"
 
 namespace lt2::dsa::sm90 {
 
 using namespace cuda::sm90;
 
-template <class T_, int kDim_, bool kGather_>
+enum class Source { kMasks, kUnions, kWindow };  // of what a tile's rows see
+
+template <class T_, int kDim_, Source kSource_>
 struct ForwardTraits {
   using T = T_;
-  static constexpr bool kGather = kGather_;
+  static constexpr Source kSource = kSource_;
+  static constexpr bool kGather = kSource == Source::kUnions, kWindow = kSource == Source::kWindow;
   static constexpr int kDim = kDim_, kColumns = kDim / kTileSide;  // tiles of 64 elements across
   static constexpr int kStages = 2, kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kLoadRegisters = kGather ? 40 : 24, kRegisters = kGather ? 232 : 240;
@@ -25,9 +29,12 @@ struct ForwardTraits {
     alignas(1024) char q[kBytes];  // then the output
     char k[kStages][kBytes], v[kStages][kBytes];
     uint4 mask[kStages][kTile];
+    Range ranges[kTile];  // of a window
     Barrier q_loaded, k_loaded[kStages], v_loaded[kStages], k_released[kStages], v_released[kStages];
-    int count;
+    int count, first;
     uint16_t tiles[kMaxTiles];
+
+    __device__ int tile(int i) const { return kWindow ? first + i : tiles[i]; }
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
@@ -88,13 +95,15 @@ __device__ void load_forward(typename Traits::Shared& shared, ForwardLaunch cons
                              ForwardUnit const& unit) {
   constexpr int kColumns = Traits::kColumns, kColumnBytes = Traits::kColumnBytes;
   for (int i = 0; i < shared.count; ++i) {
-    int const stage = i % Traits::kStages, parity = (i / Traits::kStages - 1) & 1, tile = shared.tiles[i];
+    int const stage = i % Traits::kStages, parity = (i / Traits::kStages - 1) & 1, tile = shared.tile(i);
     if (i >= Traits::kStages) shared.k_released[stage].wait(parity);
-    shared.k_loaded[stage].arrive_expecting(Traits::kBytes + kMaskBytes);
+    shared.k_loaded[stage].arrive_expecting(Traits::kBytes + (Traits::kWindow ? 0 : kMaskBytes));
     load_columns<kColumns, kColumnBytes>(shared.k[stage], maps.k, unit.key_head, tile * kTile, unit.row,
                                          shared.k_loaded[stage]);
-    load_bytes(shared.mask[stage], a.masks.bits + a.masks.tile(unit.row, unit.tile, tile) * kTile, kMaskBytes,
-               shared.k_loaded[stage]);
+    if constexpr (!Traits::kWindow) {
+      load_bytes(shared.mask[stage], a.masks.bits + a.masks.tile(unit.row, unit.tile, tile) * kTile,
+                 kMaskBytes, shared.k_loaded[stage]);
+    }
     if (i >= Traits::kStages) shared.v_released[stage].wait(parity);
     shared.v_loaded[stage].arrive_expecting(Traits::kBytes);
     load_columns<kColumns, kColumnBytes>(shared.v[stage], maps.v, unit.key_head, tile * kTile, unit.row,
@@ -135,19 +144,17 @@ __device__ void gather_forward(typename Traits::Shared& shared, ForwardLaunch co
   }
 }
 
-// -infinity where the bit is not set. Elements are a thread's fragments of 64 rows x 128 keys, `queries` the
-// numbers of its two rows' queries in the tile.
-__device__ __forceinline__ void apply_mask(float (&s)[kTile / 2], uint4 const* mask, int const (&queries)[2],
-                                           int lane) {
+// -infinity where the bit is not set. Elements are a thread's fragments of 64 rows x 128 keys, with a word
+// for each of its two rows.
+__device__ __forceinline__ void apply_mask(float (&s)[kTile / 2], uint32_t const (&words)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    uint32_t const word = reinterpret_cast<uint32_t const*>(mask + queries[half])[lane % 4];
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[4 * n + 2 * half + e];
-        x = word & (1u << (2 * n + e)) ? x : -INFINITY;
+        x = words[half] & (1u << (2 * n + e)) ? x : -INFINITY;
       }
     }
   }
@@ -219,6 +226,8 @@ __device__ void attend(typename Traits::Shared& shared, ForwardLaunch const& a, 
   uint64_t const q = k_major(own);
   RowState rows;
   int const first = group * kTileSide + row, queries[2] = {first / unit.heads, (first + 8) / unit.heads};
+  Range ranges[2];
+  if constexpr (Traits::kWindow) ranges[0] = shared.ranges[first], ranges[1] = shared.ranges[first + 8];
   float s[kTile / 2], o[kDim / 2] = {};
   uint32_t weights[kTile / 4];
   auto const start_scores = [&](int i) {
@@ -249,7 +258,16 @@ __device__ void attend(typename Traits::Shared& shared, ForwardLaunch const& a, 
   // Masks scores that are there.
   auto const finish_scores = [&](int i) {
     pin(s);
-    apply_mask(s, shared.mask[i % kStages], queries, lane);
+    uint32_t words[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Traits::kWindow) {
+        words[half] = bits_of(ranges[half], shared.first + i, lane % 4);
+      } else {
+        words[half] = reinterpret_cast<uint32_t const*>(shared.mask[i % kStages] + queries[half])[lane % 4];
+      }
+    }
+    apply_mask(s, words);
     if (lane == 0) shared.k_released[i % kStages].arrive();
   };
 
@@ -309,7 +327,7 @@ __device__ void attend(typename Traits::Shared& shared, ForwardLaunch const& a, 
       p.lse[(unit.row * p.tokens + token) * p.query_heads + head] = rows.top[half] * p.scale + logf(sum);
     }
   }
-  if (!finite) *a.masks.redo = 1;
+  if (!Traits::kWindow && !finite) *a.masks.redo = 1;
   store_fragments<T, kDim, kColumnBytes>(own, o, warp, lane);
   fence_async_shared();
   named_barrier(1 + group, kWarpgroup);
@@ -328,8 +346,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(ForwardLaunch const a, __grid_constant__ ForwardMaps const maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
-  if (is_idle(a.masks)) return;
   ForwardUnit const unit = ForwardUnit::of<Traits::kGather>(a, blockIdx.x);
+  if constexpr (Traits::kWindow) {
+    if (threadIdx.x < kTile) shared.ranges[threadIdx.x] = keys_of(a.p, unit.row, unit.token + threadIdx.x);
+    __syncthreads();
+  } else if (is_idle(a.masks)) {
+    return;
+  }
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
     int const copies = Traits::kGather ? kWarpgroup : 0;
@@ -346,6 +369,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     int count;
     if constexpr (Traits::kGather) {
       count = (a.unions.sizes[a.unions.tile(unit.row, unit.tile)] + kTile - 1) / kTile;
+    } else if constexpr (Traits::kWindow) {
+      Range const tiles = tiles_of(shared.ranges);
+      count = tiles.end - tiles.first;
+      shared.first = tiles.first;
     } else {
       count = list_used(a.masks.used + a.masks.tile(unit.row, unit.tile, 0), 1,
                         static_cast<int>(a.masks.key_tiles), shared.tiles);

@@ -69,11 +69,23 @@ inline Flags take_flags(Arena& arena) {
 }
 Status clear(Flags const& flags, void* stream);
 
+// Without bits.
+inline Masks cut_masks(AttentionParams const& p) {
+  return {portable::ceil_div(p.tokens, kTile),
+          portable::ceil_div(p.keys, kTile),
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
+}
 inline Masks take_masks(AttentionParams const& p, Arena& arena, int* redo, int const* condition) {
-  int64_t const query_tiles = portable::ceil_div(p.tokens, kTile);
-  int64_t const key_tiles = portable::ceil_div(p.keys, kTile), tiles = p.batch * query_tiles * key_tiles;
-  auto* const bits = arena.take<uint4>(tiles * kTile);
-  return {query_tiles, key_tiles, bits, arena.take<uint8_t>(tiles), redo, condition};
+  Masks masks = cut_masks(p);
+  int64_t const tiles = p.batch * masks.query_tiles * masks.key_tiles;
+  masks.bits = arena.take<uint4>(tiles * kTile);
+  masks.used = arena.take<uint8_t>(tiles);
+  masks.redo = redo;
+  masks.condition = condition;
+  return masks;
 }
 Status make_masks(AttentionParams const& p, Masks const& masks, void* stream);
 

@@ -42,9 +42,11 @@ Status attention_supports(AttentionParams const& p) {
   if (p.batch == 0 || p.keys == 0) return "the Hopper kernels take at least one key";
   if (!runs_sm90_code()) return "the Hopper kernels need compute capability 9.0";
   if (is_step(p)) return kOk;
-  if (p.tokens > kMaxTiles * kTile || p.keys > kMaxTiles * kTile)
+  if (p.tokens > INT32_MAX - kTile || p.keys > INT32_MAX - kTile)
+    return "the Hopper kernels take T and S up to 2^31 - 129";
+  if (!p.dense && (p.tokens > kMaxTiles * kTile || p.keys > kMaxTiles * kTile))
     return "the Hopper kernels take T and S up to 2^17";
-  if (!gathers(p) && !fits_masks(p)) return "the Hopper kernels take S up to 64 topk";
+  if (!p.dense && !gathers(p) && !fits_masks(p)) return "the Hopper kernels take S up to 64 topk";
   for (TokenMajor const& x : {queries(p, p.q, p.dim), keys(p, p.k, p.dim), keys(p, p.v, p.dim)}) {
     if (!tma_compatible(x)) return "the Hopper kernels take q, k, v with strides of multiples of 8 elements";
   }
