@@ -42,7 +42,7 @@ constexpr int kRowMultiple = 16;   // rows of keys and values are padded to it i
 constexpr int kReducedKeys = 128;  // keys [first, first + kReducedKeys) are one item of reduce()
 
 static inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
-constexpr int kAttendQueries = 64;  // of attention and loss: so many read a key while it is in the cache
+constexpr int kAttendQueries = 128;  // of attention and loss: so many read a key while it is in the cache
 // Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices.
 static inline int64_t attend_workspace(AttentionParams const& p) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
