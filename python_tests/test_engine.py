@@ -17,6 +17,16 @@ def _one_thread(threads):
     threads(1)
 
 
+def read(model, text: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of one forward; where tokens count as generated, the prompt at once and the others one by one."""
+    if model.config.reuse.kv not in ("last", "mean"):
+        return model(text)
+    state = model.new_state(*text.shape)
+    parts = [model(text[:, :prompt], state=state)]
+    parts += [model(text[:, [t]], state=state, generated=True) for t in range(prompt, text.shape[1])]
+    return torch.cat(parts, 1)
+
+
 class Alone:
     """The oracle of one sequence: its prompt, and all that it should have said."""
 
@@ -28,7 +38,7 @@ class Alone:
         """That the model, which reads all of it at once, would choose the same tokens."""
         assert tokens[: len(self.said)] == self.said
         text = torch.tensor([self.prompt + tokens], device=next(model.parameters()).device)
-        logits = model(text)[0, len(self.prompt) + len(self.said) - 1 : -1].float()
+        logits = read(model, text, len(self.prompt))[0, len(self.prompt) + len(self.said) - 1 : -1].float()
         options = self.options | {"top_k": self.options["top_k"] or VOCAB, "top_p": self.options["top_p"] or 1.0}
         rows = [(self.random.random(), options["temperature"], options["top_k"], options["top_p"]) for _ in logits]
         want = pick(logits, torch.tensor(rows, device=text.device).T).tolist() if rows else []
@@ -46,6 +56,16 @@ def test_random_operations_give_every_sequence_what_it_says_alone(kind, buckets,
     """Every slot that becomes free is filled with NaN: none may ever be read."""
     operations = operations if device == "cpu" else 120
     churn(make(kind, 2).to(device), buckets, operations)
+
+
+@pytest.mark.parametrize(
+    "kind, reuse", [("interleaved", "kv:last"), ("dsa", "kv:mean"), ("hybrid_schedule", "kv:last")]
+)
+@torch.no_grad()
+def test_random_operations_with_keys_of_generated_tokens(kind, reuse, device):
+    model = make(kind, 2).to(device)
+    model.config.state_reuse = reuse
+    churn(model, (1, 4), 200 if device == "cpu" else 60)
 
 
 @pytest.mark.parametrize("kind", ["interleaved", "segment_first"])

@@ -118,13 +118,17 @@ def plain_keys(config: LT2Config, w: dict[str, Tensor], x: Tensor) -> tuple[Tens
 
 def plain_attention(
     config: LT2Config, w: dict[str, Tensor], x: Tensor, window: int | None = None, selected: list | None = None,
-    keys: tuple[Tensor, Tensor] | None = None,
+    keys: tuple[Tensor, Tensor] | None = None, handed: tuple[Tensor, Tensor] | None = None, prompt: int = 0,
 ) -> Tensor:  # fmt: skip
+    """handed: keys and values that stand in for those of the tokens from ``prompt`` on, for later tokens."""
     heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q = rotated(config, x @ w["q_proj.weight"].T, d)
     k, v = plain_keys(config, w, x) if keys is None else keys
-    o = torch.zeros_like(q)
+    o, own = torch.zeros_like(q), (k, v)
     for t in range(len(x)):
+        if handed is not None and t > prompt:
+            past = range(prompt, t)
+            k, v = (y.index_copy(0, torch.tensor(past), new[: len(past)]) for y, new in zip(own, handed, strict=True))
         for h in range(heads):
             kv, seen = h // (heads // kv_heads), slice(0 if window is None else max(0, t - window + 1), t + 1)
             seen = seen if selected is None else selected[t]
@@ -248,15 +252,35 @@ def plain(model: LT2, ids: Tensor) -> Tensor:
     states that the last loop leaves at their ends a longer prefix is run."""
     ends, length = {}, model.config.reuse.segment or len(ids)
     for stop in range(length, len(ids) + length, length):
-        logits, states = plain_loops(model, ids[:stop], ends)
+        logits, states, _ = plain_loops(model, ids[:stop], ends)
         for i, heads in states.items():
             ends.setdefault(i, []).append([tokens[-1] for tokens in heads])
     return logits
 
 
-def plain_loops(model: LT2, ids: Tensor, ends: dict) -> tuple[Tensor, dict]:
-    """Logits, and the states of the last loop by layer."""
-    config = model.config
+@torch.no_grad()
+def plain_decoding(model: LT2, ids: Tensor, prompt: int) -> Tensor:
+    """As :func:`plain`, token by token: those from ``prompt`` on are generated, and what later ones read of them is
+    what ``kv:last`` or ``kv:mean`` says."""
+    ends, handed, logits = {}, {}, []
+    for stop in range(1, len(ids) + 1):
+        new, states, written = plain_loops(model, ids[:stop], ends, handed, prompt)
+        logits.append(new[-1])
+        if model.config.reuse.segment and stop % model.config.reuse.segment == 0:
+            for i, heads in states.items():
+                ends.setdefault(i, []).append([tokens[-1] for tokens in heads])
+        for i, loops in written.items() if stop > prompt else ():
+            of_loops = [torch.stack([loop[n][-1:] for loop in loops]) for n in range(2)]  # k, v [loops, 1, heads, D]
+            new = [y[-1] if model.config.reuse.kv == "last" else y.mean(0) for y in of_loops]
+            handed[i] = [torch.cat(pair) for pair in zip(handed[i], new, strict=True)] if i in handed else new
+    return torch.stack(logits)
+
+
+def plain_loops(
+    model: LT2, ids: Tensor, ends: dict, handed: dict | None = None, prompt: int = 0
+) -> tuple[Tensor, dict, dict]:
+    """Logits, the states of the last loop by layer, and the keys and values of all loops by layer."""
+    config, written = model.config, {}
     w = {name: t.double() for name, t in model.state_dict().items()}
     h, selections, keys, states = w["embed_tokens.weight"][ids], {}, {}, {}
     for loop in range(config.loop_count):
@@ -274,9 +298,10 @@ def plain_loops(model: LT2, ids: Tensor, ends: dict) -> tuple[Tensor, dict]:
             elif kind == "nsa":
                 y = plain_nsa(config, mixer, x)
             else:
-                if i not in keys or config.reuse.kv is None:
+                if i not in keys or config.reuse.kv != "first":
                     keys[i] = plain_keys(config, mixer, x)
-                y = plain_attention(config, mixer, x, window, selections.get(i), keys[i])
+                written.setdefault(i, []).append(keys[i])
+                y = plain_attention(config, mixer, x, window, selections.get(i), keys[i], (handed or {}).get(i), prompt)
             h = h + post(y, layer.get("mixer_post_norm.weight"))
             x = plain_norm(h, layer["mlp_norm.weight"])
             gate, up = x @ layer["mlp.gate_proj.weight"].T, x @ layer["mlp.up_proj.weight"].T
@@ -286,7 +311,7 @@ def plain_loops(model: LT2, ids: Tensor, ends: dict) -> tuple[Tensor, dict]:
         if config.inter_loop_norm or loop == config.loop_count - 1:
             h = plain_norm(h, w["norm.weight"])
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return h @ w[head].T, states
+    return h @ w[head].T, states, written
 
 
 @pytest.mark.parametrize("residual", [True, False])

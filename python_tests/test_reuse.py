@@ -26,8 +26,8 @@ def test_grammar():
 @pytest.mark.parametrize(
     "text, pattern, message",
     [
-        ("indices", "dsa", "unknown mode 'indices' in 'indices'; known: none, kv:first, index:share, gdn:read, "),
-        ("kv:last", "full", "unknown mode 'kv:last' in 'kv:last'"),
+        ("indices", "dsa", "unknown mode 'indices' in 'indices'; known: none, kv:first, kv:last, kv:mean, "),
+        ("kv:all", "full", "unknown mode 'kv:all' in 'kv:all'; known: none, kv:first, kv:last, kv:mean, index:share"),
         ("kv:first,none", "full", "unknown mode 'none' in 'kv:first,none'"),
         ("", "full", "unknown mode '' in ''"),
         ("kv:first,kv:first", "full", "'kv:first,kv:first' names 'kv' twice"),

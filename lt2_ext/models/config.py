@@ -89,8 +89,10 @@ class LT2Config:
         nsa_block_size, nsa_block_count, nsa_window_size: Tokens of a block of ``nsa`` layers, blocks that a token
             selects, and how many of the newest tokens it sees.
         state_reuse: What loops 2 and later of a layer read instead of a state of their own, a list of ``kind:mode``
-            with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"index:share"``:
-            the keys that the first loop of a ``dsa`` layer selects; its indexer learns from all loops.
+            with commas. ``"none"``: nothing. ``"kv:first"``: the keys and values of the first loop. ``"kv:last"``,
+            ``"kv:mean"``: of tokens that were generated before those of the last loop, or the mean over all; training
+            and prompts are as without. ``"index:share"``: the keys that the first loop of a ``dsa`` layer selects; its
+            indexer learns from all loops.
             ``"gdn:read"``: also the state of the loop before. ``"gdn:segment:C"``: at every C-th token the state that
             the last loop left there (docs/loop_state.md).
 

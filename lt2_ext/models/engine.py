@@ -201,7 +201,8 @@ class Engine:
     def _forward(self, size: int, drawn: bool, slots: list[int] | None = None) -> Tensor:
         """The next token of each row; on CUDA the host reads no slot."""
         ids, index, real = self.rows[:, :size]
-        logits = self.model(ids[:, None], state=self.state, slots=index if slots is None else slots)[:, -1]
+        held = index if slots is None else slots
+        logits = self.model(ids[:, None], state=self.state, slots=held, generated=True)[:, -1]
         self.state.lengths.index_add_(0, index, real - 1)  # free slots stay empty
         return pick(logits.float(), self.options[:, :size] if drawn else None)
 

@@ -154,7 +154,8 @@ class LT2ForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: ``[B, T]``, with a cache the new tokens only.
             attention_mask: ``[B, T]``, with a cache ``[B, past + T]``: 0 for padding.
             position_ids: Read for packed documents only: one row without mask and cache, in which each 0 starts one.
-            cache, past_key_values: A :class:`LoopCache` (either name), advanced in place.
+            cache, past_key_values: A :class:`LoopCache` (either name), advanced in place. One token after others counts
+                as generated.
             labels, logits_to_keep: As :meth:`LT2.forward`.
             cu_seqlens, cu_seq_lens_q: Bounds of packed documents (either name).
             use_cache: Without effect: a cache is used when one is given.
@@ -182,6 +183,7 @@ class LT2ForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             state=None if cache is None else self._state(cache, input_ids.shape[0]),
             logits_to_keep=logits_to_keep,
+            generated=count == 1 and cache is not None and cache.get_seq_length() > 0,
         )
         loss, logits = (None, result) if labels is None else result[:2]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})  # type: ignore[arg-type]

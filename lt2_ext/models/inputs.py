@@ -29,6 +29,7 @@ def check_inputs(
     state: LoopState | None,
     logits_to_keep: int | None,
     slots: Slots = None,
+    generated: bool = False,
 ) -> None:
     """Raise ValueError unless ``LT2.forward`` takes these together.
 
@@ -54,6 +55,8 @@ def check_inputs(
     if attention_mask is not None:
         _check_mask(attention_mask, shape, state, slots)
     check(slots is None or state is not None, "slots", "be None without a state", slots)
+    single = state is not None and shape[1] == 1
+    check(single or not generated, "generated", "be False but for one token a row, with a state", generated)
     if state is not None:
         autocast = torch.is_autocast_enabled(input_ids.device.type)
         check(not autocast, "state", "be used without autocast (move the model to a dtype instead)", "autocast")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lt2_ext import ops
 
+from .reuse import KINDS
+
 if TYPE_CHECKING:
     from .config import LT2Config
     from .mixers import Mixer, State
@@ -156,6 +158,22 @@ class LoopState:
             for mine, last in zip(loop, self.layers[-1], strict=True):
                 if "matrix" in mine:
                     mine["matrix"][index] = last["matrix"][index]
+
+    def merge_keys(self, tokens: Tokens) -> None:
+        """``kv:last``, ``kv:mean``: from now on every loop reads of these tokens the keys and values that the last loop
+        wrote, or their mean over the loops; without such a mode nothing."""
+        if self.config.reuse.kv not in ("last", "mean"):
+            return
+        for loops, mixer in zip(zip(*self.layers, strict=True), self.config.layer_types, strict=True):
+            for name in ("k", "v") if mixer in KINDS["kv"][0] else ():
+                caches = [layer[name] for layer in loops]
+                places = [(tokens.rows, tokens.index % cache.shape[1]) for cache in caches]
+                new = caches[-1][places[-1]]
+                if self.config.reuse.kv == "mean":
+                    rows = torch.stack([cache[place] for cache, place in zip(caches, places, strict=True)])
+                    new = rows.mean(0, dtype=torch.float32).to(rows.dtype)
+                for cache, place in zip(caches, places, strict=True):
+                    cache[place] = new
 
     def reorder(self, order: Tensor) -> None:
         """Go on in slot b with what slot ``order[b]`` (int ``[batch_size]``) holds, as beam search does."""

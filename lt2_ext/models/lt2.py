@@ -147,6 +147,7 @@ class LT2(nn.Module):
         state: LoopState | None = None,
         logits_to_keep: int | None = None,
         slots: Slots = None,
+        generated: bool = False,
     ) -> Tensor | LT2Output:
         """Next-token logits, or the loss.
 
@@ -167,6 +168,8 @@ class LT2(nn.Module):
             slots: With a state, the slot of each row: different ints, or a tensor int64 ``[B]`` of them. The host reads
                 no tensor: whoever passes one sees to the room in ``host_lengths``, and with ``gdn:segment`` calls
                 ``state.hand_over`` where a segment starts. None: row b has slot b.
+            generated: The one token of each row was chosen by the model, and is no part of a prompt: ``kv:last`` and
+                ``kv:mean`` hand on its keys and values. Without effect in every other mode. Needs a state.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or :class:`LT2Output` when labels are given.
@@ -174,7 +177,8 @@ class LT2(nn.Module):
         Raises:
             ValueError: Input outside these rules, or more tokens than the state has room for; the state is unchanged.
         """
-        check_inputs(self.config, input_ids, labels, cu_seqlens, attention_mask, state, logits_to_keep, slots)
+        inputs = input_ids, labels, cu_seqlens, attention_mask, state, logits_to_keep, slots, generated
+        check_inputs(self.config, *inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             tokens = Tokens(self.config, input_ids.shape, input_ids.device, cu_seqlens, attention_mask, state, slots)
             tokens.dense = self.dense_warmup
@@ -186,6 +190,8 @@ class LT2(nn.Module):
                 h, index_loss = self.run_loops(h, tokens, None if state is None else state.layers)
                 if state is not None:
                     state.advance(input_ids.shape[1], tokens.padding, slots)
+            if generated and state is not None:
+                state.merge_keys(tokens)
             weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
             if labels is None:
                 return F.linear(h[:, -(logits_to_keep or 0) :], weight)

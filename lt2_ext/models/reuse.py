@@ -8,7 +8,7 @@ from typing import Any
 
 # Kind of state -> the mixers that have it, and its modes.
 KINDS = {
-    "kv": (("full", "window", "dsa"), ("first",)),
+    "kv": (("full", "window", "dsa"), ("first", "last", "mean")),
     "index": (("dsa",), ("share",)),
     "gdn": (("gdn",), ("read", "segment:LENGTH")),
 }

@@ -91,18 +91,38 @@ def train(
     steps: int | None = None,
     batch: int = BATCH,
 ) -> list[Step]:
-    """AdamW on ``batch`` random pieces of ``data`` at a time until ``seconds`` have passed, or for so many steps
-    however long they take; ``tick`` is told of every step."""
+    """:func:`fit` on ``batch`` random pieces of ``data`` at a time."""
+    return fit(model, pieces(data, batch), seconds, tick, steps)
+
+
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # a batch: tokens and labels [B, T]
+
+
+def pieces(data: Tensor, batch: int) -> Draw:
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        offsets = torch.randint(len(data) - LENGTH, (batch, 1), generator=generator)
+        tokens = data[offsets + torch.arange(LENGTH)].long()
+        return tokens, tokens
+
+    return draw
+
+
+def fit(
+    model: LT2, draw: Draw, seconds: float, tick: Callable[[Step], object], steps: int | None = None, seed: int = 1
+) -> list[Step]:
+    """AdamW until ``seconds`` have passed, or for so many steps however long they take; ``tick`` is told of every step.
+    On CUDA in autocast bf16."""
+    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     history: list[Step] = []
     start = time.perf_counter()
     while (progress := len(history) / steps if steps else (time.perf_counter() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (len(history) + 1) / 20) * (1 + math.cos(math.pi * progress)) / 2
-        offsets = torch.randint(len(data) - LENGTH, (batch, 1), generator=generator)
-        tokens = data[offsets + torch.arange(LENGTH)].long()
-        loss, _, index_loss = model(tokens, labels=tokens)
+        tokens, labels = (t.to(device) for t in draw(generator))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, _, index_loss = model(tokens, labels=labels)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
