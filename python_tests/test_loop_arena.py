@@ -97,6 +97,27 @@ def test_fork_snapshot_and_restore(kind):
             longer.restore(saved, [0])
 
 
+@pytest.mark.parametrize("kind, segment", [("segment", 5), ("segment_of_one", 1), ("segment_first", 9)])
+@torch.no_grad()
+def test_between_segments_a_snapshot_has_one_matrix(kind, segment):
+    model, x, y = make(kind, 3), ids(1, 2 * segment), ids(1, 11, seed=2)
+    state = model.new_state(2, ROOM)
+    start = state.snapshot([0])
+    model(x, state=state, slots=[0])
+    saved = state.snapshot([0])
+    matrices = state.kind_nbytes["matrix"] // 2  # a multiple of 256 bytes each
+    assert start.memory.shape[1] - saved.memory.shape[1] == 2 * matrices // 3
+    want = model(y, state=state, slots=[0])
+    state.arena.view(torch.float32).fill_(torch.nan)
+    state.restore(saved, [1])
+    assert error(model(y, state=state, slots=[1]), want) < 1e-5
+    assert error(want, alone(model, x, y)) < 1e-4
+    whole = state.snapshot([1])
+    if segment > 1:  # in the middle of a segment every loop has its own
+        assert (x.shape[1] + y.shape[1]) % segment
+        assert whole.memory.shape == start.memory.shape
+
+
 @torch.no_grad()
 def test_a_full_state_refuses_and_loses_nothing():
     model = make("interleaved", 2)

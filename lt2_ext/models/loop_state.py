@@ -26,7 +26,8 @@ ALIGNMENT = 256  # bytes: of vector loads and bulk copies
 
 
 class Snapshot(NamedTuple):
-    """What some slots of a LoopState held: memory uint8 ``[n, bytes of a slot]``, lengths ``[n]``, host_lengths."""
+    """What some slots of a LoopState held: memory uint8 ``[n, bytes of a slot]``, or of its first ``kept_nbytes``;
+    lengths ``[n]``, host_lengths."""
 
     memory: Tensor
     lengths: Tensor
@@ -51,6 +52,7 @@ class LoopState:
         lengths: Tokens seen by each sequence, int64 ``[batch_size]`` on the device of the model.
         host_lengths: The same and padding, where reading it costs no synchronisation: the room that is used.
         free: Slots that :meth:`assign` has not given out.
+        kept_nbytes: Bytes of a slot that a snapshot has between segments of ``gdn:segment``; else those of the slot.
     """
 
     def __init__(self, config: LT2Config, mixers: Sequence[Mixer], batch_size: int, max_length: int) -> None:
@@ -65,13 +67,18 @@ class LoopState:
             ]
             for loop, layers in enumerate(config.schedule())
         ]
-        sizes = [_padded(t) for loop in self.layers for layer in loop for t in layer.values()]
+        kept, dropped = [], []  # between segments the last loop's matrices are those of all
+        for loop in self.layers:
+            for layer in loop:
+                for name in layer:
+                    drop = config.reuse.segment > 0 and name == "matrix" and loop is not self.layers[-1]
+                    (dropped if drop else kept).append((layer, name))
+        sizes = [_padded(layer[name]) for layer, name in kept + dropped]
         device = next(mixers[0].parameters()).device
         self.arena = torch.zeros(batch_size, sum(sizes), dtype=torch.uint8, device=device)
-        columns = iter(self.arena.split(sizes, dim=1))
-        for layer in (layer for loop in self.layers for layer in loop):
-            for name, t in layer.items():
-                layer[name] = _view(next(columns), t)
+        self.kept_nbytes = sum(sizes[: len(kept)])
+        for (layer, name), column in zip(kept + dropped, self.arena.split(sizes, dim=1), strict=True):
+            layer[name] = _view(column, layer[name])
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.host_lengths = [0] * batch_size
         self.free = list(range(batch_size))
@@ -119,21 +126,27 @@ class LoopState:
         return slot
 
     def snapshot(self, slots: Sequence[int]) -> Snapshot:
-        """A copy of these slots, for :meth:`restore`."""
+        """A copy of these slots, for :meth:`restore`. Of sequences that are all at the end of a segment of
+        ``gdn:segment`` it has one matrix for all loops."""
         self._check("snapshot", slots)
         index = torch.tensor(slots, dtype=torch.int64, device=self.lengths.device)
-        return Snapshot(self.arena[index], self.lengths[index], [self.host_lengths[slot] for slot in slots])
+        lengths, segment = self.lengths[index], self.config.reuse.segment
+        ended = segment > 0 and bool(((lengths > 0) & (lengths % segment == 0)).all())
+        memory = self.arena[:, : self.kept_nbytes] if ended else self.arena
+        return Snapshot(memory[index], lengths, [self.host_lengths[slot] for slot in slots])
 
     def restore(self, snapshot: Snapshot, slots: Sequence[int]) -> None:
         """Go on in ``slots`` with what a snapshot of as many slots holds, in a state of the same model and length."""
         self._check("restore", slots)
         want, got = [len(slots), self.arena.shape[1]], list(snapshot.memory.shape)
-        if want != got:
+        if got not in (want, [len(slots), self.kept_nbytes]):
             raise ValueError(f"LoopState.restore: the snapshot must have shape {want}, got {got}")
         for i, slot in enumerate(slots):
-            self.arena[slot].copy_(snapshot.memory[i])
+            self.arena[slot, : got[1]].copy_(snapshot.memory[i])
             self.lengths[slot].copy_(snapshot.lengths[i])
             self.host_lengths[slot] = snapshot.host_lengths[i]
+        if got != want:
+            self.hand_over(slots)
 
     def reset(self, slots: Sequence[int] | None = None) -> None:
         """Forget the sequences ``slots`` (default: all), so that new ones can start there.
