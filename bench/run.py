@@ -36,7 +36,7 @@ from tqdm import tqdm
 import lt2_ext
 from lt2_ext.testing import PLAIN_FACTOR, TOLERANCE, Kind, rel_err
 
-SUITES = ("gdn", "kda", "causal_conv1d", "dsa", "window", "loop_state", "block_ops", "model")
+SUITES = ("gdn", "kda", "causal_conv1d", "dsa", "window", "loop_state", "block_ops", "model", "loop")
 ROUNDS, BUDGET = 50, {"cpu": 15.0, "cuda": 3.0}  # samples of each implementation, and seconds until it drops out
 QUICK_ROUNDS, QUICK_BUDGET = 20, 1.5
 PEER_SLACK = 3  # a peer is timed up to so many times our tolerance: most round more between their kernels

@@ -12,7 +12,7 @@ import peers
 import report
 import run as bench
 import timing
-from suites import Case, block_ops, causal_conv1d, dsa, gdn, kda, loop_state, model, window
+from suites import Case, block_ops, causal_conv1d, dsa, gdn, kda, loop, loop_state, model, window
 
 from lt2_ext.testing import TOLERANCE
 
@@ -57,6 +57,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         loop_state.selected_case(2, 33, 9, 4, 2, 64, F32, CPU),
         model.decode_case("demo", 2, 40, F32, CPU),
         model.decode_case("sparse", 1, 40, BF16, CPU),
+        model.decode_case("demo-full-gdn T=4", 1, 40, F32, CPU),
         model.prefill_case("demo", 20, F32, CPU),
         model.prefill_case("sparse", 20, F32, CPU),
         model.train_case("demo", 20, F32, CPU),
@@ -187,6 +188,23 @@ def test_a_missing_peer_and_a_failure_are_rows_with_their_reason(monkeypatch):
     table = report.text(report.HEADER, report.main_table(run))
     assert "flashinfer: not installed: flashinfer" in table
     assert "failed: RuntimeError: out of order" in table
+
+
+def test_speed_against_context_is_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    import contexts
+
+    shapes = [case.shape for case in loop.cases(CPU, False)]
+    assert shapes[:2] == ["demo-full T=1 B=1 context=1024 fp32", "demo-full T=1 B=1 context=2048 fp32"]
+    assert len(shapes) == len(set(shapes)) == 3 * 3 * 6
+    run = bench.describe(CPU, [], CEILINGS)
+    times = timing.Times.of([0.01])
+    run.results = [report.Result("loop", "decode step", s, "lt2_ext", "", "ours", 0.0, times=times) for s in shapes]
+    points = contexts.measured(run)
+    assert list(points) == list(loop.SHAPES)[:9]
+    assert all(line == [(2**n, 100.0) for n in range(10, 16)] for line in points.values())
+    contexts.draw(run, tmp_path / "contexts.png")
+    assert (tmp_path / "contexts.png").stat().st_size > 10000
 
 
 def test_report_round_trip(tmp_path: Path):
