@@ -1,4 +1,4 @@
-"""Draw what ``bench/run.py --suite loop`` measured: tokens per second against the context. And the memory of a sequence.
+"""Draw what ``bench/run.py --suite loop`` measured, tokens per second against the context, and the memory of a state.
 
     python bench/contexts.py RESULT.json PICTURE.png
 """

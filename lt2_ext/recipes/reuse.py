@@ -38,6 +38,7 @@ WARMUP = 0.3  # share of the steps in which layers that select attend to every k
 PAIRS, KEYS = 32, 128  # of a recall text, and how many keys there are to choose from; values are the other tokens
 BATCH = {"text": 8, "recall": 32}
 TESTED = 256  # texts
+TIMED = 40  # tokens
 
 
 class Job(NamedTuple):
@@ -176,27 +177,29 @@ def timed_config(name: str | None, pattern: str, mode: str) -> LT2Config:
 
 
 @torch.no_grad()
-def decode_seconds(config: LT2Config, device: str, context: int, tokens: int = 40) -> float:
+def decode_seconds(config: LT2Config, device: str, context: int) -> float:
     """Median time that an engine takes for a token of one sequence."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LT2(config).to(torch.bfloat16)
-    engine = Engine(model, 1, context + tokens, chunk=4096)
-    generation = engine.add([1] * context, tokens)
+    engine = Engine(model, 1, context + TIMED, chunk=4096)
+    generation = engine.add([1] * context, TIMED)
     times = []
     while not generation.done:
         start = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[-tokens // 2 :])
+    return statistics.median(times[-TIMED // 2 :])
 
 
-def state_bytes(pattern: str, mode: str) -> tuple[float, float]:
-    """Of the state of a sequence in bf16: for each of its tokens, and beside them."""
+def state_bytes(pattern: str, mode: str) -> tuple[float, float, float]:
+    """Of the state of a sequence in bf16: for each of its tokens, beside them, and of this in a snapshot between
+    segments."""
     with torch.device("meta"):
         model = LT2(config(pattern, mode)).to(torch.bfloat16)
-    short, long = (model.new_state(1, n).nbytes for n in (1024, 2048))
-    return (long - short) / 1024, 2 * short - long
+    short, long = (model.new_state(1, n) for n in (1024, 2048))
+    rest = 2 * short.nbytes - long.nbytes
+    return (long.nbytes - short.nbytes) / 1024, rest, rest - (short.arena.nbytes - short.kept_nbytes)
 
 
 def table(results: Sequence[Result], times: dict[tuple[str, str], float], context: int) -> str:
@@ -215,10 +218,11 @@ def table(results: Sequence[Result], times: dict[tuple[str, str], float], contex
         ours = [r for r in results if (r.pattern, r.mode) == (pattern, mode)]
         bits = {task: [r.bits for r in ours if r.task == task] for task in BATCH}
         right = [100 * r.right for r in ours if r.task == "recall"]
-        per_token, rest = state_bytes(pattern, mode)
+        per_token, rest, kept = state_bytes(pattern, mode)
+        memory = f"{rest / 1024:.0f} KiB" + f", saved {kept / 1024:.0f}" * (kept < rest)
         lines.append(
             f"| `{pattern}` | `{mode}` | {spread(bits['text'], 3)} | {spread(bits['recall'], 3)} | {spread(right, 1)} "
-            f"| {per_token:.0f} | {rest / 1024:.0f} KiB | {1e3 * seconds:.2f} |"
+            f"| {per_token:.0f} | {memory} | {1e3 * seconds:.2f} |"
         )
     return "\n".join(lines)
 
