@@ -67,17 +67,17 @@ class LoopState:
             ]
             for loop, layers in enumerate(config.schedule())
         ]
-        kept, dropped = [], []  # between segments the last loop's matrices are those of all
-        for loop in self.layers:
-            for layer in loop:
-                for name in layer:
-                    drop = config.reuse.segment > 0 and name == "matrix" and loop is not self.layers[-1]
-                    (dropped if drop else kept).append((layer, name))
-        sizes = [_padded(layer[name]) for layer, name in kept + dropped]
+
+        def spare(part: tuple[int, State, str]) -> bool:  # between segments all have the matrices of the last loop
+            return config.reuse.segment > 0 and part[2] == "matrix" and part[0] < config.loop_count - 1
+
+        parts = [(loop, layer, name) for loop, layers in enumerate(self.layers) for layer in layers for name in layer]
+        parts.sort(key=spare)
+        sizes = [_padded(layer[name]) for _, layer, name in parts]
+        self.kept_nbytes = sum(size for size, part in zip(sizes, parts, strict=True) if not spare(part))
         device = next(mixers[0].parameters()).device
         self.arena = torch.zeros(batch_size, sum(sizes), dtype=torch.uint8, device=device)
-        self.kept_nbytes = sum(sizes[: len(kept)])
-        for (layer, name), column in zip(kept + dropped, self.arena.split(sizes, dim=1), strict=True):
+        for (_, layer, name), column in zip(parts, self.arena.split(sizes, dim=1), strict=True):
             layer[name] = _view(column, layer[name])
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.host_lengths = [0] * batch_size
