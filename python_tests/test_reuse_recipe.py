@@ -14,14 +14,13 @@ def _one_thread(threads):
 
 def test_every_answer_of_recall_stands_in_the_text_once_before():
     _, (tokens, labels) = reuse.recall()
-    assert tokens.shape == labels.shape == (reuse.TESTED, 4 * reuse.PAIRS)
+    assert tokens.shape == labels.shape == (reuse.TESTED, 2 * reuse.PAIRS * (1 + reuse.ROUNDS))
     for text, asked in zip(tokens[:8].tolist(), labels[:8].tolist(), strict=True):
-        half = len(text) // 2
-        told = dict(zip(text[:half:2], text[1:half:2], strict=True))
-        assert len(told) == reuse.PAIRS
-        assert asked[:half] == [-100] * half
-        assert asked[half::2] == [-100] * reuse.PAIRS
-        assert asked[half + 1 :: 2] == text[half + 1 :: 2] == [told[key] for key in text[half::2]]
+        told = 2 * reuse.PAIRS
+        pairs = dict(zip(text[:told:2], text[1:told:2], strict=True))
+        assert len(pairs) == reuse.PAIRS
+        assert set(asked[:told] + asked[told::2]) == {-100}
+        assert asked[told + 1 :: 2] == text[told + 1 :: 2] == [pairs[key] for key in text[told::2]]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from . import stdlib_bytes
 
 HYBRID, SPARSE = "interleaved:2:1:gdn:full", "interleaved:2:1:gdn:dsa"
 TRAINED = {
-    HYBRID: ("none", "kv:first", "gdn:read", "gdn:segment:64", "kv:first,gdn:segment:64"),
+    HYBRID: ("none", "kv:first", "gdn:read", "gdn:segment:32", "kv:first,gdn:segment:32"),
     SPARSE: ("none", "index:share", "kv:first,index:share"),
 }
 DECODED = ("kv:last", "kv:mean")  # of the weights that were trained with none
@@ -35,7 +35,7 @@ SHAPE: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "num_hidden_laye
 SHAPE |= {"num_attention_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 SHAPE |= {"index_topk": 32, "index_head_dim": 32}
 WARMUP = 0.3  # share of the steps in which layers that select attend to every key
-PAIRS, KEYS = 32, 128  # of a recall text, and how many keys there are to choose from; values are the other tokens
+PAIRS, NAMES, ROUNDS = 8, 16, 3  # of a recall text: pairs, keys and as many values to choose from, how often it asks
 BATCH = {"text": 8, "recall": 32}
 TESTED = 256  # texts
 TIMED = 40  # tokens
@@ -136,16 +136,15 @@ def texts() -> tuple[stdlib_bytes.Draw, Batch]:
 
 
 def recall() -> tuple[stdlib_bytes.Draw, Batch]:
-    """Pairs of a key and a value, then the same pairs in another order: the values there are to be told."""
+    """Pairs of a key and a value, then the same pairs in other orders: the values there are to be told."""
 
     def draw(generator: torch.Generator, rows: int = BATCH["recall"]) -> Batch:
-        def order(n: int) -> Tensor:
-            return torch.rand(rows, n, generator=generator).argsort(1)
+        def orders(*shape: int) -> Tensor:
+            return torch.rand(rows, *shape, generator=generator).argsort(-1)
 
-        keys = order(KEYS)[:, :PAIRS]
-        values = torch.randint(KEYS, SHAPE["vocab_size"], (rows, PAIRS), generator=generator)
-        pairs, again = torch.stack((keys, values), 2), order(PAIRS)[..., None].expand(-1, -1, 2)
-        tokens = torch.cat((pairs, pairs.gather(1, again)), 1)
+        values = torch.randint(NAMES, 2 * NAMES, (rows, PAIRS), generator=generator)
+        pairs, asked = torch.stack((orders(NAMES)[:, :PAIRS], values), 2), orders(ROUNDS, PAIRS).flatten(1)
+        tokens = torch.cat((pairs, pairs.gather(1, asked[..., None].expand(-1, -1, 2))), 1)
         labels = tokens.clone()
         labels[:, :PAIRS] = labels[..., 0] = -100
         return tokens.flatten(1), labels.flatten(1)
