@@ -237,6 +237,16 @@ def dsa_attention(device: str) -> Pairs:
     return compare(ops.dsa_attention, dsa_reference.dsa_attention, device, tensors)
 
 
+def window_attention(device: str) -> Pairs:
+    q, k, v = torch.randn(2, 50, 4, 64), torch.randn(2, 50, 2, 64), torch.randn(2, 50, 2, 64)
+    newest = (torch.arange(50)[:, None] - torch.arange(8)).int().expand(2, -1, -1)
+
+    def op(**x: Tensor) -> Any:
+        return ops.window_attention(x["q"], x["k"], x["v"], window=8)
+
+    return compare(op, dsa_reference.dsa_attention, device, {"q": q, "k": k, "v": v, "indices": newest})
+
+
 def indexer_loss(device: str) -> Pairs:
     tensors = {"q": torch.randn(2, 50, 4, 64), "k": torch.randn(2, 50, 2, 64), "lse": torch.full((2, 50, 4), 4.0)}
     tensors |= {"q_idx": torch.randn(2, 50, 4, 64), "k_idx": torch.randn(2, 50, 64), "w_idx": torch.randn(2, 50, 4)}
