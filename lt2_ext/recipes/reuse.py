@@ -9,8 +9,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +36,7 @@ SHAPE |= {"num_attention_heads": 2, "linear_key_head_dim": 64, "linear_value_hea
 SHAPE |= {"index_topk": 32, "index_head_dim": 32}
 WARMUP = 0.3  # share of the steps in which layers that select attend to every key
 PAIRS, NAMES, ROUNDS = 8, 16, 3  # of a recall text: pairs, keys and as many values to choose from, how often it asks
-BATCH = {"text": 8, "recall": 32}
+BATCH, LENGTH = {"text": 16, "recall": 32}, 128  # bytes of a piece of text
 TESTED = 256  # texts
 TIMED = 40  # tokens
 
@@ -50,7 +50,8 @@ class Job(NamedTuple):
 
 @dataclass
 class Result:
-    """bits: per token of the second half of new texts, in recall of the values there; right: share of the latter."""
+    """bits: per token of the second half of new texts, in recall of the values there; right: share of the latter;
+    seconds: of the training, 0 where there is none."""
 
     task: str
     pattern: str
@@ -63,8 +64,8 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lt2_ext.recipes.reuse", description=__doc__)
-    parser.add_argument("--steps", type=int, default=500, help="of each run, default 500")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each mode on each task, default 3")
+    parser.add_argument("--steps", type=int, default=400, help="of each run, default 400")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="a run of each for all, default 0 1 2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (training in autocast bf16), default cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes, default 1")
     parser.add_argument("--context", type=int, default=4096, help="tokens before those that are timed, default 4096")
@@ -72,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the table there too, and every number to the same .json")
     args = parser.parse_args(argv)
     modes = [(pattern, mode) for pattern, modes in TRAINED.items() for mode in modes]
-    jobs = [Job(task, *m, seed) for seed in range(args.seeds) for task in BATCH for m in modes]
-    results = run_all(jobs, args.steps, args.device, args.jobs)
-    torch.cuda.empty_cache()
+    jobs = [Job(task, *m, seed) for seed in args.seeds for m in reversed(modes) for task in BATCH]
+    results: list[Result] = []
+    for done in run_all(jobs, args.steps, args.device, args.jobs):
+        results += done
+        print(*done, sep="\n", file=sys.stderr, flush=True)
     times = {}
     for pattern, mode in [*modes, *((HYBRID, mode) for mode in DECODED)]:
         times[pattern, mode] = decode_seconds(timed_config(args.timed, pattern, mode), args.device, args.context)
-    text = table(results, times, args.context)
+    text = table(results, times, f"ms a token after {args.context}" + f", {args.timed}" * (args.timed is not None))
     print(text)
     if args.out:
         args.out.write_text(text + "\n")
@@ -87,16 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_all(jobs: Sequence[Job], steps: int, device: str, processes: int) -> list[Result]:
-    """In so many processes, each with its share of the CPU threads."""
+def run_all(jobs: Sequence[Job], steps: int, device: str, processes: int) -> Iterator[list[Result]]:
+    """In so many processes, each with its share of the CPU threads; as they are done."""
     threads = max(1, torch.get_num_threads() // processes)
-    results: list[Result] = []
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        for done in pool.map(run, jobs, [steps] * len(jobs), [device] * len(jobs)):
-            results += done
-            r = done[0]
-            print(f"{r.task} {r.pattern} {r.mode} seed {r.seed}: {r.bits:.3f} bits, {r.seconds:.0f} s", file=sys.stderr)
-    return results
+        for future in as_completed([pool.submit(run, job, steps, device) for job in jobs]):
+            yield future.result()
 
 
 def config(pattern: str, mode: str) -> LT2Config:
@@ -107,7 +106,6 @@ def run(job: Job, steps: int, device: str) -> list[Result]:
     """Train, and measure; of ``none`` also what the modes make of its weights that need no training."""
     torch.manual_seed(job.seed)
     model = LT2(config(job.pattern, job.mode)).to(device)
-    start = time.perf_counter()
 
     def tick(step: stdlib_bytes.Step) -> None:
         model.dense_warmup = len(history) < WARMUP * steps
@@ -117,8 +115,8 @@ def run(job: Job, steps: int, device: str) -> list[Result]:
     model.dense_warmup = True
     draw, tested = texts() if job.task == "text" else recall()
     stdlib_bytes.fit(model, draw, 0.0, tick, steps, seed=1 + job.seed)
-    model.dense_warmup, seconds = False, time.perf_counter() - start
-    results = [Result(*job, *measure(model, *tested), seconds)]
+    model.dense_warmup = False
+    results = [Result(*job, *measure(model, *tested), history[-1].seconds)]
     for mode in DECODED if (job.pattern, job.mode) == (HYBRID, "none") else ():
         model.config.state_reuse = mode
         results.append(Result(*job._replace(mode=mode), *measure(model, *tested)))
@@ -130,9 +128,9 @@ Batch = tuple[Tensor, Tensor]  # tokens and labels, -100 where there is none
 
 def texts() -> tuple[stdlib_bytes.Draw, Batch]:
     """Batches of the standard library; and pieces of its held-out files."""
-    corpus = stdlib_bytes.load(windows=TESTED * stdlib_bytes.LENGTH // stdlib_bytes.WINDOW)
-    held_out = corpus.held_out.view(-1, stdlib_bytes.LENGTH).long()
-    return stdlib_bytes.pieces(corpus.train, BATCH["text"]), (held_out, held_out)
+    corpus = stdlib_bytes.load(windows=TESTED * LENGTH // stdlib_bytes.WINDOW)
+    held_out = corpus.held_out.view(-1, LENGTH).long()
+    return stdlib_bytes.pieces(corpus.train, BATCH["text"], LENGTH), (held_out, held_out)
 
 
 def recall() -> tuple[stdlib_bytes.Draw, Batch]:
@@ -201,16 +199,18 @@ def state_bytes(pattern: str, mode: str) -> tuple[float, float, float]:
     return (long.nbytes - short.nbytes) / 1024, rest, rest - (short.arena.nbytes - short.kept_nbytes)
 
 
-def table(results: Sequence[Result], times: dict[tuple[str, str], float], context: int) -> str:
+def table(results: Sequence[Result], times: dict[tuple[str, str], float], timed: str) -> str:
     """Means over the seeds, and standard deviations."""
 
     def spread(values: Sequence[float], digits: int) -> str:
+        if not values:
+            return ""
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
     lines = [
         "| layers | `state_reuse` | text, bits per byte | recall, bits per answer | recall, % right | bytes a token "
-        f"| and a sequence | ms a token after {context} |",
+        f"| and a sequence | {timed} |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (pattern, mode), seconds in times.items():

@@ -98,10 +98,12 @@ def train(
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # a batch: tokens and labels [B, T]
 
 
-def pieces(data: Tensor, batch: int) -> Draw:
+def pieces(data: Tensor, batch: int, length: int | None = None) -> Draw:
+    length = LENGTH if length is None else length
+
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        offsets = torch.randint(len(data) - LENGTH, (batch, 1), generator=generator)
-        tokens = data[offsets + torch.arange(LENGTH)].long()
+        offsets = torch.randint(len(data) - length, (batch, 1), generator=generator)
+        tokens = data[offsets + torch.arange(length)].long()
         return tokens, tokens
 
     return draw
