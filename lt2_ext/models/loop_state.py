@@ -177,16 +177,22 @@ class LoopState:
         wrote, or their mean over the loops; without such a mode nothing."""
         if self.config.reuse.kv not in ("last", "mean"):
             return
+
+        def place(cache: Tensor) -> tuple[Tensor, Tensor]:
+            size = cache.shape[1]
+            return tokens.rows, tokens.once(("places", size), lambda: tokens.index % size)
+
         for loops, mixer in zip(zip(*self.layers, strict=True), self.config.layer_types, strict=True):
             for name in ("k", "v") if mixer in KINDS["kv"][0] else ():
                 caches = [layer[name] for layer in loops]
-                places = [(tokens.rows, tokens.index % cache.shape[1]) for cache in caches]
-                new = caches[-1][places[-1]]
-                if self.config.reuse.kv == "mean":
-                    rows = torch.stack([cache[place] for cache, place in zip(caches, places, strict=True)])
+                if self.config.reuse.kv == "last":
+                    *caches, last = caches
+                    new = last[place(last)]
+                else:
+                    rows = torch.stack([cache[place(cache)] for cache in caches])
                     new = rows.mean(0, dtype=torch.float32).to(rows.dtype)
-                for cache, place in zip(caches, places, strict=True):
-                    cache[place] = new
+                for cache in caches:
+                    cache[place(cache)] = new
 
     def reorder(self, order: Tensor) -> None:
         """Go on in slot b with what slot ``order[b]`` (int ``[batch_size]``) holds, as beam search does."""
