@@ -4,7 +4,7 @@ concatenation. It computes what ``LT2`` computes from the same weights. May impo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -75,18 +75,21 @@ class PlainModel:
     def __init__(self, model: LT2, delta_rule: DeltaRule, checkpointed: bool = False) -> None:
         self.model, self.config, self.delta_rule, self.checkpointed = model, model.config, delta_rule, checkpointed
 
-    def __call__(self, ids: Tensor, caches: list[list[Cache]] | None = None, past: int = 0, keep: int = 0) -> Tensor:
+    def __call__(
+        self, ids: Tensor, caches: Iterable[Iterable[Cache]] | None = None, past: int = 0, keep: int = 0
+    ) -> Tensor:
         """Logits of the last ``keep`` tokens, 0: of all. caches: for each (loop, layer), replaced by longer ones."""
         model, config = self.model, self.config
-        caches = caches or [[{} for _ in model.layers] for _ in range(config.loop_count)]
+        if caches is None:
+            caches = (({} for _ in model.layers) for _ in range(config.loop_count))
         h = model.embed_tokens(ids)
         for loop, row in enumerate(caches):
             start = h
-            for i, block in enumerate(model.layers):
+            for block, cache in zip(model.layers, row, strict=True):
                 if self.checkpointed:
                     h = checkpoint(lambda h, b=block: self.block(b, h, {}, 0), h, use_reentrant=False)
                 else:
-                    h = self.block(block, h, row[i], past)
+                    h = self.block(block, h, cache, past)
             if model.rho is not None:
                 h = h + model.rho[loop].to(h.dtype) * start
             if config.inter_loop_norm or loop == config.loop_count - 1:

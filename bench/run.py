@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib
 import math
 import os
@@ -90,6 +91,9 @@ def run_case(
             peer = peers.find(package, device.type)
             add(name, peer.version, "peer", build, peer.missing)
 
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the case before
     clock = timing.make_clock(device, (graph or case.graph) and not case.eager)
     inputs = case.inputs()
     checked = case.checked() if case.checked else inputs
@@ -112,12 +116,19 @@ def run_case(
         except peers.Unsupported as e:
             result.note = f"not supported: {e}"
         except Exception as e:  # a failing peer is a row of the table, and so is a failure of ours
-            result.note = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            result.note = failed(e)
     endless = {n for n, r in results.items() if case.headline and r.role != "torch"}
     budgets = {n: math.inf if n in endless else budget for n in calls}
-    for name, times in timing.interleaved(clock, calls, rounds, budgets).items():
+    failures: dict[str, Exception] = {}
+    for name, times in timing.interleaved(clock, calls, rounds, budgets, failures).items():
         results[name].times = times
+    for name, failure in failures.items():
+        results[name].note = failed(failure)
     return list(results.values())
+
+
+def failed(e: Exception) -> str:
+    return f"failed: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
 def device_name(device: torch.device) -> str:

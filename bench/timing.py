@@ -102,10 +102,15 @@ def make_clock(device: torch.device, graph: bool = False) -> CpuClock | CudaCloc
 
 
 def interleaved(
-    clock: CpuClock | CudaClock, calls: Mapping[str, Call], rounds: int, budgets: Mapping[str, float]
+    clock: CpuClock | CudaClock,
+    calls: Mapping[str, Call],
+    rounds: int,
+    budgets: Mapping[str, float],
+    failures: dict[str, Exception],
 ) -> dict[str, Times]:
     """Sample every (prepared) call once per round, in alternating order, so that a change of the machine's load meets
-    all of them. A call that has used its budget of seconds drops out, but not before ``MIN_RUNS`` samples."""
+    all of them. A call that has used its budget of seconds drops out, but not before ``MIN_RUNS`` samples. One that
+    fails has no times, but its exception in ``failures``."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     order = list(calls)
@@ -114,14 +119,18 @@ def interleaved(
     try:
         for i in range(rounds):
             for name in order:
-                if spent[name] < budgets[name] or i < MIN_RUNS:
-                    start = time.perf_counter()
+                if name in failures or not (spent[name] < budgets[name] or i < MIN_RUNS):
+                    continue
+                start = time.perf_counter()
+                try:
                     samples[name].append(clock.sample(calls[name]))
-                    spent[name] += time.perf_counter() - start
+                except Exception as e:  # such as no memory left
+                    failures[name] = e
+                spent[name] += time.perf_counter() - start
             order.reverse()
     finally:
         gc.enable()
-    return {name: Times.of(values) for name, values in samples.items()}
+    return {name: Times.of(values) for name, values in samples.items() if name not in failures}
 
 
 @dataclass(frozen=True)

@@ -222,11 +222,21 @@ def test_report_round_trip(tmp_path: Path):
 
 
 def test_a_call_without_budget_drops_out_after_the_least_number_of_runs():
-    clock = timing.CpuClock()
+    clock, failures = timing.CpuClock(), {}
     calls = {name: clock.prepare(lambda: None) for name in ("free", "limited")}
-    times = timing.interleaved(clock, calls, timing.MIN_RUNS + 3, {"free": 1e9, "limited": 0.0})
+    times = timing.interleaved(clock, calls, timing.MIN_RUNS + 3, {"free": 1e9, "limited": 0.0}, failures)
     assert times["free"].runs == timing.MIN_RUNS + 3
     assert times["limited"].runs == timing.MIN_RUNS
+    assert not failures
+
+
+def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
+    clock, failures, room = timing.CpuClock(), {}, [1]
+    calls = {"fails": clock.prepare(lambda: 1 / room[0]), "works": clock.prepare(lambda: None)}
+    room[0] = 0
+    times = timing.interleaved(clock, calls, timing.MIN_RUNS, dict.fromkeys(calls, 1e9), failures)
+    assert list(times) == ["works"]
+    assert isinstance(failures["fails"], ZeroDivisionError)
 
 
 @pytest.mark.cuda

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,8 +50,21 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [case for name in names for case in steps[name] + whole.get(name, [])]
 
 
-@lru_cache(maxsize=1)  # the cases of a model follow each other, and there is room for one of the large ones
+# The model and the memory of the case that runs: there is no room for those of two.
+models: dict[tuple[str, torch.dtype, torch.device], LT2] = {}
+memories: dict[tuple[int, int], LoopState] = {}
+
+
 def build(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
+    """The cases of a model follow each other."""
+    if (name, dtype, device) not in models:
+        models.clear()
+        memories.clear()
+        models[name, dtype, device] = new_model(name, dtype, device)
+    return models[name, dtype, device]
+
+
+def new_model(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
     torch.manual_seed(0)
     config = LT2Config(**MODELS[name]) if name in MODELS else preset(name)
     with device:
@@ -61,6 +73,10 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
         for weight in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):
             weight.data *= (2 * config.num_hidden_layers * config.loop_count) ** -0.5
     return model
+
+
+def in_dtype(model: LT2, dtype: torch.dtype) -> LT2:
+    return model if model.embed_tokens.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def meta(name: str) -> LT2:
@@ -101,11 +117,14 @@ def remembered(model: LT2, x: Tensors) -> LoopState:
     return state
 
 
-@lru_cache(maxsize=1)  # one for all that are timed: it can be half of a GPU
 def memory(model: LT2, B: int, past: int) -> LoopState:
-    state = model.new_state(B, past + 1)
-    state.advance(past)
-    return state
+    """One for all that are timed: it can be half of a GPU."""
+    if (B, past) not in memories:
+        if past > CHECKED:  # that of the case before
+            memories.clear()
+        memories[B, past] = model.new_state(B, past + 1)
+        memories[B, past].advance(past)
+    return memories[B, past]
 
 
 def randomise(state: LoopState) -> None:
@@ -153,8 +172,13 @@ def step_plain(model: LT2, x: Tensors, delta_rule: DeltaRule, dtype: torch.dtype
         return t if dtype is None else t.to(dtype)
 
     caches: list[list[Cache]] = [[{n: kept(n, t) for n, t in c.items()} for c in loop] for loop in state.layers]
-    plain = PlainModel(model if dtype is None else copy.deepcopy(model).to(dtype), delta_rule)
-    return torch.no_grad()(lambda: {"o": plain(x["ids"], [[dict(c) for c in row] for row in caches], past, keep=1)})
+    plain = PlainModel(model if dtype is None else in_dtype(model, dtype), delta_rule)
+
+    def call() -> Tensors:
+        grown = ((dict(c) for c in row) for row in caches)  # those of a layer are gone when the next one begins
+        return {"o": plain(x["ids"], grown, past, keep=1)}
+
+    return torch.no_grad()(call)
 
 
 def sequence_inputs(T: int, device: torch.device) -> Tensors:
@@ -169,6 +193,7 @@ def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) ->
 
     def ours(x: Tensors) -> Call:
         model = build(name, dtype, device)
+        memories.clear()
         state = model.new_state(1, x["ids"].shape[1])
 
         @torch.no_grad()
@@ -179,7 +204,7 @@ def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) ->
         return call
 
     def plain(x: Tensors, rule: DeltaRule, dtype_: torch.dtype = dtype) -> Call:
-        model = PlainModel(copy.deepcopy(build(name, dtype, device)).to(dtype_), rule)
+        model = PlainModel(in_dtype(build(name, dtype, device), dtype_), rule)
         return torch.no_grad()(lambda: {"o": model(x["ids"], keep=1)})
 
     return Case(
@@ -207,6 +232,7 @@ def train_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> C
 
     def ours(x: Tensors) -> Call:
         model = build(name, dtype, device)
+        memories.clear()
         model.gradient_checkpointing = True
 
         def call() -> Tensors:
@@ -219,7 +245,7 @@ def train_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> C
         return call
 
     def plain(x: Tensors, rule: DeltaRule, dtype_: torch.dtype = dtype) -> Call:
-        model = copy.deepcopy(build(name, dtype, device)).to(dtype_)
+        model = in_dtype(build(name, dtype, device), dtype_)
         forward = PlainModel(model, rule, checkpointed=True)
 
         def call() -> Tensors:
