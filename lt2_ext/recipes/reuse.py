@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for done in run_all(jobs, args.steps, args.device, args.jobs):
         results += done
         print(*done, sep="\n", file=sys.stderr, flush=True)
-    times = {}
-    for pattern, mode in [*modes, *((HYBRID, mode) for mode in DECODED)]:
+    times, middle = {}, len(TRAINED[HYBRID])
+    for pattern, mode in [*modes[:middle], *((HYBRID, mode) for mode in DECODED), *modes[middle:]]:
         times[pattern, mode] = decode_seconds(timed_config(args.timed, pattern, mode), args.device, args.context)
     text = table(results, times, f"ms a token after {args.context}" + f", {args.timed}" * (args.timed is not None))
     print(text)
