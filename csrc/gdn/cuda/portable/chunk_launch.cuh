@@ -3,6 +3,7 @@
 #include "common/cuda/launch.cuh"
 #include "gdn/cuda/portable/chunk_forward.cuh"
 #include "gdn/cuda/portable/launch.h"
+#include "gdn/cuda/portable/sizes.cuh"
 
 namespace lt2::gdn::portable {
 
@@ -15,17 +16,6 @@ Status with_keys(int key_dim, F const& f) {
   if (key_dim <= 128) return f(std::integral_constant<int, 128>{});
   if (key_dim <= 192) return f(std::integral_constant<int, 192>{});
   return f(std::integral_constant<int, 256>{});
-}
-
-// Whether rows are made of aligned pieces of 16 bytes; o, which is new, then is as well.
-inline bool whole_pieces(ForwardParams const& p) {
-  auto const whole = [&](Strided const& x, int64_t heads, int dim) {
-    auto const pieces = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && dim % 8 == 0 && pieces(p.batch, x.batch) &&
-           pieces(p.tokens, x.token) && pieces(heads, x.head);
-  };
-  return whole(p.q, p.heads, p.key_dim) && whole(p.k, p.heads, p.key_dim) &&
-         whole(p.v, p.value_heads, p.value_dim) && whole(p.o, p.value_heads, p.value_dim);
 }
 
 template <Dtype kDtype>

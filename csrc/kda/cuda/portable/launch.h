@@ -5,6 +5,12 @@
 
 namespace lt2::kda::portable {
 
+// By chunks of tokens, operands of 2 bytes only; floats of workspace.
+template <Dtype>
+int64_t chunk_workspace(ForwardParams const& p);
+template <Dtype>
+Status launch_chunks(ForwardParams const& p, float* workspace, void* stream);
+
 template <Dtype>
 Status launch_forward(ForwardParams const& p, void* stream);
 template <Dtype>

@@ -3,10 +3,27 @@
 #include "kda/cuda/portable/problem.cuh"
 
 namespace lt2::kda::portable {
+namespace {
+
+constexpr int kMaxChunkKeys = 128, kFewTokens = 16;
+
+// Whether the forward pass goes by chunks: else token by token.
+bool by_chunks(ForwardParams const& p) {
+  auto const pairs = [](float const* data) { return reinterpret_cast<uintptr_t>(data) % 8 == 0; };
+  return !p.recurrent && p.dtype != Dtype::kFloat32 && p.key_dim <= kMaxChunkKeys && p.tokens > kFewTokens &&
+         gdn::portable::whole_pieces(p) && pairs(static_cast<float const*>(p.g.data)) && pairs(p.dt_bias) &&
+         p.g.batch % 2 == 0 && p.g.token % 2 == 0 && p.g.head % 2 == 0;
+}
+
+}  // namespace
 
 Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
 
-int64_t forward_workspace(ForwardParams const&) { return 0; }
+int64_t forward_workspace(ForwardParams const& p) {
+  if (!by_chunks(p)) return 0;
+  return p.dtype == Dtype::kFloat16 ? chunk_workspace<Dtype::kFloat16>(p)
+                                    : chunk_workspace<Dtype::kBFloat16>(p);
+}
 
 int64_t backward_workspace(BackwardParams const& p) {
   int64_t const rows = p.batch * p.tokens * p.value_heads;
@@ -14,7 +31,13 @@ int64_t backward_workspace(BackwardParams const& p) {
   return 2 * (rows * p.value_dim + states) + 3 * rows * p.key_dim;
 }
 
-Status forward(ForwardParams const& p, float*, void* stream){LT2_BY_DTYPE(p.dtype, launch_forward, p, stream)}
+Status forward(ForwardParams const& p, float* workspace, void* stream) {
+  if (by_chunks(p)) {
+    return p.dtype == Dtype::kFloat16 ? launch_chunks<Dtype::kFloat16>(p, workspace, stream)
+                                      : launch_chunks<Dtype::kBFloat16>(p, workspace, stream);
+  }
+  LT2_BY_DTYPE(p.dtype, launch_forward, p, stream)
+}
 
 Status backward(BackwardParams const& p, float* workspace,
                 void* stream){LT2_BY_DTYPE(p.dtype, launch_backward, p, workspace, stream)}

@@ -1,0 +1,8 @@
+#include "kda/cuda/portable/chunk_launch.cuh"
+
+namespace lt2::kda::portable {
+
+template int64_t chunk_workspace<Dtype::kFloat16>(ForwardParams const&);
+template Status launch_chunks<Dtype::kFloat16>(ForwardParams const&, float*, void*);
+
+}  // namespace lt2::kda::portable
