@@ -24,7 +24,7 @@ Status launch_chunks(ForwardParams const& p, float* workspace, void* stream) {
   auto* const records = reinterpret_cast<ChunkRecord*>(workspace);
   return with_keys(p.key_dim, [&](auto keys) {
     constexpr int kKeys = decltype(keys)::value;
-    bool const whole = whole_pieces(p);
+    bool const whole = whole_pieces(p, p.o);
     Status const prepared = launch(prepare_chunks<T, kKeys>, chunk_numbers<kScanChunk>(p) * p.heads,
                                    kPrepareThreads, 0, stream, Inputs(p), records, whole);
     if (prepared != kOk) return prepared;

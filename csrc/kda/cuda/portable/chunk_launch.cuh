@@ -12,30 +12,62 @@ namespace lt2::kda::portable {
 
 inline constexpr int kFewBlocks = 66;  // half of a Hopper's multiprocessors
 
-template <Dtype kDtype, int kKeys>
-using RecordOf = ChunkRecord<Element<kDtype>, kKeys>;
-
 // f with the smallest number of keys that there are kernels for.
 template <class F>
 auto with_chunk_keys(int key_dim, F const& f) {
   return key_dim <= 64 ? f(std::integral_constant<int, 64>{}) : f(std::integral_constant<int, 128>{});
 }
 
+inline int64_t records(Inputs const& p) { return gdn::portable::chunk_numbers(p) * p.value_heads; }
+
+template <class Record>
+int64_t record_floats(Inputs const& p) {
+  return records(p) * static_cast<int64_t>(sizeof(Record) / sizeof(float));
+}
+
 template <Dtype kDtype>
 int64_t chunk_workspace(ForwardParams const& p) {
   return with_chunk_keys(p.key_dim, [&](auto keys) {
-    return gdn::portable::chunk_numbers(p) * p.value_heads *
-           static_cast<int64_t>(sizeof(RecordOf<kDtype, decltype(keys)::value>) / sizeof(float));
+    return record_floats<ChunkRecord<Element<kDtype>, decltype(keys)::value>>(p);
   });
 }
 
-template <Dtype kDtype, int kKeys, int kGroups, int kParts>
-Status launch_scan(ForwardParams const& p, RecordOf<kDtype, kKeys> const* records, void* stream) {
-  using T = Element<kDtype>;
-  int64_t const slices = gdn::portable::ceil_div(p.value_dim, kGroups * kWarpValues);
-  return launch(scan_chunks<T, kKeys, kGroups, kParts>, p.sequences * p.value_heads * slices,
-                kGroups * kParts * kWarp, static_cast<int>(sizeof(ScanShared<T, kKeys, kGroups, kParts>)),
-                stream, p, records);
+template <Dtype kDtype>
+int64_t chunk_workspace(BackwardParams const& p) {
+  return with_chunk_keys(p.key_dim, [&](auto keys) {
+    return record_floats<BackwardRecord<Element<kDtype>, decltype(keys)::value>>(p);
+  });
+}
+
+template <class T, int kKeys, class Record>
+Status launch_prepare(Inputs const& p, Record* to, void* stream) {
+  using Shared = PrepareShared<T, kKeys, Record::kBackward ? 2 : 1>;
+  return launch(prepare_chunks<T, kKeys, Record>, records(p), kPrepareThreads<kKeys>,
+                static_cast<int>(sizeof(Shared)), stream, p, to);
+}
+
+// f(groups, parts, blocks, threads): with few heads two warps share the channels of a state, and more blocks
+// its columns.
+template <class F>
+Status with_groups(Inputs const& p, F const& f) {
+  auto const blocks = [&](int groups) {
+    return p.sequences * p.value_heads * gdn::portable::ceil_div(p.value_dim, groups * kWarpValues);
+  };
+  bool few = blocks(4) <= kFewBlocks;
+  if (char const* e = getenv("LT2_FEW")) few = *e == '1';
+  return few ? f(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{}, blocks(2))
+             : f(std::integral_constant<int, 4>{}, std::integral_constant<int, 1>{}, blocks(4));
+}
+
+template <class T, int kKeys, class Record>
+Status launch_scan(Inputs const& p, Strided const& o, float* final_state, Workspace const& w,
+                   Record const* from, void* stream) {
+  return with_groups(p, [&](auto groups, auto parts, int64_t blocks) {
+    constexpr int kGroups = decltype(groups)::value, kParts = decltype(parts)::value;
+    return launch(scan_chunks<T, kKeys, Record, kGroups, kParts>, blocks, kGroups * kParts * kWarp,
+                  static_cast<int>(sizeof(ScanShared<T, Record, kGroups, kParts>)), stream, p, o, final_state,
+                  w, from);
+  });
 }
 
 template <Dtype kDtype>
@@ -43,16 +75,30 @@ Status launch_chunks(ForwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
   return with_chunk_keys(p.key_dim, [&](auto keys) {
     constexpr int kKeys = decltype(keys)::value;
-    auto* const records = reinterpret_cast<ChunkRecord<T, kKeys>*>(workspace);
-    Status const prepared = launch(prepare_chunks<T, kKeys>, gdn::portable::chunk_numbers(p) * p.value_heads,
-                                   kPrepareThreads<kKeys>, static_cast<int>(sizeof(PrepareShared<T, kKeys>)),
-                                   stream, Inputs(p), records);
+    using Record = ChunkRecord<T, kKeys>;
+    auto* const to = reinterpret_cast<Record*>(workspace);
+    Status const prepared = launch_prepare<T, kKeys>(p, to, stream);
     if (prepared != kOk) return prepared;
-    // With few heads two warps share the channels of a state, and more blocks its columns.
-    bool few = p.sequences * p.value_heads * gdn::portable::ceil_div(p.value_dim, 64) <= kFewBlocks;
-    if (char const* e = getenv("LT2_FEW")) few = *e == '1';
-    return few ? launch_scan<kDtype, kKeys, 2, 2>(p, records, stream)
-               : launch_scan<kDtype, kKeys, 4, 1>(p, records, stream);
+    return launch_scan<T, kKeys, Record>(p, p.o, p.final_state, Workspace{}, to, stream);
+  });
+}
+
+template <Dtype kDtype>
+Status launch_chunk_scans(BackwardParams const& p, Workspace const& w, float* workspace, void* stream) {
+  using T = Element<kDtype>;
+  return with_chunk_keys(p.key_dim, [&](auto keys) {
+    constexpr int kKeys = decltype(keys)::value;
+    using Record = BackwardRecord<T, kKeys>;
+    auto* const to = reinterpret_cast<Record*>(workspace);
+    Status status = launch_prepare<T, kKeys>(p, to, stream);
+    if (status == kOk) status = launch_scan<T, kKeys, Record>(p, Strided{}, nullptr, w, to, stream);
+    if (status != kOk) return status;
+    return with_groups(p, [&](auto groups, auto parts, int64_t blocks) {
+      constexpr int kGroups = decltype(groups)::value, kParts = decltype(parts)::value;
+      return launch(scan_chunks_back<T, kKeys, kGroups, kParts>, blocks, kGroups * kParts * kWarp,
+                    static_cast<int>(sizeof(ScanShared<T, Record, kGroups, kParts>)), stream, p, w,
+                    static_cast<Record const*>(to));
+    });
   });
 }
 

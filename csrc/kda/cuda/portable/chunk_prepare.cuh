@@ -3,10 +3,10 @@
 // With D_ij the decays of the tokens after j up to and with i (a vector over channels), b the writing
 // strengths:
 //   A_ij = <k_i, D_ij o k_j>  (j < i)    T~ = (I + diag(b) A)^-1 diag(b)    P_ij = scale <q_i, D_ij o k_j>
-// D_ij is split at a border between i and j: the middle of the chunk, the middle of one of its halves; what is
-// left are four blocks of 16 tokens, where decays are multiplied up token by token. No exponent is positive.
-// A row of keys with the decays behind it is a pair of T that adds up to it: its roundings would add up over
-// the tokens of a chunk where keys repeat.
+// D_ij is split at a border between i and j: the middle of the chunk, the middle of one of its halves; what
+// is left are four blocks of 16 tokens, where decays are multiplied up token by token. No exponent is
+// positive. A row of keys with the decays behind it is a pair of T that adds up to it: its roundings would
+// add up over the tokens of a chunk where keys repeat.
 #pragma once
 
 #include "kda/cuda/portable/chunk_record.cuh"
@@ -24,16 +24,17 @@ inline constexpr int kHalf = kChunk / 2;
 template <int kKeys>
 inline constexpr int kPrepareThreads = kBlocks * kWarp * kKeys / 64;
 
-template <class T, int kKeys>
+template <class T, int kKeys, int kInverses>
 struct PrepareShared {
   // Operands of the scores across a border: [0] in the middle of a half (rows of blocks 1 and 3, columns of
   // blocks 0 and 2), [1] in the middle of the chunk.
   alignas(128) T q_rows[2][kHalf * kKeys], k_rows[2][kHalf * kKeys];
   alignas(128) T columns[2][2][kHalf * kKeys];  // high and low parts
-  alignas(16) float inverse[3][kHalf * kInverseRow];  // blocks (0, 0), (1, 1), (1, 0) of diag(b) A
-  alignas(16) float scores[kChunk][kChunk + 4];       // then block (1, 0) of the inverse
-  alignas(16) float totals[kBlocks][kKeys];           // log2 of the decay of a block
-  float squares[kKeys / 64][2][kChunk];               // of q, of k
+  // Blocks (0, 0), (1, 1), (1, 0) of diag(b) A, for the backward pass of A diag(b) as well.
+  alignas(16) float inverse[kInverses][3][kHalf * kInverseRow];
+  alignas(16) float scores[kChunk][kChunk + 4];
+  alignas(16) float totals[kBlocks][kKeys];  // log2 of the decay of a block
+  float squares[kKeys / 64][2][kChunk];      // of q, of k
   float strength[kChunk];
 };
 
@@ -59,6 +60,51 @@ __device__ __forceinline__ float2 exp2_fast(float2 x) { return {exp2_fast(x.x), 
 __device__ __forceinline__ float2 operator+(float2 x, float2 y) { return {x.x + y.x, x.y + y.y}; }
 __device__ __forceinline__ float2 operator*(float2 x, float2 y) { return {x.x * y.x, x.y * y.y}; }
 __device__ __forceinline__ float2 operator*(float x, float2 y) { return {x * y.x, x * y.y}; }
+
+// Two channels of the 16 tokens of a block: what a lane has. Tokens and channels that do not exist are 0.
+template <class T>
+struct BlockRows {
+  uint32_t q[kBlock], k[kBlock];
+  float2 g[kBlock];  // log2 of the decays
+
+  // Tokens from `first` on, channels c and c + 1.
+  __device__ __forceinline__ void load(Inputs const& p, Chunk const& chunk, int head, int first, int c) {
+    int const key_head = head / (p.value_heads / p.heads);
+    T const* const q_rows = token_row<T const>(p.q, chunk.row, chunk.begin + first, key_head) + c;
+    T const* const k_rows = token_row<T const>(p.k, chunk.row, chunk.begin + first, key_head) + c;
+    float const* const g_rows = token_row<float const>(p.g, chunk.row, chunk.begin + first, head) + c;
+    auto const present = [&](int i) { return first + i < chunk.tokens && c < p.key_dim; };
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      q[i] = present(i) ? *reinterpret_cast<uint32_t const*>(q_rows + i * p.q.token) : 0;
+      k[i] = present(i) ? *reinterpret_cast<uint32_t const*>(k_rows + i * p.k.token) : 0;
+      g[i] = present(i) ? *reinterpret_cast<float2 const*>(g_rows + i * p.g.token) : float2{0.f, 0.f};
+    }
+    if (p.A_log != nullptr && c < p.key_dim) {
+      float const rate = -expf(p.A_log[head]);
+      float2 const bias = *reinterpret_cast<float2 const*>(p.dt_bias + head * p.key_dim + c);
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        float2 const x = g[i] + bias;
+        g[i] = present(i) ? float2{rate * softplus(x.x), rate * softplus(x.y)} : float2{0.f, 0.f};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) g[i] = {log2_decay(g[i].x), log2_decay(g[i].y)};
+  }
+
+  __device__ __forceinline__ float2 total() const {
+    float2 sum = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) sum = sum + g[i];
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ static float log2_decay(float g) {
+    return g < kLeastLog2Decay / kLog2E ? kLeastLog2Decay : g * kLog2E;
+  }
+};
 
 __device__ __forceinline__ void store_pair(void* rows, int at, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(static_cast<char*>(rows) + 2 * at) = pair;
@@ -103,8 +149,8 @@ struct BlockElement {
   }
 };
 
-// Columns kColumn of A and of P of a block, a lane's channels: A below the diagonal, P from there on. a are the
-// decays of the tokens.
+// Columns kColumn of A and of P of a block, a lane's channels: A below the diagonal, P from there on. a are
+// the decays of the tokens.
 template <int kColumn>
 __device__ __forceinline__ void block_column(float* v, float2 const (&q)[kBlock], float2 const (&k)[kBlock],
                                              float2 const (&a)[kBlock]) {
@@ -130,62 +176,35 @@ __device__ __forceinline__ void block_sums(float (&sums)[kBlock / 2], float2 con
   }
 }
 
-template <class T, int kKeys>
+template <class T, int kKeys, class Record>
 __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
-    prepare_chunks(__grid_constant__ Inputs const p, ChunkRecord<T, kKeys>* records) {
+    prepare_chunks(__grid_constant__ Inputs const p, Record* records) {
   extern __shared__ __align__(128) char shared_bytes[];
-  auto& s = *reinterpret_cast<PrepareShared<T, kKeys>*>(shared_bytes);
+  constexpr bool kBackward = Record::kBackward;
+  constexpr int kInverses = kBackward ? 2 : 1;
+  auto& s = *reinterpret_cast<PrepareShared<T, kKeys, kInverses>*>(shared_bytes);
   constexpr int kParts = kKeys / 64, kWarps = kBlocks * kParts;
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, block = warp % kBlocks;
   int const part = warp / kBlocks, first = block * kBlock, c = 64 * part + 2 * lane;
-  int const head = static_cast<int>(blockIdx.x % p.value_heads), key_head = head / (p.value_heads / p.heads);
+  int const head = static_cast<int>(blockIdx.x % p.value_heads);
   Chunk const chunk = find_chunk(p, blockIdx.x / p.value_heads);
   if (chunk.tokens == 0) return;
-  ChunkRecord<T, kKeys>& record = records[blockIdx.x];
+  Record& record = records[blockIdx.x];
 
-  // A thread has two channels of the 16 tokens of its block.
-  uint32_t q[kBlock], k[kBlock];
-  float2 g[kBlock];
-  {
-    T const* const q_rows = token_row<T const>(p.q, chunk.row, chunk.begin + first, key_head) + c;
-    T const* const k_rows = token_row<T const>(p.k, chunk.row, chunk.begin + first, key_head) + c;
-    float const* const g_rows = token_row<float const>(p.g, chunk.row, chunk.begin + first, head) + c;
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      bool const present = first + i < chunk.tokens && c < p.key_dim;
-      q[i] = present ? *reinterpret_cast<uint32_t const*>(q_rows + i * p.q.token) : 0;
-      k[i] = present ? *reinterpret_cast<uint32_t const*>(k_rows + i * p.k.token) : 0;
-      g[i] = present ? *reinterpret_cast<float2 const*>(g_rows + i * p.g.token) : float2{0.f, 0.f};
-    }
-  }
+  BlockRows<T> rows;
+  rows.load(p, chunk, head, first, c);
+  auto &q = rows.q, &k = rows.k;
+  auto& g = rows.g;
   if (threadIdx.x < kChunk) {
     s.strength[threadIdx.x] = static_cast<int>(threadIdx.x) < chunk.tokens
                                   ? write_strength(p, chunk.row, chunk.begin + threadIdx.x, head)
                                   : 0.f;
   }
-  for (int e = threadIdx.x; e < 2 * kBlock * kBlock; e += kPrepareThreads<kKeys>) {
-    s.inverse[e / (kBlock * kBlock)][e / kBlock % kBlock * kInverseRow + kBlock + e % kBlock] = 0.f;
+  for (int e = threadIdx.x; e < 2 * kInverses * kBlock * kBlock; e += kPrepareThreads<kKeys>) {
+    int const corner = e / (kBlock * kBlock);  // above the diagonal of a block that is inverted
+    s.inverse[corner / 2][corner % 2][e / kBlock % kBlock * kInverseRow + kBlock + e % kBlock] = 0.f;
   }
-  if (p.A_log != nullptr && c < p.key_dim) {
-    float const rate = -expf(p.A_log[head]);
-    float2 const bias = *reinterpret_cast<float2 const*>(p.dt_bias + head * p.key_dim + c);
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      bool const present = first + i < chunk.tokens;
-      g[i] = g[i] + bias;
-      g[i] = present ? float2{rate * softplus(g[i].x), rate * softplus(g[i].y)} : float2{0.f, 0.f};
-    }
-  }
-  float2 total = {0.f, 0.f};
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    auto const log2_decay = [](float x) {
-      return x < kLeastLog2Decay / kLog2E ? kLeastLog2Decay : x * kLog2E;
-    };
-    g[i] = {log2_decay(g[i].x), log2_decay(g[i].y)};
-    total = total + g[i];
-  }
-  *reinterpret_cast<float2*>(&s.totals[block][c]) = total;
+  *reinterpret_cast<float2*>(&s.totals[block][c]) = rows.total();
   if (p.qk_l2norm) {
     float squares[kWarp];
 #pragma unroll
@@ -206,7 +225,7 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
     for (int h = 0; h < kParts; ++h) sum += s.squares[h][lane / kBlock][first + lane % kBlock];
     factor *= rsqrtf(sum);
   }
-  if (!p.delta && lane >= kBlock) factor *= s.strength[first + lane % kBlock];
+  if (!kBackward && !p.delta && lane >= kBlock) factor *= s.strength[first + lane % kBlock];
 
   auto const total_of = [&](int from, int to) {
     float2 sum = {0.f, 0.f};
@@ -251,8 +270,8 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
       float2 const k_out = behind * ks;
       Split const out = split(k_out.x, k_out.y);
       int const at = element_at<kKeys>(first + i, c);
-      store_pair(record.k_out[0], at, out.high);
-      store_pair(record.k_out[1], at, out.low);
+      store_pair(record.k_out_high, at, out.high);
+      store_pair(record.k_out_low, at, out.low);
       auto const store_column = [&](int border, int row, float2 x) {
         Split const column = split_as<T>(x.x, x.y);
         int const here = element_at<kKeys>(row, c);
@@ -264,6 +283,9 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
     }
   }
   if (block == 0) *reinterpret_cast<float2*>(record.decay + c) = total_of(0, kBlocks);
+  if constexpr (kBackward) {
+    if (threadIdx.x < kChunk) record.strength[threadIdx.x] = s.strength[threadIdx.x];
+  }
 
   // Within the block.
   float sums[kBlock / 2];
@@ -282,22 +304,24 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
     BlockElement const e(lane, j);
     sums[j] *= __shfl_sync(0xffffffffu, factor, e.of_scores ? e.row : kBlock + e.row) *
                __shfl_sync(0xffffffffu, factor, kBlock + e.column);
-    if (!e.of_scores) sums[j] *= s.strength[first + e.row];
   }
-  auto const block_element = [&](BlockElement const& e) -> float& {
-    int const corner = later_block ? kBlock : 0;
-    return e.of_scores ? s.scores[first + e.row][first + e.column]
-                       : s.inverse[block / 2][(corner + e.row) * kInverseRow + corner + e.column];
+  auto const add_sums = [&](auto const& add) {
+#pragma unroll
+    for (int j = 0; j < kBlock / 2; ++j) {
+      BlockElement const e(lane, j);
+      int const i = first + e.row, column = first + e.column, corner = later_block ? kBlock : 0;
+      if (e.of_scores) {
+        add(s.scores[i][column], sums[j]);
+      } else {
+        int const at = (corner + e.row) * kInverseRow + corner + e.column;
+        add(s.inverse[0][block / 2][at], s.strength[i] * sums[j]);
+        if constexpr (kBackward) add(s.inverse[1][block / 2][at], s.strength[column] * sums[j]);
+      }
+    }
   };
-  if (part == 0) {
-#pragma unroll
-    for (int j = 0; j < kBlock / 2; ++j) block_element(BlockElement(lane, j)) = sums[j];
-  }
+  if (part == 0) add_sums([](float& x, float y) { x = y; });
   __syncthreads();
-  if (part == 1) {
-#pragma unroll
-    for (int j = 0; j < kBlock / 2; ++j) block_element(BlockElement(lane, j)) += sums[j];
-  }
+  if (part == 1) add_sums([](float& x, float y) { x += y; });
 
   // Across the borders: six blocks of P, six of A.
   int const r = lane / 4, t = 2 * (lane % 4);
@@ -320,57 +344,74 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
         if (of_scores) {
           *reinterpret_cast<float2*>(&s.scores[i][j]) = pair;
         } else {
-          float* const to = in_half ? s.inverse[m] : s.inverse[2];
-          *reinterpret_cast<float2*>(to + i % kHalf * kInverseRow + j % kHalf) = s.strength[i] * pair;
+          int const matrix = in_half ? m : 2, at = i % kHalf * kInverseRow + j % kHalf;
+          *reinterpret_cast<float2*>(s.inverse[0][matrix] + at) = s.strength[i] * pair;
+          if constexpr (kBackward) {
+            *reinterpret_cast<float2*>(s.inverse[1][matrix] + at) =
+                *reinterpret_cast<float2 const*>(s.strength + j) * pair;
+          }
         }
       }
     }
   }
   __syncthreads();
 
-  // The inverse by two warps, while the others write P.
-  int const writers = p.delta ? kWarps - 2 : kWarps, writer = kWarps - 1 - warp;
-  if (writer >= writers) {
-    gdn::portable::invert_32(s.inverse[warp], lane);
-  } else {
-    for (int b = writer; b < kChunk / 8 * kChunkSteps; b += writers) {
-      int const n = b / kChunkSteps, step = b % kChunkSteps, i = 8 * n + r, j = 16 * step + t;
-      if (step > n / 2) continue;
-      float const* const x = &s.scores[i][j];
-      Split const low = split(j <= i ? x[0] : 0.f, j + 1 <= i ? x[1] : 0.f);
-      Split const high = split(j + 8 <= i ? x[8] : 0.f, j + 9 <= i ? x[9] : 0.f);
-      record.scores[triangle_block(n, step)][lane] = {low.high, high.high, low.low, high.low};
-    }
-  }
-  if (!p.delta) return;
-  __syncthreads();
-  float* const below = &s.scores[0][0];  // -(X22 A21) X11
-  if (warp < 2) {
-    uint32_t high[2][4], low[2][4];
-    float x[4][4];
-    gdn::portable::load_split(high, low, s.inverse[1] + kBlock * warp * kInverseRow, lane);
-    gdn::portable::multiply_split<4, 2>(x, high, low, s.inverse[2], lane);
-    gdn::portable::split_fragments(high, low, x);
-    gdn::portable::multiply_split<4, 2>(x, high, low, s.inverse[0], lane);
+  // Two warps an inverse.
+  constexpr int kBelow = kHalf * kInverseRow;
+  float* const below = reinterpret_cast<float*>(s.q_rows);  // -(X22 A21) X11 of each inverse
+  static_assert(sizeof(s.q_rows) + sizeof(s.k_rows) >= kInverses * kBelow * sizeof(float));
+  if (p.delta) {
+    auto& inverse = s.inverse[warp / 2 % kInverses];
+    bool const inverts = warp < 2 * kInverses;
+    if (inverts) gdn::portable::invert_32(inverse[warp % 2], lane);
+    __syncthreads();
+    if (inverts) {
+      uint32_t high[2][4], low[2][4];
+      float x[4][4];
+      int const row = kBlock * (warp % 2);
+      gdn::portable::load_split(high, low, inverse[1] + row * kInverseRow, lane);
+      gdn::portable::multiply_split<4, 2>(x, high, low, inverse[2], lane);
+      gdn::portable::split_fragments(high, low, x);
+      gdn::portable::multiply_split<4, 2>(x, high, low, inverse[0], lane);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<float2*>(below + (kBlock * warp + r + 8 * half) * kInverseRow + 8 * n + t) =
-            float2{-x[n][2 * half], -x[n][2 * half + 1]};
+        for (int half = 0; half < 2; ++half) {
+          *reinterpret_cast<float2*>(below + warp / 2 * kBelow + (row + r + 8 * half) * kInverseRow + 8 * n +
+                                     t) = float2{-x[n][2 * half], -x[n][2 * half + 1]};
+        }
       }
     }
+    __syncthreads();
   }
-  __syncthreads();
-  for (int b = warp; b < kChunk / 8 * kChunkSteps; b += kWarps) {
-    int const n = b / kChunkSteps, step = b % kChunkSteps, i = 8 * n + r, j = 16 * step + t;
-    if (step > n / 2) continue;
-    float const* const from = i / kHalf == j / kHalf ? s.inverse[i / kHalf] : below;
-    float const* const x = from + i % kHalf * kInverseRow + j % kHalf;
-    float const* const strength = s.strength + j;
-    Split const low = split(j <= i ? x[0] * strength[0] : 0.f, j + 1 <= i ? x[1] * strength[1] : 0.f);
-    Split const high = split(j + 8 <= i ? x[8] * strength[8] : 0.f, j + 9 <= i ? x[9] * strength[9] : 0.f);
-    record.inverse[triangle_block(n, step)][lane] = {low.high, high.high, low.low, high.low};
+
+  // x(i, j) for j <= i, a lower triangle or the upper one that is its transpose.
+  auto const write_triangle = [&](Triangle& to, bool lower, auto const& x) {
+    auto const element = [&](int i, int j) { return j <= i ? x(i, j) : 0.f; };
+    for (int b = warp; b < kChunk / 8 * kChunkSteps; b += kWarps) {
+      int const n = b / kChunkSteps, step = b % kChunkSteps;
+      if (step > n / 2) continue;
+      Split parts[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int const i = lower ? 8 * n + r : kChunk - 16 - 16 * step + 8 * h + t;
+        int const j = lower ? 16 * step + 8 * h + t : kChunk - 8 - 8 * n + r;
+        parts[h] = split(element(i, j), lower ? element(i, j + 1) : element(i + 1, j));
+      }
+      to[triangle_block(n, step)][lane] = {parts[0].high, parts[1].high, parts[0].low, parts[1].low};
+    }
+  };
+  auto const inverse_at = [&](int number, int i, int j) {
+    float const* const from = i / kHalf == j / kHalf ? s.inverse[number][i / kHalf] : below + number * kBelow;
+    return from[i % kHalf * kInverseRow + j % kHalf];
+  };
+  write_triangle(record.scores, !kBackward, [&](int i, int j) { return s.scores[i][j]; });
+  if (!p.delta) return;
+  if constexpr (kBackward) {
+    write_triangle(record.inverse, true, [&](int i, int j) { return inverse_at(1, i, j); });
+    write_triangle(record.transposed_inverse, false, [&](int i, int j) { return inverse_at(0, i, j); });
+  } else {
+    write_triangle(record.inverse, true, [&](int i, int j) { return inverse_at(0, i, j) * s.strength[j]; });
   }
 }
 

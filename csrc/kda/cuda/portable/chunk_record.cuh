@@ -10,6 +10,10 @@ inline constexpr int kChunkSteps = kChunk / 16;  // of the summed axis of a prod
 // Blocks [8 x 16] of a lower triangle [64 x 64]: (rows 8 n .., columns 16 k ..) for k <= n / 2.
 inline constexpr int kTriangleBlocks = kChunkSteps * (kChunkSteps + 1);
 __host__ __device__ constexpr int triangle_block(int n, int k) { return (n / 2 + n % 2) * (n / 2 + 1) + k; }
+// The same of an upper triangle, k >= n / 2.
+__host__ __device__ constexpr int upper_block(int n, int k) {
+  return triangle_block(kChunk / 8 - 1 - n, kChunkSteps - 1 - k);
+}
 
 // Rows of kKeys elements without padding; the pieces of 16 bytes of row r are permuted by r % 8, against bank
 // conflicts.
@@ -26,16 +30,32 @@ __device__ __forceinline__ Split split_as(float x, float y) {
   return {high, pack<T>(x - h.x, y - h.y)};
 }
 
-// Of one chunk and value head. With the decays `head` from the start of the chunk to a token (included) and
-// `tail` behind it to the end; T~ and P as second operands of products: a lane's two registers of high parts,
-// then those of low parts.
+// What is prepared of one chunk and value head, with the decays `head` from the start of the chunk to a token
+// (included) and `tail` behind it to the end. Triangles are second operands of products: a lane's two
+// registers of high parts, then those of low parts.
+using Triangle = uint4[kTriangleBlocks][kWarp];
+
 template <class T, int kKeys>
 struct alignas(128) ChunkRecord {
-  T k_in[kChunk * kKeys];                  // head o k
-  T q_in[kChunk * kKeys];                  // scale head o q
-  __nv_bfloat16 k_out[2][kChunk * kKeys];  // tail o k, high and low parts
-  uint4 inverse[kTriangleBlocks][kWarp], scores[kTriangleBlocks][kWarp];
-  float decay[kKeys];  // of the whole chunk
+  static constexpr bool kBackward = false;
+  T k_in[kChunk * kKeys];                                               // head o k
+  T q_in[kChunk * kKeys];                                               // scale head o q
+  __nv_bfloat16 k_out_low[kChunk * kKeys], k_out_high[kChunk * kKeys];  // tail o k
+  Triangle inverse, scores;                                             // T~, P
+  float decay[kKeys];                                                   // of the whole chunk
+};
+
+// For the backward pass: its first scan reads what is before q_in, the second what is from k_out on.
+template <class T, int kKeys>
+struct alignas(128) BackwardRecord {
+  static constexpr bool kBackward = true;
+  Triangle inverse;  // (I + A diag(b))^-1, gives R
+  __nv_bfloat16 k_out_low[kChunk * kKeys], k_out_high[kChunk * kKeys];
+  T k_in[kChunk * kKeys];
+  float decay[kKeys];
+  alignas(128) float strength[kChunk];  // b
+  alignas(128) T q_in[kChunk * kKeys];
+  Triangle transposed_inverse, scores;  // (I + diag(b) A)^-T, gives dU; P^T
 };
 
 }  // namespace lt2::kda::portable

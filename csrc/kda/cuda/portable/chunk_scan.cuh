@@ -1,10 +1,16 @@
-// The chunks of a sequence one after the other:
+// The chunks of a sequence one after the other. Forward, without the delta rule U = V (the strengths are in P
+// and K_out):
 //   W = V - K_in S      U = T~ W      O = Q_in S + P U      S <- Diag(decay) S + K_out^T U
-// and without the delta rule U = V (the strengths are in P and K_out).
+// The first scan of the backward pass keeps S before each chunk and R = (I + A diag(b))^-1 W (V), U = diag(b)
+// R. The second goes from the last chunk to the first, with dS after a chunk:
+//   dU = (I + diag(b) A)^-T (K_out dS + P^T dO)      dV = diag(b) dU
+//   dS <- Diag(decay) dS + Q_in^T dO - K_in^T dV
 // Everything with S is transposed: rows are value columns, so that S stays in the registers as accumulators,
-// and packed in pairs it is the first operand of the next product. W, U, T~, P and K_out are pairs of bf16 that
-// add up to them: where keys repeat, sums over a chunk cancel.
+// and packed in pairs it is the first operand of the next product. W, U, T~, P and K_out are pairs of bf16
+// that add up to them: where keys repeat, sums over a chunk cancel.
 #pragma once
+
+#include <cstddef>
 
 #include "kda/cuda/portable/chunk_record.cuh"
 
@@ -13,16 +19,38 @@ namespace lt2::kda::portable {
 inline constexpr int kWarpValues = 16;  // value columns of a warp
 inline constexpr int kTokenTiles = kChunk / 8;
 
-template <class T, int kKeys, int kValues>
+template <class T, class Record, int kValues>
 struct alignas(128) ScanStage {
-  ChunkRecord<T, kKeys> record;
-  T v[kChunk][kValues + 8];  // and o, in the place of what has been read
+  Record record;
+  T v[kChunk][kValues + 8];  // or dO; then O or dV, in the place of what has been read
 };
 
 // x [16 x 64] as pairs of fragments.
 struct SplitRows {
   uint32_t high[kChunkSteps][4], low[kChunkSteps][4];
 
+  // Of bf16 the low parts are 0 at compile time.
+  template <class T>
+  __device__ __forceinline__ static SplitRows of(uint32_t const (&x)[kChunkSteps][4]) {
+    SplitRows rows;
+#pragma unroll
+    for (int k = 0; k < kChunkSteps; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+          rows.high[k][i] = x[k][i];
+          rows.low[k][i] = 0;
+        } else {
+          float2 const pair = unpack<T>(x[k][i]);
+          Split const s = split(pair.x, pair.y);
+          rows.high[k][i] = s.high;
+          rows.low[k][i] = s.low;
+        }
+      }
+    }
+    return rows;
+  }
+  SplitRows() = default;
   __device__ __forceinline__ explicit SplitRows(float const (&x)[kTokenTiles][4]) {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
@@ -36,17 +64,19 @@ struct SplitRows {
   }
 };
 
-// d += a m^T with a lower triangle m, for the tiles of 8 tokens that are wanted(n).
-template <class F>
+// d += a m^T with a triangle m, for the tiles of 8 tokens that are wanted(n).
+template <bool kLower, class F>
 __device__ __forceinline__ void multiply_triangle(float (&d)[kTokenTiles][4], SplitRows const& a,
-                                                  uint4 const (&m)[kTriangleBlocks][kWarp], F const& wanted) {
+                                                  Triangle const& m, F const& wanted) {
   int const lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int k = 0; k < kChunkSteps; ++k) {
+  for (int step = 0; step < kChunkSteps; ++step) {
+    int const k = kLower ? step : kChunkSteps - 1 - step;
 #pragma unroll
-    for (int n = 2 * k; n < kTokenTiles; ++n) {
+    for (int tile = 2 * step; tile < kTokenTiles; ++tile) {
+      int const n = kLower ? tile : kTokenTiles - 1 - tile;
       if (!wanted(n)) continue;
-      uint4 const b = m[triangle_block(n, k)][lane];
+      uint4 const b = m[triangle_block(tile, step)][lane];
       mma<__nv_bfloat16>(d[n], a.low[k], b.x, b.y);
       mma<__nv_bfloat16>(d[n], a.high[k], b.z, b.w);
       mma<__nv_bfloat16>(d[n], a.high[k], b.x, b.y);
@@ -54,7 +84,8 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[kTokenTiles][4], Sp
   }
 }
 
-// What the warps of a group hand to each other: of K_in S all tiles of 8 tokens, of Q_in S those of the other.
+// What the warps of a group hand to each other: of K_in S all tiles of 8 tokens, of Q_in S those of the
+// other.
 template <int kParts>
 struct GroupSums {
   float4 of_part[kParts][kTokenTiles + kTokenTiles / kParts][kWarp];
@@ -98,55 +129,282 @@ struct ScanState {
     }
   }
 
-  // One chunk; its output replaces the warp's tokens and columns, from `column` on, of stage.v. `barrier` is
-  // this group's.
-  template <int kValues>
-  __device__ __forceinline__ void advance(ScanStage<T, kKeys, kValues>& stage, int column, bool delta,
-                                          GroupSums<kParts>& sums, int barrier) {
-    ChunkRecord<T, kKeys> const& record = stage.record;
-    int const lane = threadIdx.x % kWarp, t = 2 * (lane % 4);
-    uint32_t v[kTokenTiles][2];
+  // 16 columns of the rows of v, as fragments of their transpose.
+  __device__ __forceinline__ static void load_values(uint32_t (&v)[kTokenTiles][2], T const* rows,
+                                                     int pitch) {
+    int const lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; n += 2) {
       uint32_t pair[4];
       load_matrices_transposed(
-          pair, shared_address(&stage.v[8 * n + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]));
+          pair, shared_address(rows + (8 * n + lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8));
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[n + i / 2][i % 2] = pair[i];
     }
-    float x[kTokenTiles][4] = {}, o[kTokenTiles][4] = {};
+  }
+
+  // f(k, high, low): s of 16 channels as fragments, for each step k over this warp's channels.
+  template <class R, class F>
+  __device__ __forceinline__ void each_step(F const& f) const {
 #pragma unroll
     for (int k = 0; k < kChannels / 16; ++k) {
-      uint32_t a[4];
+      uint32_t high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        a[i] = pack<T>(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
+        float const* const pair = &s[2 * k + i / 2][i % 2 * 2];
+        Split const x = split_as<R>(pair[0], pair[1]);
+        high[i] = x.high;
+        low[i] = x.low;
       }
-      if (delta) multiply(x, a, record.k_in, k);
-      multiply(o, a, record.q_in, k);
+      f(k, high, low);
     }
+  }
+
+  // x += a rows^T for the 16 channels of step k.
+  template <class R>
+  __device__ __forceinline__ void multiply(float (&x)[kTokenTiles][4], uint32_t const (&a)[4], R const* rows,
+                                           int k) const {
+    int const lane = threadIdx.x % kWarp, channel = part * kChannels + 16 * k + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; n += 2) {
+      uint32_t b[4];
+      load_matrices(b, shared_address(rows + element_at<kKeys>(8 * n + lane / 16 * 8 + lane % 8, channel)));
+      mma<R>(x[n], a, b[0], b[1]);
+      mma<R>(x[n + 1], a, b[2], b[3]);
+    }
+  }
+
+  // Sums of the parts: all of x, and those tiles of o that this warp has.
+  template <bool kOutput>
+  __device__ __forceinline__ void add_parts(float (&x)[kTokenTiles][4], float (&o)[kTokenTiles][4],
+                                            GroupSums<kParts>& sums, int barrier) const {
     if constexpr (kParts == 2) {
+      int const lane = threadIdx.x % kWarp;
+      auto const slot = [&](int owner, int n) {
+        return kTokenTiles + (owner == 1 ? n - 2 : n < 2 ? n : n - 4);
+      };
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
         sums.of_part[part][n][lane] = {x[n][0], x[n][1], x[n][2], x[n][3]};
-        if (!owns(part, n)) {
-          int const slot = kTokenTiles + (part == 0 || n < 2 ? n - (part == 0 ? 2 : 0) : n - 4);
-          sums.of_part[part][slot][lane] = {o[n][0], o[n][1], o[n][2], o[n][3]};
+        if (kOutput && !owns(part, n)) {
+          sums.of_part[part][slot(1 - part, n)][lane] = {o[n][0], o[n][1], o[n][2], o[n][3]};
         }
       }
       asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
-      auto const gather = [&](float (&to)[4], int slot) {
-        float4 const other = sums.of_part[1 - part][slot][lane];
+      auto const gather = [&](float (&to)[4], int from) {
+        float4 const other = sums.of_part[1 - part][from][lane];
         to[0] += other.x, to[1] += other.y, to[2] += other.z, to[3] += other.w;
       };
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) gather(x[n], n);
-#pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
-        if (owns(part, n)) gather(o[n], kTokenTiles + (part == 1 ? n - 2 : n < 2 ? n : n - 4));
+        gather(x[n], n);
+        if (kOutput && owns(part, n)) gather(o[n], slot(part, n));
       }
     }
+  }
 
+  __device__ __forceinline__ void decay_by(float const* decay) {
+    int const first = part * kChannels + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kChannels / 8; ++n) {
+      float2 const d = *reinterpret_cast<float2 const*>(decay + first + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= i % 2 == 0 ? d.x : d.y;
+    }
+  }
+
+  // s += a rows; a is [16 x 64] as fragments. Null: no low parts.
+  template <class R, bool kLow, bool kLowRows>
+  __device__ __forceinline__ void gain(uint32_t const (&a)[kChunkSteps][4],
+                                       uint32_t const (&low)[kChunkSteps][4], R const* rows,
+                                       R const* low_rows) {
+    int const lane = threadIdx.x % kWarp, channel = part * kChannels + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < kChunkSteps; ++k) {
+#pragma unroll
+      for (int n = 0; n < kChannels / 8; n += 4) {
+        uint32_t b[2][4];
+        auto const load = [&](R const* from) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            load_matrices_transposed(
+                b[i],
+                shared_address(from + element_at<kKeys>(16 * k + lane % 16, 8 * (n + 2 * i) + channel)));
+          }
+        };
+        auto const add = [&](uint32_t const(&x)[4]) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) mma<R>(s[n + i], x, b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
+        };
+        if constexpr (kLowRows) {
+          load(low_rows);
+          add(a[k]);
+        }
+        load(rows);
+        if constexpr (kLow) add(low[k]);
+        add(a[k]);
+      }
+    }
+  }
+};
+
+// What a block scans.
+template <class T, int kKeys, int kGroups, int kParts>
+struct Scan {
+  static constexpr int kThreads = kGroups * kParts * kWarp, kValues = kGroups * kWarpValues;
+  static constexpr int kPieces = kValues / 8;  // of 16 bytes in a row of values
+  Sequence sequence;
+  int64_t n;
+  int head, first, column;  // value columns from first on, the warp's from column on in the slice
+
+  __device__ explicit Scan(Inputs const& p) {
+    int const slices = static_cast<int>(gdn::portable::ceil_div(p.value_dim, kValues));
+    n = blockIdx.x / slices / p.value_heads;
+    head = static_cast<int>(blockIdx.x / slices % p.value_heads);
+    first = static_cast<int>(blockIdx.x % slices) * kValues;
+    column = static_cast<int>(threadIdx.x) / kWarp / kParts * kWarpValues;
+    sequence = gdn::portable::sequence(p, n);
+  }
+  __device__ int chunks() const { return static_cast<int>(gdn::portable::ceil_div(sequence.length, kChunk)); }
+  __device__ int count(int c) const {
+    return static_cast<int>(min(sequence.length - int64_t{c} * kChunk, int64_t{kChunk}));
+  }
+  // Of chunk c, in arrays of chunk numbers times value heads.
+  __device__ int64_t index(Inputs const& p, int c) const {
+    return (first_chunk(p, n) + c) * p.value_heads + head;
+  }
+  __device__ State state(Inputs const& p, float* data) const {
+    return gdn::portable::dense_state(data, n * p.value_heads + head, p.key_dim, p.value_dim,
+                                      p.state_v_first);
+  }
+  template <class E>
+  __device__ E* rows(Strided const& x, int c) const {
+    return token_row<E>(x, sequence.row, sequence.begin + int64_t{c} * kChunk, head) + first;
+  }
+
+  // Starts to copy `bytes` of a record and the rows of values of chunk c.
+  template <class Stage>
+  __device__ __forceinline__ void load(Stage& stage, void* to, void const* from, int bytes, Inputs const& p,
+                                       Strided const& values, int c) const {
+#pragma unroll 8
+    for (int e = static_cast<int>(threadIdx.x) * 16; e < bytes; e += kThreads * 16) {
+      copy_16(static_cast<char*>(to) + e, static_cast<char const*>(from) + e, true);
+    }
+    T const* const v_rows = rows<T const>(values, c);
+    int const tokens = count(c);
+#pragma unroll
+    for (int e = threadIdx.x; e < kChunk * kPieces; e += kThreads) {
+      int const i = e / kPieces, value = e % kPieces * 8;
+      bool const present = i < tokens && first + value < p.value_dim;
+      copy_16(&stage.v[i][value], present ? v_rows + i * values.token + value : v_rows, present);
+    }
+  }
+
+  // This warp's tokens and columns of x, in the place of stage.v and on to memory.
+  template <class Stage>
+  __device__ __forceinline__ void store(Stage& stage, float const (&x)[kTokenTiles][4], int part,
+                                        Inputs const& p, Strided const& to, int c) const {
+    using Warp = ScanState<T, kKeys, kParts>;
+    int const lane = threadIdx.x % kWarp, tokens = count(c);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      if (!Warp::owns(part, n)) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<uint32_t*>(&stage.v[8 * n + lane / 4][column + 8 * half + 2 * (lane % 4)]) =
+            transposed(pack<T>(x[n][2 * half], x[n][2 * half + 1]));
+      }
+    }
+    __syncwarp();
+    T* const to_rows = rows<T>(to, c);
+#pragma unroll
+    for (int e = 0; e < Warp::kTiles / 2; ++e) {
+      int const i = 8 * Warp::tile_of(part, 2 * e + lane / 16) + lane / 2 % 8, value = column + lane % 2 * 8;
+      if (i < tokens && first + value < p.value_dim) {
+        *reinterpret_cast<uint4*>(to_rows + i * to.token + value) =
+            *reinterpret_cast<uint4 const*>(&stage.v[i][value]);
+      }
+    }
+  }
+
+  // The same of fp32 rows [B, T, HV, V].
+  __device__ __forceinline__ void keep(float const (&x)[kTokenTiles][4], int part, Inputs const& p, float* to,
+                                       int c) const {
+    int const lane = threadIdx.x % kWarp, tokens = count(c), value = first + column + lane / 4;
+    int64_t const stride = static_cast<int64_t>(p.value_heads) * p.value_dim;
+    int64_t const token = sequence.row * p.tokens + sequence.begin + int64_t{c} * kChunk;
+    float* const to_rows = to + token * stride + head * p.value_dim + value;
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      if (!ScanState<T, kKeys, kParts>::owns(part, n)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const row = 8 * n + 2 * (lane % 4) + i % 2;
+        if (row < tokens && value + i / 2 * 8 < p.value_dim) to_rows[row * stride + i / 2 * 8] = x[n][i];
+      }
+    }
+  }
+};
+
+// x[.., token] *= factor[token].
+__device__ __forceinline__ void scale_tokens(float (&x)[kTokenTiles][4], float const* factor) {
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+    float2 const f = *reinterpret_cast<float2 const*>(factor + 8 * n + 2 * (threadIdx.x % 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] *= i % 2 == 0 ? f.x : f.y;
+  }
+}
+
+template <class T, class Record, int kGroups, int kParts>
+struct ScanShared {
+  ScanStage<T, Record, kGroups * kWarpValues> stages[2];
+  GroupSums<kParts> sums[kParts == 1 ? 1 : kGroups];
+};
+
+// Block (slice of values, value head, sequence). With a BackwardRecord it keeps residuals and the state
+// before each chunk instead of o and the final state.
+template <class T, int kKeys, class Record, int kGroups, int kParts>
+__global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
+    scan_chunks(__grid_constant__ Inputs const p, Strided const o, float* final_state, Workspace const w,
+                Record const* records) {
+  extern __shared__ __align__(128) char shared_bytes[];
+  constexpr bool kBackward = Record::kBackward;
+  auto& shared = *reinterpret_cast<ScanShared<T, Record, kGroups, kParts>*>(shared_bytes);
+  Scan<T, kKeys, kGroups, kParts> const scan(p);
+  int const chunks = scan.chunks(), group = scan.column / kWarpValues;
+  auto const load = [&](int c) {
+    auto& stage = shared.stages[c % 2];
+    int bytes = sizeof(Record);
+    if constexpr (kBackward) bytes = offsetof(Record, q_in);
+    scan.load(stage, &stage.record, records + scan.index(p, c), bytes, p, p.v, c);
+  };
+  if (chunks > 0) load(0);
+  ScanState<T, kKeys, kParts> state;
+  int const part = state.part = static_cast<int>(threadIdx.x) / kWarp % kParts;
+  if (p.initial_state != nullptr) {
+    state.each(p, scan.state(p, const_cast<float*>(p.initial_state)), scan.first + scan.column,
+               [](float& s, float const* at) { s = *at; });
+  }
+  for (int c = 0; c < chunks; ++c) {
+    wait_copies();
+    __syncthreads();  // chunk c is here, and nobody reads the other stage any more
+    if (c + 1 < chunks) load(c + 1);
+    if (scan.first + scan.column >= p.value_dim) continue;
+    auto& stage = shared.stages[c % 2];
+    Record const& record = stage.record;
+    if constexpr (kBackward) {
+      state.each(p, gdn::portable::dense_state(w.states, scan.index(p, c), p.key_dim, p.value_dim, false),
+                 scan.first + scan.column, [](float s, float* at) { *at = s; });
+    }
+    uint32_t v[kTokenTiles][2];
+    state.load_values(v, &stage.v[0][scan.column], kGroups * kWarpValues + 8);
+    float x[kTokenTiles][4] = {}, out[kTokenTiles][4] = {};
+    state.template each_step<T>([&](int k, uint32_t const(&a)[4], auto const&) {
+      if (p.delta) state.multiply(x, a, record.k_in, k);
+      if constexpr (!kBackward) state.multiply(out, a, record.q_in, k);
+    });
+    state.template add_parts<!kBackward>(x, out, shared.sums[kParts == 1 ? 0 : group], 1 + group);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -156,158 +414,111 @@ struct ScanState {
         x[n][2 * half + 1] = value.y - x[n][2 * half + 1];
       }
     }
-    float u[kTokenTiles][4] = {};
-    if (delta) {
-      multiply_triangle(u, SplitRows(x), record.inverse, [](int) { return true; });
-    } else {
+    if (p.delta) {
+      SplitRows const rows(x);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) u[n][i] = x[n][i];
+        for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
       }
+      multiply_triangle<true>(x, rows, record.inverse, [](int) { return true; });
     }
-    SplitRows const writes(u);
-#pragma unroll
-    for (int n = 0; n < kChannels / 8; ++n) {
-      float2 const decay = *reinterpret_cast<float2 const*>(record.decay + part * kChannels + 8 * n + t);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] *= i % 2 == 0 ? decay.x : decay.y;
+    if constexpr (kBackward) {
+      scan.keep(x, part, p, w.residuals, c);
+      scale_tokens(x, record.strength);
     }
-    gain(record, writes);
-    multiply_triangle(o, writes, record.scores, [&](int n) { return owns(part, n); });
-
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      if (!owns(part, n)) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<uint32_t*>(&stage.v[8 * n + lane / 4][column + 8 * half + t]) =
-            transposed(pack<T>(o[n][2 * half], o[n][2 * half + 1]));
-      }
-    }
-    __syncwarp();
-  }
-
- private:
-  // x += a rows^T for the 16 channels of step k.
-  __device__ __forceinline__ void multiply(float (&x)[kTokenTiles][4], uint32_t const (&a)[4], T const* rows,
-                                           int k) const {
-    int const lane = threadIdx.x % kWarp, channel = part * kChannels + 16 * k + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; n += 2) {
-      uint32_t b[4];
-      load_matrices(
-          b, shared_address(rows + element_at<kKeys>(8 * n + lane / 16 * 8 + lane % 8, channel)));
-      mma<T>(x[n], a, b[0], b[1]);
-      mma<T>(x[n + 1], a, b[2], b[3]);
+    SplitRows const writes(x);
+    state.decay_by(record.decay);
+    state.template gain<__nv_bfloat16, true, true>(writes.high, writes.low, record.k_out_high,
+                                                   record.k_out_low);
+    if constexpr (!kBackward) {
+      multiply_triangle<true>(out, writes, record.scores, [&](int n) { return state.owns(part, n); });
+      scan.store(stage, out, part, p, o, c);
     }
   }
+  if (kBackward || final_state == nullptr) return;
+  state.each(p, scan.state(p, final_state), scan.first + scan.column, [](float s, float* at) { *at = s; });
+}
 
-  // s += u K_out
-  __device__ __forceinline__ void gain(ChunkRecord<T, kKeys> const& record, SplitRows const& u) {
-    int const lane = threadIdx.x % kWarp, channel = part * kChannels + lane / 16 * 8;
-#pragma unroll
-    for (int k = 0; k < kChunkSteps; ++k) {
-#pragma unroll
-      for (int n = 0; n < kChannels / 8; n += 4) {
-        uint32_t high[2][4], low[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int const at = element_at<kKeys>(16 * k + lane % 16, 8 * (n + 2 * i) + channel);
-          load_matrices_transposed(high[i], shared_address(record.k_out[0] + at));
-          load_matrices_transposed(low[i], shared_address(record.k_out[1] + at));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          mma<__nv_bfloat16>(s[n + i], u.low[k], high[i / 2][i % 2 * 2], high[i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          mma<__nv_bfloat16>(s[n + i], u.high[k], low[i / 2][i % 2 * 2], low[i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          mma<__nv_bfloat16>(s[n + i], u.high[k], high[i / 2][i % 2 * 2], high[i / 2][i % 2 * 2 + 1]);
-      }
-    }
-  }
-};
-
+// The second scan of the backward pass.
 template <class T, int kKeys, int kGroups, int kParts>
-struct ScanShared {
-  static constexpr int kValues = kGroups * kWarpValues;
-  ScanStage<T, kKeys, kValues> stages[2];
-  GroupSums<kParts> sums[kParts == 1 ? 1 : kGroups];
-};
-
-// Block (slice of values, value head, sequence): kGroups groups of warps.
-template <class T, int kKeys, int kGroups, int kParts>
-__global__ void __launch_bounds__(kGroups* kParts* kWarp, 1)
-    scan_chunks(__grid_constant__ ForwardParams const p, ChunkRecord<T, kKeys> const* records) {
+__global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
+    scan_chunks_back(__grid_constant__ BackwardParams const p, Workspace const w,
+                     BackwardRecord<T, kKeys> const* records) {
   extern __shared__ __align__(128) char shared_bytes[];
-  using Shared = ScanShared<T, kKeys, kGroups, kParts>;
-  auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  constexpr int kThreads = kGroups * kParts * kWarp, kValues = Shared::kValues, kPieces = kValues / 8;
-  int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = warp / kParts;
-  int const slices = static_cast<int>(gdn::portable::ceil_div(p.value_dim, kValues));
-  int64_t const n = blockIdx.x / slices / p.value_heads;
-  int const head = static_cast<int>(blockIdx.x / slices % p.value_heads);
-  int const first = static_cast<int>(blockIdx.x % slices) * kValues, column = group * kWarpValues;
-  Sequence const sequence = gdn::portable::sequence(p, n);
-  int const chunks = static_cast<int>(gdn::portable::ceil_div(sequence.length, kChunk));
-  T const* v_rows = token_row<T const>(p.v, sequence.row, sequence.begin, head) + first;
-  T* o_rows = token_row<T>(p.o, sequence.row, sequence.begin, head) + first;
-  ChunkRecord<T, kKeys> const* record = records + first_chunk(p, n) * p.value_heads + head;
-  int const values = p.value_dim - first;  // from here on
+  using Record = BackwardRecord<T, kKeys>;
+  auto& shared = *reinterpret_cast<ScanShared<T, Record, kGroups, kParts>*>(shared_bytes);
+  Scan<T, kKeys, kGroups, kParts> const scan(p);
+  int const chunks = scan.chunks(), group = scan.column / kWarpValues;
   auto const load = [&](int c) {
     auto& stage = shared.stages[c % 2];
-    auto const* const from = reinterpret_cast<char const*>(record);
-    auto* const to = reinterpret_cast<char*>(&stage.record);
-    constexpr int kBytes = sizeof(ChunkRecord<T, kKeys>);
-#pragma unroll 8
-    for (int e = threadIdx.x * 16; e < kBytes; e += kThreads * 16) copy_16(to + e, from + e, true);
-    int const count = static_cast<int>(min(sequence.length - int64_t{c} * kChunk, int64_t{kChunk}));
-#pragma unroll
-    for (int e = threadIdx.x; e < kChunk * kPieces; e += kThreads) {
-      int const i = e / kPieces, value = e % kPieces * 8;
-      bool const present = i < count && value < values;
-      copy_16(&stage.v[i][value], present ? v_rows + i * p.v.token + value : v_rows, present);
-    }
-    record += p.value_heads;
-    v_rows += kChunk * p.v.token;
+    scan.load(stage, stage.record.k_out_low, records[scan.index(p, c)].k_out_low,
+              sizeof(Record) - offsetof(Record, k_out_low), p, p.dout, c);
   };
-
-  if (chunks > 0) load(0);
-  ScanState<T, kKeys, kParts> scan;
-  scan.part = warp % kParts;
-  auto const of_state = [&](float* data) {
-    return gdn::portable::dense_state(data, n * p.value_heads + head, p.key_dim, p.value_dim,
-                                      p.state_v_first);
-  };
-  if (p.initial_state != nullptr) {
-    scan.each(p, of_state(const_cast<float*>(p.initial_state)), first + column,
-              [](float& s, float const* at) { s = *at; });
+  if (chunks > 0) load(chunks - 1);
+  ScanState<T, kKeys, kParts> state;  // dS
+  int const part = state.part = static_cast<int>(threadIdx.x) / kWarp % kParts;
+  if (p.dfinal_state != nullptr) {
+    state.each(p, scan.state(p, const_cast<float*>(p.dfinal_state)), scan.first + scan.column,
+               [](float& s, float const* at) { s = *at; });
   }
-  for (int c = 0; c < chunks; ++c) {
+  for (int c = chunks - 1; c >= 0; --c) {
     wait_copies();
     __syncthreads();  // chunk c is here, and nobody reads the other stage any more
-    if (c + 1 < chunks) load(c + 1);
-    if (column < values) {
-      auto& stage = shared.stages[c % 2];
-      scan.advance(stage, column, p.delta, shared.sums[kParts == 1 ? 0 : group], 1 + group);
-      int const count = static_cast<int>(min(sequence.length - int64_t{c} * kChunk, int64_t{kChunk}));
+    if (c > 0) load(c - 1);
+    if (scan.first + scan.column >= p.value_dim) continue;
+    auto& stage = shared.stages[c % 2];
+    Record const& record = stage.record;
+    state.each(p, gdn::portable::dense_state(w.dstates, scan.index(p, c), p.key_dim, p.value_dim, false),
+               scan.first + scan.column, [](float s, float* at) { *at = s; });
+    uint32_t dout[kTokenTiles][2];
+    state.load_values(dout, &stage.v[0][scan.column], kGroups * kWarpValues + 8);
+    float x[kTokenTiles][4] = {};
+    // Erased directions of dS are small beside the others: pairs.
+    state.template each_step<__nv_bfloat16>([&](int k, uint32_t const(&a)[4], uint32_t const(&low)[4]) {
+      state.multiply(x, low, record.k_out_high, k);
+      state.multiply(x, a, record.k_out_low, k);
+      state.multiply(x, a, record.k_out_high, k);
+    });
+    state.template add_parts<false>(x, x, shared.sums[kParts == 1 ? 0 : group], 1 + group);
+    uint32_t douts[kChunkSteps][4];
 #pragma unroll
-      for (int e = 0; e < scan.kTiles / 2; ++e) {
-        int const i = 8 * scan.tile_of(scan.part, 2 * e + lane / 16) + lane / 2 % 8;
-        int const value = column + lane % 2 * 8;
-        if (i < count && value < values) {
-          *reinterpret_cast<uint4*>(o_rows + i * p.o.token + value) =
-              *reinterpret_cast<uint4 const*>(&stage.v[i][value]);
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) douts[n / 2][n % 2 * 2 + half] = dout[n][half];
+    }
+    multiply_triangle<false>(x, SplitRows::of<T>(douts), record.scores, [](int) { return true; });
+    if (p.delta) {
+      SplitRows const rows(x);
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
+      }
+      multiply_triangle<false>(x, rows, record.transposed_inverse, [](int) { return true; });
+    }
+    scan.keep(x, part, p, w.dwrites, c);
+    scale_tokens(x, record.strength);
+    state.decay_by(record.decay);
+    state.template gain<T, false, false>(douts, douts, record.q_in, record.q_in);
+    if (p.delta) {
+      uint32_t high[kChunkSteps][4], low[kChunkSteps][4];
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Split const s = split_as<T>(-x[n][2 * half], -x[n][2 * half + 1]);
+          high[n / 2][n % 2 * 2 + half] = s.high;
+          low[n / 2][n % 2 * 2 + half] = s.low;
         }
       }
+      state.template gain<T, true, false>(high, low, record.k_in, record.k_in);
     }
-    o_rows += kChunk * p.o.token;
+    scan.store(stage, x, part, p, p.dv, c);
   }
-  if (p.final_state == nullptr) return;
-  scan.each(p, of_state(p.final_state), first + column, [](float s, float* at) { *at = s; });
+  if (p.dinitial_state == nullptr) return;
+  state.each(p, scan.state(p, p.dinitial_state), scan.first + scan.column,
+             [](float s, float* at) { *at = s; });
 }
 
 }  // namespace lt2::kda::portable

@@ -18,6 +18,22 @@ Status launch_forward(ForwardParams const& p, void* stream) {
   });
 }
 
+// Both scans of the backward pass.
+template <Dtype kDtype>
+Status launch_scans(BackwardParams const& p, Workspace const& w, float* records, void* stream) {
+  using T = Element<kDtype>;
+  if constexpr (kDtype != Dtype::kFloat32) {
+    if (by_chunks(p, p.recurrent, p.dout)) return launch_chunk_scans<kDtype>(p, w, records, stream);
+  }
+  return with_tile(p.key_dim, [&](auto tile) {
+    using Tile = decltype(tile);
+    int64_t const blocks = slices<Tile>(p.sequences, p.value_heads, p.value_dim);
+    Status const forward = launch(forward_scan<T, Tile, true>, blocks, kScanThreads, 0, stream, Inputs(p),
+                                  Strided{}, static_cast<float*>(nullptr), w);
+    return forward != kOk ? forward : launch(reverse_scan<T, Tile>, blocks, kScanThreads, 0, stream, p, w);
+  });
+}
+
 template <Dtype kDtype>
 Status launch_backward(BackwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
@@ -28,6 +44,10 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
     workspace += floats;
     return piece;
   };
+  float* const records = workspace;
+  if constexpr (kDtype != Dtype::kFloat32) {
+    if (by_chunks(p, p.recurrent, p.dout)) take(chunk_workspace<kDtype>(p));
+  }
   Workspace w;
   w.residuals = take(rows * p.value_dim);
   w.dwrites = take(rows * p.value_dim);
@@ -37,16 +57,13 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
   w.dk = take(rows * p.key_dim);
   w.carried = take(rows * p.key_dim);
 
-  Status const scans = with_tile(p.key_dim, [&](auto tile) {
-    using Tile = decltype(tile);
-    int64_t const blocks = slices<Tile>(p.sequences, p.value_heads, p.value_dim);
-    Status const forward = launch(forward_scan<T, Tile, true>, blocks, kScanThreads, 0, stream, Inputs(p),
-                                  Strided{}, static_cast<float*>(nullptr), w);
-    return forward != kOk ? forward : launch(reverse_scan<T, Tile>, blocks, kScanThreads, 0, stream, p, w);
-  });
+  Status const scans = launch_scans<kDtype>(p, w, records, stream);
   if (scans != kOk) return scans;
-  Status const gradients = launch(chunk_gradients<T>, chunks * p.value_heads, kGradientThreads,
-                                  static_cast<int>(sizeof(GradientShared)), stream, p, w);
+  bool by_products = false;
+  if constexpr (kDtype == Dtype::kBFloat16) by_products = by_chunks(p, p.recurrent, p.dout);
+  Status const gradients = by_products ? launch_chunk_gradients(p, w, stream)
+                                       : launch(chunk_gradients<T>, chunks * p.value_heads, kGradientThreads,
+                                                static_cast<int>(sizeof(GradientShared)), stream, p, w);
   if (gradients != kOk) return gradients;
   Status const heads =
       launch(gather_heads<T>, chunks * p.heads, kGradientThreads, 0, stream, p, gdn::portable::Workspace(w));

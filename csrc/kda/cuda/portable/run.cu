@@ -3,36 +3,35 @@
 #include "kda/cuda/portable/problem.cuh"
 
 namespace lt2::kda::portable {
-namespace {
 
-constexpr int kMaxChunkKeys = 128, kFewTokens = 16;
+static constexpr int kMaxChunkKeys = 128, kFewTokens = 16;
 
-// Whether the forward pass goes by chunks: else token by token.
-bool by_chunks(ForwardParams const& p) {
-  auto const pairs = [](float const* data) { return reinterpret_cast<uintptr_t>(data) % 8 == 0; };
-  return !p.recurrent && p.dtype != Dtype::kFloat32 && p.key_dim <= kMaxChunkKeys && p.tokens > kFewTokens &&
-         gdn::portable::whole_pieces(p) && pairs(static_cast<float const*>(p.g.data)) && pairs(p.dt_bias) &&
+bool by_chunks(Inputs const& p, bool recurrent, Strided const& values) {
+  auto const pairs = [](void const* data) { return reinterpret_cast<uintptr_t>(data) % 8 == 0; };
+  return !recurrent && p.dtype != Dtype::kFloat32 && p.key_dim <= kMaxChunkKeys && p.tokens > kFewTokens &&
+         gdn::portable::whole_pieces(p, values) && pairs(p.g.data) && pairs(p.dt_bias) &&
          p.g.batch % 2 == 0 && p.g.token % 2 == 0 && p.g.head % 2 == 0;
 }
 
-}  // namespace
-
-Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
-
-int64_t forward_workspace(ForwardParams const& p) {
-  if (!by_chunks(p)) return 0;
+template <class Params>
+static int64_t workspace_of_chunks(Params const& p, Strided const& values) {
+  if (!by_chunks(p, p.recurrent, values)) return 0;
   return p.dtype == Dtype::kFloat16 ? chunk_workspace<Dtype::kFloat16>(p)
                                     : chunk_workspace<Dtype::kBFloat16>(p);
 }
 
+Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
+
+int64_t forward_workspace(ForwardParams const& p) { return workspace_of_chunks(p, p.o); }
+
 int64_t backward_workspace(BackwardParams const& p) {
   int64_t const rows = p.batch * p.tokens * p.value_heads;
   int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
-  return 2 * (rows * p.value_dim + states) + 3 * rows * p.key_dim;
+  return workspace_of_chunks(p, p.dout) + 2 * (rows * p.value_dim + states) + 3 * rows * p.key_dim;
 }
 
 Status forward(ForwardParams const& p, float* workspace, void* stream) {
-  if (by_chunks(p)) {
+  if (by_chunks(p, p.recurrent, p.o)) {
     return p.dtype == Dtype::kFloat16 ? launch_chunks<Dtype::kFloat16>(p, workspace, stream)
                                       : launch_chunks<Dtype::kBFloat16>(p, workspace, stream);
   }
