@@ -204,6 +204,12 @@ def test_sizes(device, K, V, H, HV, dtype):
         check_against_oracle(op, inputs(op, B=2, T=67, H=H, HV=HV, K=K, V=V, dtype=dtype, device=device))
 
 
+def test_many_heads(device):
+    """So many that they fill a GPU: its kernels then divide up a state otherwise."""
+    for op, K in product(CHUNKED.values(), (64, 128)):
+        check_against_oracle(op, inputs(op, T=70, H=34, HV=68, K=K, dtype=BF16, device=device))
+
+
 VARLEN = {
     "one": [0, 70],
     "empty_first": [0, 0, 70],

@@ -126,7 +126,8 @@ __device__ __forceinline__ void store_sums(float2 (&to)[kBlock][kSumRow / 2], fl
 
 // Block (chunk number, value head); warp (block of 16 tokens, 64 channels).
 static __global__ void __launch_bounds__(kGradientThreads, 1)
-    chunk_gradients_bf16(__grid_constant__ BackwardParams const p, __grid_constant__ Workspace const w) {
+    chunk_gradients_bf16(__grid_constant__ BackwardParams const p, __grid_constant__ Workspace const w,
+                         bool whole) {
   using T = __nv_bfloat16;
   extern __shared__ __align__(128) char shared_bytes[];
   auto& s = *reinterpret_cast<ChunkGradientShared*>(shared_bytes);
@@ -163,10 +164,16 @@ static __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
     for (int e = threadIdx.x; e < kChunk * kPanel / 8; e += kGradientThreads) {
       int const i = e / (kPanel / 8), value = e % (kPanel / 8) * 8;
-      bool const present = i < tokens && begin + value < V;
-      *reinterpret_cast<uint4*>(s.panel.dout + element_at<kPanel>(i, value)) =
-          present ? *reinterpret_cast<uint4 const*>(dout_rows + i * p.dout.token + begin + value)
-                  : uint4{0, 0, 0, 0};
+      uint4 piece = {0, 0, 0, 0};
+      if (i < tokens && begin + value < V) {
+        T const* const from = dout_rows + i * p.dout.token + begin + value;
+        if (whole) {
+          piece = *reinterpret_cast<uint4 const*>(from);
+        } else {
+          for (int x = 0; x < 8; ++x) reinterpret_cast<T*>(&piece)[x] = from[x];
+        }
+      }
+      *reinterpret_cast<uint4*>(s.panel.dout + element_at<kPanel>(i, value)) = piece;
     }
     auto const store = [](T* to, float4 x) {
       *reinterpret_cast<uint2*>(to) = {pack<T>(x.x, x.y), pack<T>(x.z, x.w)};
@@ -231,7 +238,7 @@ static __global__ void __launch_bounds__(kGradientThreads, 1)
   bool const later_half = block >= kBlocks / 2, later_block = block % 2 == 1;
   {
     BlockRows<T> rows;
-    rows.load(p, chunk, head, first, c);
+    rows.load(p, chunk, head, first, c, whole);
     *reinterpret_cast<float2*>(&s.totals[block][c]) = rows.total();
     __syncthreads();
     auto const total_of = [&](int from, int to) {
@@ -336,7 +343,7 @@ static __global__ void __launch_bounds__(kGradientThreads, 1)
   float2 q[kBlock], k[kBlock], a[kBlock], x_total = {0.f, 0.f}, carried_total = {0.f, 0.f};
   {
     BlockRows<T> rows;
-    rows.load(p, chunk, head, first, c);
+    rows.load(p, chunk, head, first, c, whole);
     float2 sum = {0.f, 0.f};
 #pragma unroll
     for (int i = kBlock - 1; i >= 0; --i) {

@@ -40,10 +40,10 @@ int64_t chunk_workspace(BackwardParams const& p) {
 }
 
 template <class T, int kKeys, class Record>
-Status launch_prepare(Inputs const& p, Record* to, void* stream) {
+Status launch_prepare(Inputs const& p, Record* to, bool whole, void* stream) {
   using Shared = PrepareShared<T, kKeys, Record::kBackward ? 2 : 1>;
   return launch(prepare_chunks<T, kKeys, Record>, records(p), kPrepareThreads<kKeys>,
-                static_cast<int>(sizeof(Shared)), stream, p, to);
+                static_cast<int>(sizeof(Shared)), stream, p, to, whole);
 }
 
 // f(groups, parts, blocks, threads): with few heads two warps share the channels of a state, and more blocks
@@ -61,12 +61,12 @@ Status with_groups(Inputs const& p, F const& f) {
 
 template <class T, int kKeys, class Record>
 Status launch_scan(Inputs const& p, Strided const& o, float* final_state, Workspace const& w,
-                   Record const* from, void* stream) {
+                   Record const* from, bool whole, void* stream) {
   return with_groups(p, [&](auto groups, auto parts, int64_t blocks) {
     constexpr int kGroups = decltype(groups)::value, kParts = decltype(parts)::value;
     return launch(scan_chunks<T, kKeys, Record, kGroups, kParts>, blocks, kGroups * kParts * kWarp,
                   static_cast<int>(sizeof(ScanShared<T, Record, kGroups, kParts>)), stream, p, o, final_state,
-                  w, from);
+                  w, from, whole);
   });
 }
 
@@ -77,9 +77,10 @@ Status launch_chunks(ForwardParams const& p, float* workspace, void* stream) {
     constexpr int kKeys = decltype(keys)::value;
     using Record = ChunkRecord<T, kKeys>;
     auto* const to = reinterpret_cast<Record*>(workspace);
-    Status const prepared = launch_prepare<T, kKeys>(p, to, stream);
+    bool const whole = whole_rows(p, p.o);
+    Status const prepared = launch_prepare<T, kKeys>(p, to, whole, stream);
     if (prepared != kOk) return prepared;
-    return launch_scan<T, kKeys, Record>(p, p.o, p.final_state, Workspace{}, to, stream);
+    return launch_scan<T, kKeys, Record>(p, p.o, p.final_state, Workspace{}, to, whole, stream);
   });
 }
 
@@ -90,14 +91,15 @@ Status launch_chunk_scans(BackwardParams const& p, Workspace const& w, float* wo
     constexpr int kKeys = decltype(keys)::value;
     using Record = BackwardRecord<T, kKeys>;
     auto* const to = reinterpret_cast<Record*>(workspace);
-    Status status = launch_prepare<T, kKeys>(p, to, stream);
-    if (status == kOk) status = launch_scan<T, kKeys, Record>(p, Strided{}, nullptr, w, to, stream);
+    bool const whole = whole_rows(p, p.dout);
+    Status status = launch_prepare<T, kKeys>(p, to, whole, stream);
+    if (status == kOk) status = launch_scan<T, kKeys, Record>(p, Strided{}, nullptr, w, to, whole, stream);
     if (status != kOk) return status;
     return with_groups(p, [&](auto groups, auto parts, int64_t blocks) {
       constexpr int kGroups = decltype(groups)::value, kParts = decltype(parts)::value;
       return launch(scan_chunks_back<T, kKeys, kGroups, kParts>, blocks, kGroups * kParts * kWarp,
                     static_cast<int>(sizeof(ScanShared<T, Record, kGroups, kParts>)), stream, p, w,
-                    static_cast<Record const*>(to));
+                    static_cast<Record const*>(to), whole);
     });
   });
 }

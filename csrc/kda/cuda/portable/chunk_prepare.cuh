@@ -67,22 +67,44 @@ struct BlockRows {
   uint32_t q[kBlock], k[kBlock];
   float2 g[kBlock];  // log2 of the decays
 
-  // Tokens from `first` on, channels c and c + 1.
-  __device__ __forceinline__ void load(Inputs const& p, Chunk const& chunk, int head, int first, int c) {
+  // Tokens from `first` on, channels c and c + 1. `whole`: both lie in memory as an aligned pair.
+  __device__ __forceinline__ void load(Inputs const& p, Chunk const& chunk, int head, int first, int c,
+                                       bool whole) {
     int const key_head = head / (p.value_heads / p.heads);
-    T const* const q_rows = token_row<T const>(p.q, chunk.row, chunk.begin + first, key_head) + c;
-    T const* const k_rows = token_row<T const>(p.k, chunk.row, chunk.begin + first, key_head) + c;
-    float const* const g_rows = token_row<float const>(p.g, chunk.row, chunk.begin + first, head) + c;
-    auto const present = [&](int i) { return first + i < chunk.tokens && c < p.key_dim; };
+    T const* q_row = token_row<T const>(p.q, chunk.row, chunk.begin + first, key_head) + c;
+    T const* k_row = token_row<T const>(p.k, chunk.row, chunk.begin + first, key_head) + c;
+    float const* g_row = token_row<float const>(p.g, chunk.row, chunk.begin + first, head) + c;
+    int const count = c < p.key_dim ? chunk.tokens - first : 0;
+    auto const present = [&](int i) { return i < count; };
+    // Addresses go from row to row: as products they would be most of this kernel's instructions.
+    auto const load_rows = [&](auto const& load) {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      q[i] = present(i) ? *reinterpret_cast<uint32_t const*>(q_rows + i * p.q.token) : 0;
-      k[i] = present(i) ? *reinterpret_cast<uint32_t const*>(k_rows + i * p.k.token) : 0;
-      g[i] = present(i) ? *reinterpret_cast<float2 const*>(g_rows + i * p.g.token) : float2{0.f, 0.f};
+      for (int i = 0; i < kBlock; ++i) {
+        q[i] = k[i] = 0;
+        g[i] = {0.f, 0.f};
+        if (present(i)) load(i);
+        q_row += p.q.token;
+        k_row += p.k.token;
+        g_row += p.g.token;
+      }
+    };
+    if (whole) {
+      load_rows([&](int i) {
+        q[i] = *reinterpret_cast<uint32_t const*>(q_row);
+        k[i] = *reinterpret_cast<uint32_t const*>(k_row);
+        g[i] = *reinterpret_cast<float2 const*>(g_row);
+      });
+    } else {
+      load_rows([&](int i) {
+        q[i] = pack<T>(to_float(q_row[0]), to_float(q_row[1]));
+        k[i] = pack<T>(to_float(k_row[0]), to_float(k_row[1]));
+        g[i] = {g_row[0], g_row[1]};
+      });
     }
     if (p.A_log != nullptr && c < p.key_dim) {
       float const rate = -expf(p.A_log[head]);
-      float2 const bias = *reinterpret_cast<float2 const*>(p.dt_bias + head * p.key_dim + c);
+      float const* const at = p.dt_bias + head * p.key_dim + c;
+      float2 const bias = {at[0], at[1]};
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         float2 const x = g[i] + bias;
@@ -178,7 +200,7 @@ __device__ __forceinline__ void block_sums(float (&sums)[kBlock / 2], float2 con
 
 template <class T, int kKeys, class Record>
 __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
-    prepare_chunks(__grid_constant__ Inputs const p, Record* records) {
+    prepare_chunks(__grid_constant__ Inputs const p, Record* records, bool whole) {
   extern __shared__ __align__(128) char shared_bytes[];
   constexpr bool kBackward = Record::kBackward;
   constexpr int kInverses = kBackward ? 2 : 1;
@@ -192,7 +214,7 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
   Record& record = records[blockIdx.x];
 
   BlockRows<T> rows;
-  rows.load(p, chunk, head, first, c);
+  rows.load(p, chunk, head, first, c, whole);
   auto &q = rows.q, &k = rows.k;
   auto& g = rows.g;
   if (threadIdx.x < kChunk) {
@@ -233,6 +255,8 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
     return exp2_fast(sum);
   };
   bool const later_half = block >= kBlocks / 2, later_block = block % 2 == 1;
+  // Rows of a block begin at a multiple of 16: element_at(i, c) is the same for all arrays.
+  int const in_chunk = first * kKeys, in_half = first % kHalf * kKeys, of_half = block / 2 * kBlock * kKeys;
   {
     float2 const before = total_of(0, block), before_in_half = total_of(kBlocks / 2, block);
     float2 sum = {0.f, 0.f};
@@ -243,19 +267,17 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
       float2 const qs = __shfl_sync(0xffffffffu, factor, i) * (decay * unpack<T>(q[i]));
       float2 const ks = __shfl_sync(0xffffffffu, factor, kBlock + i) * (decay * unpack<T>(k[i]));
       float2 const q_in = before * qs, k_in = before * ks;
-      int const at = element_at<kKeys>(first + i, c);
-      store_pair(record.q_in, at, pack<T>(q_in.x, q_in.y));
-      if (p.delta) store_pair(record.k_in, at, pack<T>(k_in.x, k_in.y));
+      int const at = element_at<kKeys>(i, c);
+      store_pair(record.q_in + in_chunk, at, pack<T>(q_in.x, q_in.y));
+      if (p.delta) store_pair(record.k_in + in_chunk, at, pack<T>(k_in.x, k_in.y));
       if (later_block) {
-        int const here = element_at<kKeys>(block / 2 * kBlock + i, c);
-        store_pair(s.q_rows[0], here, pack<T>(qs.x, qs.y));
-        store_pair(s.k_rows[0], here, pack<T>(ks.x, ks.y));
+        store_pair(s.q_rows[0] + of_half, at, pack<T>(qs.x, qs.y));
+        store_pair(s.k_rows[0] + of_half, at, pack<T>(ks.x, ks.y));
       }
       if (later_half) {
-        int const here = element_at<kKeys>(first - kHalf + i, c);
         float2 const x = before_in_half * qs, y = before_in_half * ks;
-        store_pair(s.q_rows[1], here, pack<T>(x.x, x.y));
-        store_pair(s.k_rows[1], here, pack<T>(y.x, y.y));
+        store_pair(s.q_rows[1] + in_half, at, pack<T>(x.x, x.y));
+        store_pair(s.k_rows[1] + in_half, at, pack<T>(y.x, y.y));
       }
     }
   }
@@ -269,17 +291,16 @@ __global__ void __launch_bounds__(kPrepareThreads<kKeys>, 2)
       sum = sum + g[i];
       float2 const k_out = behind * ks;
       Split const out = split(k_out.x, k_out.y);
-      int const at = element_at<kKeys>(first + i, c);
-      store_pair(record.k_out_high, at, out.high);
-      store_pair(record.k_out_low, at, out.low);
-      auto const store_column = [&](int border, int row, float2 x) {
+      int const at = element_at<kKeys>(i, c);
+      store_pair(record.k_out_high + in_chunk, at, out.high);
+      store_pair(record.k_out_low + in_chunk, at, out.low);
+      auto const store_column = [&](T(&to)[2][kHalf* kKeys], int rows, float2 x) {
         Split const column = split_as<T>(x.x, x.y);
-        int const here = element_at<kKeys>(row, c);
-        store_pair(s.columns[border][0], here, column.high);
-        store_pair(s.columns[border][1], here, column.low);
+        store_pair(to[0] + rows, at, column.high);
+        store_pair(to[1] + rows, at, column.low);
       };
-      if (!later_block) store_column(0, block / 2 * kBlock + i, ks);
-      if (!later_half) store_column(1, first + i, behind_in_half * ks);
+      if (!later_block) store_column(s.columns[0], of_half, ks);
+      if (!later_half) store_column(s.columns[1], in_half, behind_in_half * ks);
     }
   }
   if (block == 0) *reinterpret_cast<float2*>(record.decay + c) = total_of(0, kBlocks);

@@ -64,7 +64,8 @@ struct SplitRows {
   }
 };
 
-// d += a m^T with a triangle m, for the tiles of 8 tokens that are wanted(n).
+// d += a m^T with a triangle m, for the tiles of 8 tokens that are wanted(n). Four tiles at a time: the three
+// products of one depend on each other.
 template <bool kLower, class F>
 __device__ __forceinline__ void multiply_triangle(float (&d)[kTokenTiles][4], SplitRows const& a,
                                                   Triangle const& m, F const& wanted) {
@@ -73,13 +74,19 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[kTokenTiles][4], Sp
   for (int step = 0; step < kChunkSteps; ++step) {
     int const k = kLower ? step : kChunkSteps - 1 - step;
 #pragma unroll
-    for (int tile = 2 * step; tile < kTokenTiles; ++tile) {
-      int const n = kLower ? tile : kTokenTiles - 1 - tile;
-      if (!wanted(n)) continue;
-      uint4 const b = m[triangle_block(tile, step)][lane];
-      mma<__nv_bfloat16>(d[n], a.low[k], b.x, b.y);
-      mma<__nv_bfloat16>(d[n], a.high[k], b.z, b.w);
-      mma<__nv_bfloat16>(d[n], a.high[k], b.x, b.y);
+    for (int first = 2 * step; first < kTokenTiles; first += 4) {
+      uint4 b[4];
+      auto const each = [&](auto const& f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          int const tile = first + i, n = kLower ? tile : kTokenTiles - 1 - tile;
+          if (tile < kTokenTiles && wanted(n)) f(i, tile, n);
+        }
+      };
+      each([&](int i, int tile, int) { b[i] = m[triangle_block(tile, step)][lane]; });
+      each([&](int i, int, int n) { mma<__nv_bfloat16>(d[n], a.low[k], b[i].x, b[i].y); });
+      each([&](int i, int, int n) { mma<__nv_bfloat16>(d[n], a.high[k], b[i].z, b[i].w); });
+      each([&](int i, int, int n) { mma<__nv_bfloat16>(d[n], a.high[k], b[i].x, b[i].y); });
     }
   }
 }
@@ -102,7 +109,7 @@ struct ScanState {
   float s[kChannels / 8][4] = {};
   int part;
 
-  __device__ __forceinline__ static bool owns(int part, int tile) {
+  __device__ __forceinline__ static constexpr bool owns(int part, int tile) {
     return kParts == 1 || (tile >= 2 && tile < 6) == (part == 1);
   }
   // The n-th tile of a part.
@@ -254,7 +261,7 @@ struct Scan {
   static constexpr int kThreads = kGroups * kParts * kWarp, kValues = kGroups * kWarpValues;
   static constexpr int kPieces = kValues / 8;  // of 16 bytes in a row of values
   Sequence sequence;
-  int64_t n;
+  int64_t n, first_record;
   int head, first, column;  // value columns from first on, the warp's from column on in the slice
 
   __device__ explicit Scan(Inputs const& p) {
@@ -264,6 +271,7 @@ struct Scan {
     first = static_cast<int>(blockIdx.x % slices) * kValues;
     column = static_cast<int>(threadIdx.x) / kWarp / kParts * kWarpValues;
     sequence = gdn::portable::sequence(p, n);
+    first_record = first_chunk(p, n) * p.value_heads + head;
   }
   __device__ int chunks() const { return static_cast<int>(gdn::portable::ceil_div(sequence.length, kChunk)); }
   __device__ int count(int c) const {
@@ -271,7 +279,7 @@ struct Scan {
   }
   // Of chunk c, in arrays of chunk numbers times value heads.
   __device__ int64_t index(Inputs const& p, int c) const {
-    return (first_chunk(p, n) + c) * p.value_heads + head;
+    return first_record + static_cast<int64_t>(c) * p.value_heads;
   }
   __device__ State state(Inputs const& p, float* data) const {
     return gdn::portable::dense_state(data, n * p.value_heads + head, p.key_dim, p.value_dim,
@@ -282,21 +290,31 @@ struct Scan {
     return token_row<E>(x, sequence.row, sequence.begin + int64_t{c} * kChunk, head) + first;
   }
 
-  // Starts to copy `bytes` of a record and the rows of values of chunk c.
+  // Starts to copy `bytes` of a record and the rows of values of chunk c. `whole`: rows are made of aligned
+  // pieces of 16 bytes.
   template <class Stage>
   __device__ __forceinline__ void load(Stage& stage, void* to, void const* from, int bytes, Inputs const& p,
-                                       Strided const& values, int c) const {
+                                       Strided const& values, int c, bool whole) const {
 #pragma unroll 8
     for (int e = static_cast<int>(threadIdx.x) * 16; e < bytes; e += kThreads * 16) {
       copy_16(static_cast<char*>(to) + e, static_cast<char const*>(from) + e, true);
     }
     T const* const v_rows = rows<T const>(values, c);
     int const tokens = count(c);
+    if (whole) {
 #pragma unroll
-    for (int e = threadIdx.x; e < kChunk * kPieces; e += kThreads) {
-      int const i = e / kPieces, value = e % kPieces * 8;
-      bool const present = i < tokens && first + value < p.value_dim;
-      copy_16(&stage.v[i][value], present ? v_rows + i * values.token + value : v_rows, present);
+      for (int e = threadIdx.x; e < kChunk * kPieces; e += kThreads) {
+        int const i = e / kPieces, value = e % kPieces * 8;
+        bool const present = i < tokens && first + value < p.value_dim;
+        copy_16(&stage.v[i][value], present ? v_rows + i * values.token + value : v_rows, present);
+      }
+    } else {
+#pragma unroll 1
+      for (int e = threadIdx.x; e < kChunk * kValues; e += kThreads) {
+        int const i = e / kValues, value = e % kValues;
+        bool const present = i < tokens && first + value < p.value_dim;
+        stage.v[i][value] = present ? v_rows[i * values.token + value] : from_float<T>(0.f);
+      }
     }
   }
 
@@ -367,9 +385,10 @@ struct ScanShared {
 template <class T, int kKeys, class Record, int kGroups, int kParts>
 __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     scan_chunks(__grid_constant__ Inputs const p, Strided const o, float* final_state, Workspace const w,
-                Record const* records) {
+                Record const* records, bool whole) {
   extern __shared__ __align__(128) char shared_bytes[];
   constexpr bool kBackward = Record::kBackward;
+  using Warp = ScanState<T, kKeys, kParts>;
   auto& shared = *reinterpret_cast<ScanShared<T, Record, kGroups, kParts>*>(shared_bytes);
   Scan<T, kKeys, kGroups, kParts> const scan(p);
   int const chunks = scan.chunks(), group = scan.column / kWarpValues;
@@ -377,10 +396,10 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     auto& stage = shared.stages[c % 2];
     int bytes = sizeof(Record);
     if constexpr (kBackward) bytes = offsetof(Record, q_in);
-    scan.load(stage, &stage.record, records + scan.index(p, c), bytes, p, p.v, c);
+    scan.load(stage, &stage.record, records + scan.index(p, c), bytes, p, p.v, c, whole);
   };
   if (chunks > 0) load(0);
-  ScanState<T, kKeys, kParts> state;
+  Warp state;
   int const part = state.part = static_cast<int>(threadIdx.x) / kWarp % kParts;
   if (p.initial_state != nullptr) {
     state.each(p, scan.state(p, const_cast<float*>(p.initial_state)), scan.first + scan.column,
@@ -432,7 +451,11 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     state.template gain<__nv_bfloat16, true, true>(writes.high, writes.low, record.k_out_high,
                                                    record.k_out_low);
     if constexpr (!kBackward) {
-      multiply_triangle<true>(out, writes, record.scores, [&](int n) { return state.owns(part, n); });
+      if (part == 0) {  // tiles known at compile time leave no branches between products
+        multiply_triangle<true>(out, writes, record.scores, [](int n) { return Warp::owns(0, n); });
+      } else {
+        multiply_triangle<true>(out, writes, record.scores, [](int n) { return Warp::owns(1, n); });
+      }
       scan.store(stage, out, part, p, o, c);
     }
   }
@@ -444,7 +467,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
 template <class T, int kKeys, int kGroups, int kParts>
 __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     scan_chunks_back(__grid_constant__ BackwardParams const p, Workspace const w,
-                     BackwardRecord<T, kKeys> const* records) {
+                     BackwardRecord<T, kKeys> const* records, bool whole) {
   extern __shared__ __align__(128) char shared_bytes[];
   using Record = BackwardRecord<T, kKeys>;
   auto& shared = *reinterpret_cast<ScanShared<T, Record, kGroups, kParts>*>(shared_bytes);
@@ -453,7 +476,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
   auto const load = [&](int c) {
     auto& stage = shared.stages[c % 2];
     scan.load(stage, stage.record.k_out_low, records[scan.index(p, c)].k_out_low,
-              sizeof(Record) - offsetof(Record, k_out_low), p, p.dout, c);
+              sizeof(Record) - offsetof(Record, k_out_low), p, p.dout, c, whole);
   };
   if (chunks > 0) load(chunks - 1);
   ScanState<T, kKeys, kParts> state;  // dS

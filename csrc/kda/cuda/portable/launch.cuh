@@ -23,7 +23,7 @@ template <Dtype kDtype>
 Status launch_scans(BackwardParams const& p, Workspace const& w, float* records, void* stream) {
   using T = Element<kDtype>;
   if constexpr (kDtype != Dtype::kFloat32) {
-    if (by_chunks(p, p.recurrent, p.dout)) return launch_chunk_scans<kDtype>(p, w, records, stream);
+    if (by_chunks(p, p.recurrent)) return launch_chunk_scans<kDtype>(p, w, records, stream);
   }
   return with_tile(p.key_dim, [&](auto tile) {
     using Tile = decltype(tile);
@@ -46,7 +46,7 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
   };
   float* const records = workspace;
   if constexpr (kDtype != Dtype::kFloat32) {
-    if (by_chunks(p, p.recurrent, p.dout)) take(chunk_workspace<kDtype>(p));
+    if (by_chunks(p, p.recurrent)) take(chunk_workspace<kDtype>(p));
   }
   Workspace w;
   w.residuals = take(rows * p.value_dim);
@@ -60,7 +60,7 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
   Status const scans = launch_scans<kDtype>(p, w, records, stream);
   if (scans != kOk) return scans;
   bool by_products = false;
-  if constexpr (kDtype == Dtype::kBFloat16) by_products = by_chunks(p, p.recurrent, p.dout);
+  if constexpr (kDtype == Dtype::kBFloat16) by_products = by_chunks(p, p.recurrent);
   Status const gradients = by_products ? launch_chunk_gradients(p, w, stream)
                                        : launch(chunk_gradients<T>, chunks * p.value_heads, kGradientThreads,
                                                 static_cast<int>(sizeof(GradientShared)), stream, p, w);

@@ -7,9 +7,11 @@ namespace lt2::kda::portable {
 
 struct Workspace;
 
-// Whether a pass goes by chunks of tokens, else token by token; `values` is o or dO. Then by operands of 2
-// bytes; workspaces in floats.
-bool by_chunks(Inputs const& p, bool recurrent, Strided const& values);
+// Whether a pass goes by chunks of tokens, else token by token; then of operands of 2 bytes. Workspaces in
+// floats.
+bool by_chunks(Inputs const& p, bool recurrent);
+// Whether q, k, v and `values`, which is o or dO, are made of aligned pieces of 16 bytes, and g of 8.
+bool whole_rows(Inputs const& p, Strided const& values);
 template <Dtype>
 int64_t chunk_workspace(ForwardParams const& p);
 template <Dtype>

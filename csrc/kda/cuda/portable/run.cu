@@ -6,32 +6,35 @@ namespace lt2::kda::portable {
 
 static constexpr int kMaxChunkKeys = 128, kFewTokens = 16;
 
-bool by_chunks(Inputs const& p, bool recurrent, Strided const& values) {
-  auto const pairs = [](void const* data) { return reinterpret_cast<uintptr_t>(data) % 8 == 0; };
-  return !recurrent && p.dtype != Dtype::kFloat32 && p.key_dim <= kMaxChunkKeys && p.tokens > kFewTokens &&
-         gdn::portable::whole_pieces(p, values) && pairs(p.g.data) && pairs(p.dt_bias) &&
+bool by_chunks(Inputs const& p, bool recurrent) {
+  return !recurrent && p.dtype != Dtype::kFloat32 && p.key_dim <= kMaxChunkKeys && p.key_dim % 8 == 0 &&
+         p.value_dim % 8 == 0 && p.tokens > kFewTokens;
+}
+
+bool whole_rows(Inputs const& p, Strided const& values) {
+  return gdn::portable::whole_pieces(p, values) && reinterpret_cast<uintptr_t>(p.g.data) % 8 == 0 &&
          p.g.batch % 2 == 0 && p.g.token % 2 == 0 && p.g.head % 2 == 0;
 }
 
 template <class Params>
-static int64_t workspace_of_chunks(Params const& p, Strided const& values) {
-  if (!by_chunks(p, p.recurrent, values)) return 0;
+static int64_t workspace_of_chunks(Params const& p) {
+  if (!by_chunks(p, p.recurrent)) return 0;
   return p.dtype == Dtype::kFloat16 ? chunk_workspace<Dtype::kFloat16>(p)
                                     : chunk_workspace<Dtype::kBFloat16>(p);
 }
 
 Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
 
-int64_t forward_workspace(ForwardParams const& p) { return workspace_of_chunks(p, p.o); }
+int64_t forward_workspace(ForwardParams const& p) { return workspace_of_chunks(p); }
 
 int64_t backward_workspace(BackwardParams const& p) {
   int64_t const rows = p.batch * p.tokens * p.value_heads;
   int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
-  return workspace_of_chunks(p, p.dout) + 2 * (rows * p.value_dim + states) + 3 * rows * p.key_dim;
+  return workspace_of_chunks(p) + 2 * (rows * p.value_dim + states) + 3 * rows * p.key_dim;
 }
 
 Status forward(ForwardParams const& p, float* workspace, void* stream) {
-  if (by_chunks(p, p.recurrent, p.o)) {
+  if (by_chunks(p, p.recurrent)) {
     return p.dtype == Dtype::kFloat16 ? launch_chunks<Dtype::kFloat16>(p, workspace, stream)
                                       : launch_chunks<Dtype::kBFloat16>(p, workspace, stream);
   }
