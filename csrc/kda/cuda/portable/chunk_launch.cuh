@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstdlib>
 #include <type_traits>
 
 #include "common/cuda/launch.cuh"
@@ -53,9 +52,8 @@ Status with_groups(Inputs const& p, F const& f) {
   auto const blocks = [&](int groups) {
     return p.sequences * p.value_heads * gdn::portable::ceil_div(p.value_dim, groups * kWarpValues);
   };
-  bool few = blocks(4) <= kFewBlocks;
-  if (char const* e = getenv("LT2_FEW")) few = *e == '1';
-  return few ? f(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{}, blocks(2))
+  return blocks(4) <= kFewBlocks
+             ? f(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{}, blocks(2))
              : f(std::integral_constant<int, 4>{}, std::integral_constant<int, 1>{}, blocks(4));
 }
 
