@@ -1,5 +1,6 @@
 #include "gdn/cuda/portable/chunk_forward.cuh"
 #include "gdn/cuda/portable/launch.h"
+#include "gdn/cuda/portable/simple_launch.h"
 #include "gdn/cuda/portable/sizes.cuh"
 
 namespace lt2::gdn::portable {
@@ -8,23 +9,32 @@ namespace {
 // Whether the forward pass goes by chunks: else token by token.
 bool by_chunks(ForwardParams const& p) { return !p.recurrent && p.dtype != Dtype::kFloat32; }
 
+bool simple(ForwardParams const& p) { return !p.recurrent && simple_supports(p, p.o); }
+bool simple(BackwardParams const& p) { return !p.recurrent && simple_supports(p, p.dout); }
+
 }  // namespace
 
 Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); }
 
 int64_t forward_workspace(ForwardParams const& p) {
+  if (simple(p)) return simple_plan_floats(p, 1);
   if (!by_chunks(p)) return 0;
   return chunk_numbers<kScanChunk>(p) * p.value_heads *
          static_cast<int64_t>(sizeof(ChunkRecord) / sizeof(float));
 }
 
 int64_t backward_workspace(BackwardParams const& p) {
+  if (simple(p)) return simple_backward_floats(p);
   int64_t const rows = p.batch * p.tokens * p.value_heads;
   int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
   return 2 * (rows * (p.key_dim + p.value_dim) + states);
 }
 
 Status forward(ForwardParams const& p, float* workspace, void* stream) {
+  if (simple(p)) {
+    return p.dtype == Dtype::kFloat16 ? launch_simple_forward<Dtype::kFloat16>(p, workspace, stream)
+                                      : launch_simple_forward<Dtype::kBFloat16>(p, workspace, stream);
+  }
   if (by_chunks(p)) {
     return p.dtype == Dtype::kFloat16 ? launch_chunks<Dtype::kFloat16>(p, workspace, stream)
                                       : launch_chunks<Dtype::kBFloat16>(p, workspace, stream);
@@ -32,8 +42,13 @@ Status forward(ForwardParams const& p, float* workspace, void* stream) {
   LT2_BY_DTYPE(p.dtype, launch_forward, p, stream)
 }
 
-Status backward(BackwardParams const& p, float* workspace,
-                void* stream){LT2_BY_DTYPE(p.dtype, launch_backward, p, workspace, stream)}
+Status backward(BackwardParams const& p, float* workspace, void* stream) {
+  if (simple(p)) {
+    return p.dtype == Dtype::kFloat16 ? launch_simple_backward<Dtype::kFloat16>(p, workspace, stream)
+                                      : launch_simple_backward<Dtype::kBFloat16>(p, workspace, stream);
+  }
+  LT2_BY_DTYPE(p.dtype, launch_backward, p, workspace, stream)
+}
 
 Status step(StepParams const& p, void* stream) {
   if (Status const sizes = check_sizes(p.heads, p.value_heads, p.key_dim, p.value_dim); sizes != kOk)
