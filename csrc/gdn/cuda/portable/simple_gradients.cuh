@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     __syncthreads();  // nobody needs it any more
     s.edge.copy(dedge, kKeys, kValues, kKeys);
     commit_copies();
+    asm volatile("" : "+r"(lane));
     scale_rows(dq, p.scale * exp2_fast(upper_sum), p.scale * exp2_fast(lower_sum));
     if (p.dg.data != nullptr) {
       uint32_t q[kKeys / 16][4];
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
 
   asm volatile("" : "+r"(lane));
   // Rows are read again rather than kept in registers.
-  uint32_t scores[kChunk / 16][4], c[kChunk / 16][4];  // transposed
+  uint32_t products[kChunk / 16][4];  // of this chunk's tokens, transposed: those of dV, then of dK
   auto const with_decays = [&](float const(&x)[kChunk / 8][4], uint32_t (&packed)[kChunk / 16][4]) {
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
@@ -324,14 +325,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     load_rows(k_rows, s.k, warp, lane);
     float x[kChunk / 8][4] = {};
     multiply_tokens(x, k_rows, s.q, 2 * warp, kChunk / 8, lane);
-    with_decays(x, scores);
-  }
-  {
-    uint32_t v_rows[kValues / 16][4];
-    load_rows(v_rows, s.v, warp, lane);
-    float x[kChunk / 8][4] = {};
-    multiply_tokens(x, v_rows, s.dout, 2 * warp, kChunk / 8, lane);
-    with_decays(x, c);
+    with_decays(x, products);
   }
   wait_groups<0>();
   __syncthreads();  // dS is here
@@ -365,8 +359,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
       for (int n = 0; n < kValues / 8; n += 2) {
         uint32_t b[4];
         s.dout.second(b, n, k, lane);
-        mma<T>(dv[n], scores[k], b[0], b[1]);
-        mma<T>(dv[n + 1], scores[k], b[2], b[3]);
+        mma<T>(dv[n], products[k], b[0], b[1]);
+        mma<T>(dv[n + 1], products[k], b[2], b[3]);
       }
     }
     if (p.dbeta.data != nullptr) {
@@ -388,6 +382,11 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   {
     uint32_t v_rows[kValues / 16][4];
     load_rows(v_rows, s.v, warp, lane);
+    {
+      float x[kChunk / 8][4] = {};
+      multiply_tokens(x, v_rows, s.dout, 2 * warp, kChunk / 8, lane);
+      with_decays(x, products);
+    }
     float dk[kKeys / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < kValues / 16; ++k) {
@@ -407,8 +406,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
       for (int n = 0; n < kKeys / 8; n += 2) {
         uint32_t b[4];
         s.q.second(b, n, k, lane);
-        mma<T>(dk[n], c[k], b[0], b[1]);
-        mma<T>(dk[n + 1], c[k], b[2], b[3]);
+        mma<T>(dk[n], products[k], b[0], b[1]);
+        mma<T>(dk[n + 1], products[k], b[2], b[3]);
       }
     }
     scale_rows(dk, upper_beta, lower_beta);
