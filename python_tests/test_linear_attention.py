@@ -56,6 +56,16 @@ def test_simple_gla(device, op, gate, beta, dtype):
     check(op, simple_oracle, x, scale=0.3, cu_seqlens=torch.tensor([0, 33, 33, 90], device=device))
 
 
+@pytest.mark.parametrize("HV, K, V", [(2, 64, 64), (4, 128, 72)])
+@pytest.mark.parametrize("gate", ["zero", "-0.01", "reset"])
+def test_long_sequences(device, gate, HV, K, V):
+    """Sequences that are worth cutting into segments, beside others that are not."""
+    offsets = [0, 3, 3, 1200, 1264, 1500]
+    x = gdn_inputs(T=1500, HV=HV, K=K, V=V, sequences=5, gate=gate, dtype=BF16, device=device)
+    oracle = partial(simple_oracle, rule=reference.chunks)
+    check(ops.chunk_simple_gla, oracle, x, hard=gate == "reset", cu_seqlens=torch.tensor(offsets, device=device))
+
+
 @both_dtypes
 @delta_ops
 def test_delta_rule(device, op, dtype):

@@ -20,14 +20,14 @@ struct OutputsShared {
   } stages[2];
   SimpleTile<T, kChunk, kChunk> scores;
   struct alignas(16) Decays {
-    float log2_sum[kChunk], beta[kChunk];
-    float in[kChunk], out[kChunk];  // e^G and e^(G_last - G) beta
+    float log2_sum[kChunk], beta[kChunk];  // scale beta
+    float in[kChunk], out[kChunk];         // scale e^G and e^(G_last - G) beta
     float chunk;
   } decays[2];
   RawGates gates;
 };
 
-// E o Q K^T diag(beta), rows 16 warp .. of the chunk.
+// E o Q K^T diag(beta), where beta has the scale, rows 16 warp .. of the chunk.
 template <class T, int kKeys>
 __device__ __forceinline__ void make_scores(SimpleTile<T, kChunk, kChunk>& scores,
                                             SimpleTile<T, kChunk, kKeys> const& q,
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     for (int h = 0; h < 2; ++h) {
       int const i = lane + h * kWarp;
       decays.log2_sum[i] = d.log2_sum[h];
-      decays.beta[i] = d.beta[h];
-      decays.in[i] = exp2_fast(d.log2_sum[h]);
+      decays.beta[i] = p.scale * d.beta[h];
+      decays.in[i] = p.scale * exp2_fast(d.log2_sum[h]);
       decays.out[i] = exp2_fast(d.log2_last - d.log2_sum[h]) * d.beta[h];
     }
     if (lane == 0) decays.chunk = exp2_fast(d.log2_last);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     if (threadIdx.x < kWarp) prepare(0);
   }
   for (int c = 0; c < unit.chunks; ++c) {
-    int thread = threadIdx.x;
+    unsigned thread = threadIdx.x;
     asm volatile("" : "+r"(c), "+r"(thread));  // what follows is cheaper to compute again than to keep
     int const warp = thread / kWarp, lane = thread % kWarp, column = warp * 16 * kTiles;
     wait_copies();
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
           float const* const pair = &o[m][n][2 * half];
           *reinterpret_cast<uint32_t*>(
               stage.v.at(8 * n + lane / 4, column + 16 * m + 8 * half + 2 * (lane % 4))) =
-              transposed(pack<T>(p.scale * pair[0], p.scale * pair[1]));
+              transposed(pack<T>(pair[0], pair[1]));
         }
       }
     }

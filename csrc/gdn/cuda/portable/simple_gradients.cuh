@@ -178,6 +178,11 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
   int const warp = threadIdx.x / kWarp;
   int lane = threadIdx.x % kWarp;
+  auto const forget_addresses = [&] {  // which are cheaper to compute again than to keep in registers
+    unsigned thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));
+    lane = thread % kWarp;
+  };
   int const head = static_cast<int>(blockIdx.x % p.value_heads), key_head = head / (p.value_heads / p.heads);
   Chunk const chunk = find_chunk(p, blockIdx.x / p.value_heads);
   if (chunk.tokens == 0) return;
@@ -264,8 +269,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
       if (p.dg.data != nullptr) sum_crossing(qk, s.crossing[warp], warp, lane);
     }
     wait_groups<0>();
-    __syncthreads();                // S is here
-    asm volatile("" : "+r"(lane));  // addresses are cheaper to compute again than to keep
+    __syncthreads();  // S is here
+    forget_addresses();
     float dq[kKeys / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < kValues / 16; ++k) {
@@ -280,7 +285,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     __syncthreads();  // nobody needs it any more
     s.edge.copy(dedge, kKeys, kValues, kKeys);
     commit_copies();
-    asm volatile("" : "+r"(lane));
+    forget_addresses();
     scale_rows(dq, p.scale * exp2_fast(upper_sum), p.scale * exp2_fast(lower_sum));
     if (p.dg.data != nullptr) {
       uint32_t q[kKeys / 16][4];
@@ -302,7 +307,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     store_keys(dq, p.dq, w.dq);
   }
 
-  asm volatile("" : "+r"(lane));
+  forget_addresses();
   // Rows are read again rather than kept in registers.
   uint32_t products[kChunk / 16][4];  // of this chunk's tokens, transposed: those of dV, then of dK
   auto const with_decays = [&](float const(&x)[kChunk / 8][4], uint32_t (&packed)[kChunk / 16][4]) {

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   }
   float through = 1.f;
   for (int step = 0; step < unit.chunks; ++step) {
-    int thread = threadIdx.x;
+    unsigned thread = threadIdx.x;
     asm volatile("" : "+r"(step), "+r"(thread));  // what follows is cheaper to compute again than to keep
     int const warp = thread / kWarp, lane = thread % kWarp, column = warp * 16 * kTiles;
     wait_copies();

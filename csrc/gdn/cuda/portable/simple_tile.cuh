@@ -17,21 +17,28 @@ struct alignas(16) SimpleTile {
   T data[kRows * kColumns];
 
   __device__ __forceinline__ static int index(int row, int column) {
-    return row * kColumns + ((column / 8) ^ (row % 8)) * 8 + column % 8;
+    return row * kColumns + (column ^ ((row & 7) << 3));
   }
   __device__ __forceinline__ T* at(int row, int column) { return data + index(row, column); }
   __device__ __forceinline__ T const* at(int row, int column) const { return data + index(row, column); }
 
   // Starts to copy `count` rows of `width` elements; zeros fill up the rest.
   __device__ __forceinline__ void copy(T const* from, int64_t stride, int count, int width) {
-    constexpr int kPieces = kColumns / 8, kStep = kSimpleThreads / kPieces;
+    constexpr unsigned kPieces = kColumns / 8, kStep = kSimpleThreads / kPieces;
+    static_assert(kStep % 8 == 0);
     int const first = threadIdx.x / kPieces, column = threadIdx.x % kPieces * 8;
-    T const* row = from + first * stride + column;
+    int const present = column < width ? count - first : 0;
+    char const* source = reinterpret_cast<char const*>(from + first * stride + column);
+    int64_t const step = kStep * sizeof(T) * stride;
+    uint32_t const to = shared_address(at(first, column));
 #pragma unroll
     for (int i = 0; i < kRows; i += kStep) {
-      bool const present = first + i < count && column < width;
-      copy_16(at(first + i, column), present ? row : from, present);
-      row += kStep * stride;
+      // Of no bytes none is read.
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                       to + i * kColumns * static_cast<uint32_t>(sizeof(T))),
+                   "l"(__cvta_generic_to_global(source)), "r"(i < present ? 16 : 0)
+                   : "memory");
+      source += step;
     }
   }
 
