@@ -7,13 +7,6 @@
 namespace lt2::gdn::portable {
 namespace {
 
-// Whether rows of 2-byte elements are made of aligned pieces of 16 bytes.
-bool whole_pieces(Inputs const& p, Strided const& x, int64_t heads, int dim) {
-  auto const pieces = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && dim % 8 == 0 && pieces(p.batch, x.batch) &&
-         pieces(p.tokens, x.token) && pieces(heads, x.head);
-}
-
 // Blocks that fill the multiprocessors of a large GPU twice, and the fewest tokens that are worth one.
 constexpr int64_t kBlocks = 264, kLeastSegment = 4 * kChunk;
 

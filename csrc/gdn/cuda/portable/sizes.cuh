@@ -23,15 +23,17 @@ inline Status check_sizes(int heads, int value_heads, int key_dim, int value_dim
   return kOk;
 }
 
-// Whether rows of q, k, v and of another operand like v are made of aligned pieces of 16 bytes.
+// Whether rows of 2-byte elements are made of aligned pieces of 16 bytes.
+inline bool whole_pieces(Inputs const& p, Strided const& x, int64_t heads, int dim) {
+  auto const pieces = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && dim % 8 == 0 && pieces(p.batch, x.batch) &&
+         pieces(p.tokens, x.token) && pieces(heads, x.head);
+}
+
+// The same of q, k, v and of another operand like v.
 inline bool whole_pieces(Inputs const& p, Strided const& other) {
-  auto const whole = [&](Strided const& x, int64_t heads, int dim) {
-    auto const pieces = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && dim % 8 == 0 && pieces(p.batch, x.batch) &&
-           pieces(p.tokens, x.token) && pieces(heads, x.head);
-  };
-  return whole(p.q, p.heads, p.key_dim) && whole(p.k, p.heads, p.key_dim) &&
-         whole(p.v, p.value_heads, p.value_dim) && whole(other, p.value_heads, p.value_dim);
+  return whole_pieces(p, p.q, p.heads, p.key_dim) && whole_pieces(p, p.k, p.heads, p.key_dim) &&
+         whole_pieces(p, p.v, p.value_heads, p.value_dim) && whole_pieces(p, other, p.value_heads, p.value_dim);
 }
 
 }  // namespace lt2::gdn::portable
