@@ -123,6 +123,7 @@ def fla_simple(x: Tensors) -> Tensors:
     """It has no beta: a factor of v."""
     from fla.ops.simple_gla import chunk_simple_gla
 
+    allow_fla_backward(x["q"])
     v = x["v"] * x["beta"][..., None].to(x["v"].dtype)
     return {"o": chunk_simple_gla(x["q"], x["k"], v, x["g"])[0]}
 
