@@ -9,8 +9,10 @@ namespace {
 // Whether the forward pass goes by chunks: else token by token.
 bool by_chunks(ForwardParams const& p) { return !p.recurrent && p.dtype != Dtype::kFloat32; }
 
-bool simple(ForwardParams const& p) { return !p.recurrent && simple_supports(p, p.o); }
-bool simple(BackwardParams const& p) { return !p.recurrent && simple_supports(p, p.dout); }
+template <class Params>
+bool simple(Params const& p) {
+  return !p.recurrent && simple_supports(p);
+}
 
 }  // namespace
 

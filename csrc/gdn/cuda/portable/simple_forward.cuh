@@ -94,7 +94,8 @@ struct OutputsUnit {
 // Block (slice of values, segment, value head).
 template <class T, int kKeys, int kTiles>
 __global__ void __launch_bounds__(kSimpleThreads, 2)
-    scan_outputs(__grid_constant__ ForwardParams const p, __grid_constant__ SegmentPlan const plan) {
+    scan_outputs(__grid_constant__ ForwardParams const p, __grid_constant__ SegmentPlan const plan,
+                 bool whole_rows) {
   using Shared = OutputsShared<T, kKeys, kTiles>;
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -109,9 +110,9 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   auto const load = [&](int c) {
     int64_t const token = int64_t{c} * kChunk;
     typename Shared::Stage& stage = shared.stages[c % 2];
-    stage.q.copy(unit.q + token * p.q.token, p.q.token, count(c), p.key_dim);
-    stage.k.copy(unit.k + token * p.k.token, p.k.token, count(c), p.key_dim);
-    stage.v.copy(unit.v + token * p.v.token, p.v.token, count(c), unit.values);
+    stage.q.copy(unit.q + token * p.q.token, p.q.token, count(c), p.key_dim, whole_rows);
+    stage.k.copy(unit.k + token * p.k.token, p.k.token, count(c), p.key_dim, whole_rows);
+    stage.v.copy(unit.v + token * p.v.token, p.v.token, count(c), unit.values, whole_rows);
     if (threadIdx.x < kWarp) shared.gates.copy(p, unit.row, unit.begin + token, count(c), unit.head);
   };
   auto const prepare = [&](int c) {

@@ -168,10 +168,45 @@ __device__ __forceinline__ void sum_crossing(float const (&x)[kChunk / 8][4], fl
   }
 }
 
+// A thread's part of <a, b>. A state that the operator was given (data not null) is taken as it is, in fp32:
+// where sequences are short, little else makes a gate's gradient.
+template <class T, int kValues, int kKeys>
+__device__ float dot_states(Inputs const& p, T const* a, State const& a_given, T const* b,
+                            State const& b_given) {
+  auto const load = [&](float (&x)[8], T const* edge, State const& state, int e) {
+    if (state.data == nullptr) {
+      uint4 const piece = *reinterpret_cast<uint4 const*>(edge + e);
+      uint32_t const pairs[] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float2 const pair = unpack<T>(pairs[i]);
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+      }
+      return;
+    }
+    int const value = e / kKeys, key = e % kKeys;
+    bool const present = value < p.value_dim && key < p.key_dim;
+    float const* const from = state.data + value * state.value_stride + key * state.key_stride;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = present ? from[i * state.key_stride] : 0.f;
+  };
+  float sum = 0.f;
+#pragma unroll 4
+  for (int e = threadIdx.x * 8; e < kValues * kKeys; e += kSimpleThreads * 8) {
+    float x[8], y[8];
+    load(x, a, a_given, e);
+    load(y, b, b_given, e);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += x[i] * y[i];
+  }
+  return sum;
+}
+
 // Block (chunk, value head).
 template <class T, int kKeys, int kTiles>
 __global__ void __launch_bounds__(kSimpleThreads, 2)
-    simple_gradients(__grid_constant__ BackwardParams const p, __grid_constant__ GradientsWorkspace const w) {
+    simple_gradients(__grid_constant__ BackwardParams const p, __grid_constant__ GradientsWorkspace const w,
+                     bool whole_rows) {
   using Shared = GradientsShared<T, kKeys, kTiles>;
   constexpr int kValues = Shared::kValues, kEdge = kValues * kKeys;
   extern __shared__ __align__(16) char shared_bytes[];
@@ -184,39 +219,37 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     lane = thread % kWarp;
   };
   int const head = static_cast<int>(blockIdx.x % p.value_heads), key_head = head / (p.value_heads / p.heads);
-  Chunk const chunk = find_chunk(p, blockIdx.x / p.value_heads);
-  if (chunk.tokens == 0) return;
+  Segment const chunk = find_segment(p, kChunk, blockIdx.x / p.value_heads);
+  if (chunk.length == 0) return;
+  int const tokens = static_cast<int>(chunk.length);
   T const* const edge = static_cast<T const*>(w.edges) + int64_t{blockIdx.x} * kEdge;
   T const* const dedge = static_cast<T const*>(w.dedges) + int64_t{blockIdx.x} * kEdge;
 
-  if (warp == 0) s.gates.copy(p, chunk.row, chunk.begin, chunk.tokens, head);
-  s.q.copy(token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token, chunk.tokens, p.key_dim);
-  s.k.copy(token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token, chunk.tokens, p.key_dim);
-  s.v.copy(token_row<T const>(p.v, chunk.row, chunk.begin, head), p.v.token, chunk.tokens, p.value_dim);
-  s.dout.copy(token_row<T const>(p.dout, chunk.row, chunk.begin, head), p.dout.token, chunk.tokens,
-              p.value_dim);
+  if (warp == 0) s.gates.copy(p, chunk.row, chunk.begin, tokens, head);
+  s.q.copy(token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token, tokens, p.key_dim,
+           whole_rows);
+  s.k.copy(token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token, tokens, p.key_dim,
+           whole_rows);
+  s.v.copy(token_row<T const>(p.v, chunk.row, chunk.begin, head), p.v.token, tokens, p.value_dim, whole_rows);
+  s.dout.copy(token_row<T const>(p.dout, chunk.row, chunk.begin, head), p.dout.token, tokens, p.value_dim,
+              whole_rows);
   commit_copies();
-  s.edge.copy(edge, kKeys, kValues, kKeys);
+  s.edge.copy(edge, kKeys, kValues, kKeys, true);
   commit_copies();
   if (p.dg.data != nullptr) {
-    float through = 0.f;
-#pragma unroll 4
-    for (int e = threadIdx.x * 8; e < kEdge; e += kSimpleThreads * 8) {
-      uint4 const x = *reinterpret_cast<uint4 const*>(edge + e),
-                  y = *reinterpret_cast<uint4 const*>(dedge + e);
-      uint32_t const xs[] = {x.x, x.y, x.z, x.w}, ys[] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float2 const a = unpack<T>(xs[i]), b = unpack<T>(ys[i]);
-        through += a.x * b.x + a.y * b.y;
-      }
-    }
-    through = lane_sum(through);
-    if (lane == 0) s.through[warp] = through;
+    auto const given = [&](float const* states, bool at_border) {
+      int64_t const index = chunk.n * p.value_heads + head;
+      return dense_state(at_border ? const_cast<float*>(states) : nullptr,
+                         at_border && states != nullptr ? index : 0, p.key_dim, p.value_dim, p.state_v_first);
+    };
+    float const through = dot_states<T, kValues, kKeys>(p, edge, given(p.initial_state, chunk.offset == 0),
+                                                        dedge, given(p.dfinal_state, chunk.last));
+    float const sum = lane_sum(through);
+    if (lane == 0) s.through[warp] = sum;
   }
   wait_groups<1>();
   if (warp == 0) {
-    ChunkDecays const d(p, s.gates, chunk.tokens, head, lane);
+    ChunkDecays const d(p, s.gates, tokens, head, lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       s.log2_sum[lane + h * kWarp] = d.log2_sum[h];
@@ -234,10 +267,10 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   auto const store_keys = [&](float const(&x)[kKeys / 8][4], Strided const& out, float* heads) {
     if (heads == nullptr) {
       store_rows<T, kKeys>(x, token_row<T>(out, chunk.row, chunk.begin, head), out.token, p.key_dim,
-                           16 * warp, chunk.tokens, lane);
+                           16 * warp, tokens, lane);
     } else {
-      store_rows<kKeys>(x, per_head(heads), int64_t{p.value_heads} * p.key_dim, p.key_dim, 16 * warp,
-                        chunk.tokens, lane);
+      store_rows<kKeys>(x, per_head(heads), int64_t{p.value_heads} * p.key_dim, p.key_dim, 16 * warp, tokens,
+                        lane);
     }
   };
 
@@ -283,7 +316,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
       }
     }
     __syncthreads();  // nobody needs it any more
-    s.edge.copy(dedge, kKeys, kValues, kKeys);
+    s.edge.copy(dedge, kKeys, kValues, kKeys, true);
     commit_copies();
     forget_addresses();
     scale_rows(dq, p.scale * exp2_fast(upper_sum), p.scale * exp2_fast(lower_sum));
@@ -374,7 +407,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
       float2 const sums = dot_rows<T, kValues>(dv, v_rows);
       if (lane % 4 < 2) {
         int const i = lane % 4 == 0 ? upper : lower;
-        if (i < chunk.tokens) {
+        if (i < tokens) {
           *token_row<float>(p.dbeta, chunk.row, chunk.begin + i, head) =
               (lane % 4 == 0 ? sums.x : sums.y) * strength_derivative(p, s.gates.beta[i]);
         }
@@ -382,7 +415,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     }
     scale_rows(dv, upper_beta, lower_beta);
     store_rows<T, kValues>(dv, token_row<T>(p.dv, chunk.row, chunk.begin, head), p.dv.token, p.value_dim,
-                           16 * warp, chunk.tokens, lane);
+                           16 * warp, tokens, lane);
   }
   {
     uint32_t v_rows[kValues / 16][4];
@@ -441,7 +474,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     float dg = through + before[h] + __shfl_xor_sync(0xffffffffu, after[1 - h], kWarp - 1);
 #pragma unroll
     for (int i = 0; i < kSimpleWarps; ++i) dg += s.crossing[i][m];
-    if (m < chunk.tokens) *token_row<float>(p.dg, chunk.row, chunk.begin + m, head) = dg;
+    if (m < tokens) *token_row<float>(p.dg, chunk.row, chunk.begin + m, head) = dg;
   }
 }
 

@@ -26,14 +26,16 @@ Status with_simple_sizes(int key_dim, int value_dim, F const& f) {
 
 // Scans in one or both directions; of segments first, where sequences are cut. Without edges only that.
 template <class T, int kKeys, int kTiles>
-Status launch_states(Inputs const& p, StateScan const& forward, StateScan const* backward, void* stream) {
+Status launch_states(Inputs const& p, StateScan const& forward, StateScan const* backward, bool whole_rows,
+                     void* stream) {
   StateScan const& other = backward == nullptr ? forward : *backward;
   unsigned const directions = backward == nullptr ? 1 : 2;
   int64_t const blocks = segment_numbers(p, forward.plan.size) * p.value_heads;
   if (blocks > INT32_MAX) return "too many sequences, heads and segments for one launch (2^31 - 1 blocks)";
   auto const scan = [&](StateScan const& a, StateScan const& b) {
     return launch(scan_states<T, kKeys, kTiles>, dim3(static_cast<unsigned>(blocks), directions),
-                  kSimpleThreads, static_cast<int>(sizeof(StatesShared<T, kKeys, kTiles>)), stream, p, a, b);
+                  kSimpleThreads, static_cast<int>(sizeof(StatesShared<T, kKeys, kTiles>)), stream, p, a, b,
+                  whole_rows);
   };
   if (forward.plan.states != nullptr) {
     StateScan a = forward, b = other;
@@ -53,11 +55,12 @@ template <Dtype kDtype>
 Status launch_simple_forward(ForwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
   SegmentPlan const plan = simple_plan(p, 1, workspace);
+  bool const whole_rows = simple_whole_rows(p, p.o);
   return with_simple_sizes(p.key_dim, p.value_dim, [&](auto keys, auto tiles) {
     constexpr int kKeys = decltype(keys)::value, kTiles = decltype(tiles)::value;
     if (plan.states != nullptr) {
       StateScan const scan{p.k, p.v, false, p.initial_state, p.final_state, plan, nullptr};
-      Status const states = launch_states<T, kKeys, kTiles>(p, scan, nullptr, stream);
+      Status const states = launch_states<T, kKeys, kTiles>(p, scan, nullptr, whole_rows, stream);
       if (states != kOk) return states;
     }
     auto const outputs = [&](auto wide) {
@@ -65,7 +68,7 @@ Status launch_simple_forward(ForwardParams const& p, float* workspace, void* str
       int64_t const slices = ceil_div(p.value_dim, Shared::kValues);
       return launch(scan_outputs<T, kKeys, decltype(wide)::value>,
                     segment_numbers(p, plan.size) * p.value_heads * slices, kSimpleThreads,
-                    static_cast<int>(sizeof(Shared)), stream, p, plan);
+                    static_cast<int>(sizeof(Shared)), stream, p, plan, whole_rows);
     };
     if (kTiles == 2 && std::getenv("LT2_SIMPLE_TILES") != nullptr) {
       return outputs(std::integral_constant<int, 1>{});
@@ -77,6 +80,7 @@ Status launch_simple_forward(ForwardParams const& p, float* workspace, void* str
 template <Dtype kDtype>
 Status launch_simple_backward(BackwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
+  bool const whole_rows = simple_whole_rows(p, p.dout);
   int64_t const chunks = chunk_numbers(p), edges = simple_edge_floats(p);
   int64_t const rows = p.batch * p.tokens * p.value_heads * p.key_dim;
   auto const take = [&](int64_t floats) {
@@ -97,10 +101,10 @@ Status launch_simple_backward(BackwardParams const& p, float* workspace, void* s
       p.q, p.dout, true, p.dfinal_state, p.dinitial_state, simple_plan(p, 2, take(plan_floats)), after};
   Status const gradients = with_simple_sizes(p.key_dim, p.value_dim, [&](auto keys, auto tiles) {
     constexpr int kKeys = decltype(keys)::value, kTiles = decltype(tiles)::value;
-    Status const states = launch_states<T, kKeys, kTiles>(p, forward, &backward, stream);
+    Status const states = launch_states<T, kKeys, kTiles>(p, forward, &backward, whole_rows, stream);
     if (states != kOk) return states;
     return launch(simple_gradients<T, kKeys, kTiles>, chunks * p.value_heads, kSimpleThreads,
-                  static_cast<int>(sizeof(GradientsShared<T, kKeys, kTiles>)), stream, p, w);
+                  static_cast<int>(sizeof(GradientsShared<T, kKeys, kTiles>)), stream, p, w, whole_rows);
   });
   if (gradients != kOk) return gradients;
   if (shared_keys) {

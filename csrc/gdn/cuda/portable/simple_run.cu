@@ -23,9 +23,13 @@ int64_t segment_size(Inputs const& p, int directions) {
 
 }  // namespace
 
-bool simple_supports(Inputs const& p, Strided const& o) {
-  return !p.delta && !p.qk_l2norm && p.dtype != Dtype::kFloat32 && p.key_dim <= 128 && p.value_dim <= 128 &&
-         whole_pieces(p, p.q, p.heads, p.key_dim) && whole_pieces(p, p.k, p.heads, p.key_dim) &&
+bool simple_supports(Inputs const& p) {
+  auto const fits = [](int dim) { return dim <= 128 && dim % 8 == 0; };
+  return !p.delta && !p.qk_l2norm && p.dtype != Dtype::kFloat32 && fits(p.key_dim) && fits(p.value_dim);
+}
+
+bool simple_whole_rows(Inputs const& p, Strided const& o) {
+  return whole_pieces(p, p.q, p.heads, p.key_dim) && whole_pieces(p, p.k, p.heads, p.key_dim) &&
          whole_pieces(p, p.v, p.value_heads, p.value_dim) && whole_pieces(p, o, p.value_heads, p.value_dim);
 }
 

@@ -8,7 +8,8 @@
 namespace lt2::gdn::portable {
 
 // One direction. A chunk gains the sum of weight x y^T over its tokens: with G the inclusive sums of the log
-// decays, e^(G_last - G) beta k v^T, or in reverse scale e^G q dO^T.
+// decays, e^(G_last - G) beta k v^T, or in reverse scale e^G q dO^T. The decay of a chunk's first token,
+// which all of the latter have, comes last: at e^-30 a weight of fp16 would be nothing.
 struct StateScan {
   Strided x, y;  // [.., K], [.., V]
   bool reverse;
@@ -27,7 +28,7 @@ struct StatesShared {
   } stages[2];
   SimpleTile<T, kValues, kKeys> edge;
   alignas(16) float weights[2][kChunk];
-  float decays[2];
+  float decays[2], first_decays[2];
   RawGates gates;
 };
 
@@ -55,7 +56,7 @@ struct StatesUnit {
 template <class T, int kKeys, int kTiles>
 __global__ void __launch_bounds__(kSimpleThreads, 2)
     scan_states(__grid_constant__ Inputs const p, __grid_constant__ StateScan const forward,
-                __grid_constant__ StateScan const backward) {
+                __grid_constant__ StateScan const backward, bool whole_rows) {
   using Shared = StatesShared<T, kKeys, kTiles>;
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -74,20 +75,25 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     int const c = index(step);
     int64_t const token = int64_t{c} * kChunk;
     typename Shared::Stage& stage = shared.stages[step % 2];
-    stage.x.copy(unit.x + token * scan.x.token, scan.x.token, count(c), p.key_dim);
-    stage.y.copy(unit.y + token * scan.y.token, scan.y.token, count(c), p.value_dim);
+    stage.x.copy(unit.x + token * scan.x.token, scan.x.token, count(c), p.key_dim, whole_rows);
+    stage.y.copy(unit.y + token * scan.y.token, scan.y.token, count(c), p.value_dim, whole_rows);
     if (threadIdx.x < kWarp) shared.gates.copy(p, unit.row, unit.begin + token, count(c), unit.head);
   };
   auto const prepare = [&](int step) {
     wait_copies();
     int const lane = threadIdx.x;
     ChunkDecays const d(p, shared.gates, count(index(step)), unit.head, lane);
+    float const first = reverse ? __shfl_sync(0xffffffffu, d.log2_sum[0], 0) : 0.f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      shared.weights[step % 2][lane + h * kWarp] =
-          reverse ? p.scale * exp2_fast(d.log2_sum[h]) : d.beta[h] * exp2_fast(d.log2_last - d.log2_sum[h]);
+      shared.weights[step % 2][lane + h * kWarp] = reverse
+                                                       ? p.scale * exp2_fast(d.log2_sum[h] - first)
+                                                       : d.beta[h] * exp2_fast(d.log2_last - d.log2_sum[h]);
     }
-    if (lane == 0) shared.decays[step % 2] = exp2_fast(d.log2_last);
+    if (lane == 0) {
+      shared.decays[step % 2] = exp2_fast(d.log2_last - first);
+      shared.first_decays[step % 2] = exp2_fast(first);
+    }
   };
 
   SimpleState<T, kKeys, kTiles> state;
@@ -138,9 +144,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
             *reinterpret_cast<uint4 const*>(shared.edge.at(row, key));
       }
     }
-    float const decay = shared.decays[step % 2];
-    through *= decay;
-    state.decay(decay);
+    through *= shared.decays[step % 2] * shared.first_decays[step % 2];
+    state.decay(shared.decays[step % 2]);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
       uint32_t y[kTiles][4];
@@ -148,6 +153,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
       for (int m = 0; m < kTiles; ++m) stage.y.first_transposed(y[m], warp * kTiles + m, k, lane);
       state.gain(stage.x, y, shared.weights[step % 2], k, lane);
     }
+    if (reverse) state.decay(shared.first_decays[step % 2]);
     if (threadIdx.x < kWarp && step + 1 < unit.chunks) prepare(step + 1);
   }
   if (only_ends) {

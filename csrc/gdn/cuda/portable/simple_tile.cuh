@@ -22,8 +22,17 @@ struct alignas(16) SimpleTile {
   __device__ __forceinline__ T* at(int row, int column) { return data + index(row, column); }
   __device__ __forceinline__ T const* at(int row, int column) const { return data + index(row, column); }
 
-  // Starts to copy `count` rows of `width` elements; zeros fill up the rest.
-  __device__ __forceinline__ void copy(T const* from, int64_t stride, int count, int width) {
+  // Starts to copy `count` rows of `width` elements; zeros fill up the rest. `whole`: rows are made of
+  // aligned pieces of 16 bytes.
+  __device__ __forceinline__ void copy(T const* from, int64_t stride, int count, int width, bool whole) {
+    if (!whole) {
+#pragma unroll 1
+      for (unsigned e = threadIdx.x; e < kRows * kColumns; e += kSimpleThreads) {
+        int const row = e / kColumns, column = e % kColumns;
+        *at(row, column) = row < count && column < width ? from[row * stride + column] : from_float<T>(0.f);
+      }
+      return;
+    }
     constexpr unsigned kPieces = kColumns / 8, kStep = kSimpleThreads / kPieces;
     static_assert(kStep % 8 == 0);
     int const first = threadIdx.x / kPieces, column = threadIdx.x % kPieces * 8;
