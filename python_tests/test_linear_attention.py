@@ -66,6 +66,14 @@ def test_long_sequences(device, gate, HV, K, V):
     check(ops.chunk_simple_gla, oracle, x, hard=gate == "reset", cu_seqlens=torch.tensor(offsets, device=device))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", ["strong16", "-30"])
+def test_float16_at_strong_gates(gate):
+    """What is left of the loss at the first token, e^-30 and less, is no number of the inputs' type."""
+    x = gdn_inputs(T=130, K=64, V=64, gate=gate, dtype=torch.float16, device="cuda")
+    check(ops.chunk_simple_gla, simple_oracle, x, hard=True)
+
+
 @both_dtypes
 @delta_ops
 def test_delta_rule(device, op, dtype):
