@@ -66,32 +66,28 @@ __device__ __forceinline__ void make_scores(SimpleTile<T, kChunk, kChunk>& score
   }
 }
 
-// What a block walks; o and v from its first column on.
+// What a block walks.
 template <class T>
 struct OutputsUnit {
   T const *q, *k, *v;
   T* o;
-  int64_t n, row, begin, length, segment;
-  int chunks, head, first, values;  // columns
+  int64_t n, row, begin, length;
+  int chunks, head;
 
-  __device__ void set(ForwardParams const& p, SegmentPlan const& plan, int width) {
-    int const slices = static_cast<int>(ceil_div(p.value_dim, width));
-    segment = blockIdx.x / slices;
-    head = static_cast<int>(segment % p.value_heads);
+  __device__ void set(ForwardParams const& p, SegmentPlan const& plan) {
+    head = static_cast<int>(blockIdx.x % p.value_heads);
     int const key_head = head / (p.value_heads / p.heads);
-    Segment const s = find_segment(p, plan.size, segment / p.value_heads);
+    Segment const s = find_segment(p, plan.size, blockIdx.x / p.value_heads);
     n = s.n, row = s.row, begin = s.begin, length = s.length;
-    first = static_cast<int>(blockIdx.x % slices) * width;
-    values = p.value_dim - first;
     chunks = static_cast<int>(ceil_div(length, kChunk));
     q = token_row<T const>(p.q, row, begin, key_head);
     k = token_row<T const>(p.k, row, begin, key_head);
-    v = token_row<T const>(p.v, row, begin, head) + first;
-    o = token_row<T>(p.o, row, begin, head) + first;
+    v = token_row<T const>(p.v, row, begin, head);
+    o = token_row<T>(p.o, row, begin, head);
   }
 };
 
-// Block (slice of values, segment, value head).
+// Block (segment, value head).
 template <class T, int kKeys, int kTiles>
 __global__ void __launch_bounds__(kSimpleThreads, 2)
     scan_outputs(__grid_constant__ ForwardParams const p, __grid_constant__ SegmentPlan const plan,
@@ -100,7 +96,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   __shared__ OutputsUnit<T> unit;  // and not in registers, of which there are none to spare
-  if (threadIdx.x == 0) unit.set(p, plan, Shared::kValues);
+  if (threadIdx.x == 0) unit.set(p, plan);
   __syncthreads();
   bool const whole = plan.states == nullptr;
   if (!whole && unit.chunks == 0) return;
@@ -112,7 +108,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     typename Shared::Stage& stage = shared.stages[c % 2];
     stage.q.copy(unit.q + token * p.q.token, p.q.token, count(c), p.key_dim, whole_rows);
     stage.k.copy(unit.k + token * p.k.token, p.k.token, count(c), p.key_dim, whole_rows);
-    stage.v.copy(unit.v + token * p.v.token, p.v.token, count(c), unit.values, whole_rows);
+    stage.v.copy(unit.v + token * p.v.token, p.v.token, count(c), p.value_dim, whole_rows);
     if (threadIdx.x < kWarp) shared.gates.copy(p, unit.row, unit.begin + token, count(c), unit.head);
   };
   auto const prepare = [&](int c) {
@@ -137,10 +133,9 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     return dense_state(data, unit.n * p.value_heads + unit.head, p.key_dim, p.value_dim, p.state_v_first);
   };
   if (!whole) {
-    state.load(p, dense_state(plan.states, unit.segment, p.key_dim, p.value_dim, true),
-               unit.first + first_column, lane);
+    state.load(p, dense_state(plan.states, blockIdx.x, p.key_dim, p.value_dim, true), first_column, lane);
   } else if (p.initial_state != nullptr) {
-    state.load(p, of_sequence(const_cast<float*>(p.initial_state)), unit.first + first_column, lane);
+    state.load(p, of_sequence(const_cast<float*>(p.initial_state)), first_column, lane);
   }
   if (unit.chunks > 0) {
     load(0);
@@ -223,15 +218,14 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
 #pragma unroll
     for (int i = 0; i < kChunk; i += kWarp / kPieces) {
       int const row = i + lane / kPieces, value = column + lane % kPieces * 8;
-      if (row < count(c) && value < unit.values) {
+      if (row < count(c) && value < p.value_dim) {
         *reinterpret_cast<uint4*>(rows + row * p.o.token + value) =
             *reinterpret_cast<uint4 const*>(stage.v.at(row, value));
       }
     }
     if (threadIdx.x < kWarp && c + 1 < unit.chunks) prepare(c + 1);
   }
-  if (whole && p.final_state != nullptr)
-    state.store(p, of_sequence(p.final_state), unit.first + first_column, lane);
+  if (whole && p.final_state != nullptr) state.store(p, of_sequence(p.final_state), first_column, lane);
 }
 
 }  // namespace lt2::gdn::portable

@@ -1,8 +1,5 @@
 #pragma once
 
-#include <algorithm>
-#include <cstdlib>
-
 #include "common/cuda/launch.cuh"
 #include "gdn/cuda/portable/gradients.cuh"
 #include "gdn/cuda/portable/simple_forward.cuh"
@@ -42,10 +39,11 @@ Status launch_states(Inputs const& p, StateScan const& forward, StateScan const*
     a.edges = b.edges = nullptr;
     if (Status const ends = scan(a, b); ends != kOk) return ends;
     int64_t const size = int64_t{p.key_dim} * p.value_dim;
-    Status const join = launch(join_segments,
-                               dim3(static_cast<unsigned>(p.sequences * p.value_heads),
-                                    static_cast<unsigned>(ceil_div(size, kJoinThreads)), directions),
-                               kJoinThreads, 0, stream, p, a, b);
+    Status const join =
+        launch(join_segments,
+               dim3(static_cast<unsigned>(p.sequences * p.value_heads),
+                    static_cast<unsigned>(ceil_div(size, kJoinThreads * kJoinPiece)), directions),
+               kJoinThreads, 0, stream, p, a, b);
     if (join != kOk) return join;
   }
   return forward.edges == nullptr ? kOk : scan(forward, other);
@@ -63,17 +61,9 @@ Status launch_simple_forward(ForwardParams const& p, float* workspace, void* str
       Status const states = launch_states<T, kKeys, kTiles>(p, scan, nullptr, whole_rows, stream);
       if (states != kOk) return states;
     }
-    auto const outputs = [&](auto wide) {
-      using Shared = OutputsShared<T, kKeys, decltype(wide)::value>;
-      int64_t const slices = ceil_div(p.value_dim, Shared::kValues);
-      return launch(scan_outputs<T, kKeys, decltype(wide)::value>,
-                    segment_numbers(p, plan.size) * p.value_heads * slices, kSimpleThreads,
-                    static_cast<int>(sizeof(Shared)), stream, p, plan, whole_rows);
-    };
-    if (kTiles == 2 && std::getenv("LT2_SIMPLE_TILES") != nullptr) {
-      return outputs(std::integral_constant<int, 1>{});
-    }
-    return outputs(tiles);
+    using Shared = OutputsShared<T, kKeys, kTiles>;
+    return launch(scan_outputs<T, kKeys, kTiles>, segment_numbers(p, plan.size) * p.value_heads,
+                  kSimpleThreads, static_cast<int>(sizeof(Shared)), stream, p, plan, whole_rows);
   });
 }
 

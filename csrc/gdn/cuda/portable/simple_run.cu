@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstdlib>
 
 #include "gdn/cuda/portable/simple_launch.h"
 #include "gdn/cuda/portable/sizes.cuh"
@@ -12,9 +11,8 @@ constexpr int64_t kBlocks = 264, kLeastSegment = 4 * kChunk;
 
 // Tokens of a segment, or more than there are: then a sequence is one segment.
 int64_t segment_size(Inputs const& p, int directions) {
-  char const* const target = std::getenv("LT2_SIMPLE_BLOCKS");
-  int64_t const blocks = (target == nullptr ? kBlocks : std::atoi(target)) / directions;
-  int64_t const tokens = p.batch * p.tokens, rows = std::max(p.sequences * p.value_heads, int64_t{1});
+  int64_t const blocks = kBlocks / directions, tokens = p.batch * p.tokens;
+  int64_t const rows = std::max(p.sequences * p.value_heads, int64_t{1});
   int64_t const even = p.cu_seqlens == nullptr ? ceil_div(p.tokens, std::max(blocks / rows, int64_t{1}))
                                                : ceil_div(tokens * p.value_heads, blocks);
   int64_t const size = std::max(ceil_div(even, kChunk) * kChunk, kLeastSegment);

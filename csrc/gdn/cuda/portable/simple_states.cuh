@@ -164,34 +164,58 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   }
 }
 
-inline constexpr int kJoinThreads = 128;
+inline constexpr int kJoinThreads = 128, kJoinPiece = 4, kJoinAhead = 8;
 
-// Replaces what segments leave by what they start from. Block (sequence, value head; 128 elements of a state;
-// direction).
+// Replaces what segments leave by what they start from. Block (sequence, value head; 128 pieces of a state;
+// direction). What segments leave is read some segments ahead.
 static __global__ void __launch_bounds__(kJoinThreads)
     join_segments(__grid_constant__ Inputs const p, __grid_constant__ StateScan const forward,
                   __grid_constant__ StateScan const backward) {
   StateScan const& scan = blockIdx.z == 0 ? forward : backward;
-  int const size = p.key_dim * p.value_dim, e = blockIdx.y * kJoinThreads + threadIdx.x;
+  int const size = p.key_dim * p.value_dim;
+  int const e = (blockIdx.y * kJoinThreads + threadIdx.x) * kJoinPiece;
   if (e >= size) return;
   int64_t const n = blockIdx.x / p.value_heads, head = blockIdx.x % p.value_heads;
-  int64_t const segments = ceil_div(sequence(p, n).length, scan.plan.size);
+  int const segments = static_cast<int>(ceil_div(sequence(p, n).length, scan.plan.size));
+  int const known = scan.final == nullptr ? segments - 1 : segments;
   int64_t const first = first_segment(p, scan.plan.size, n);
-  auto const of_sequence = [&](float* data) {
-    State const s = dense_state(data, blockIdx.x, p.key_dim, p.value_dim, p.state_v_first);
-    return s.data + e / p.key_dim * s.value_stride + e % p.key_dim * s.key_stride;
+  auto const index = [&](int i) {
+    return (first + (scan.reverse ? segments - 1 - i : i)) * p.value_heads + head;
   };
-  float state = scan.initial == nullptr ? 0.f : *of_sequence(const_cast<float*>(scan.initial));
-#pragma unroll 4
-  for (int64_t i = 0; i < segments; ++i) {
-    int64_t const at = (first + (scan.reverse ? segments - 1 - i : i)) * p.value_heads + head;
-    bool const known = i + 1 < segments || scan.final != nullptr;
-    float const left = known ? scan.plan.states[at * size + e] : 0.f;
-    float const decay = known ? scan.plan.decays[at] : 0.f;
-    scan.plan.states[at * size + e] = state;
-    state = decay * state + left;
+  auto const each_given = [&](float* data, auto const& f) {
+    State const given = dense_state(data, blockIdx.x, p.key_dim, p.value_dim, p.state_v_first);
+    float* const at = given.data + e / p.key_dim * given.value_stride + e % p.key_dim * given.key_stride;
+#pragma unroll
+    for (int c = 0; c < kJoinPiece; ++c) f(c, at + c * given.key_stride);
+  };
+  float state[kJoinPiece] = {};
+  if (scan.initial != nullptr) {
+    each_given(const_cast<float*>(scan.initial), [&](int c, float const* at) { state[c] = *at; });
   }
-  if (scan.final != nullptr) *of_sequence(scan.final) = state;
+  for (int begin = 0; begin < segments; begin += kJoinAhead) {
+    float4 left[kJoinAhead];
+    float decay[kJoinAhead];
+#pragma unroll
+    for (int a = 0; a < kJoinAhead; ++a) {
+      bool const present = begin + a < known;
+      int64_t const at = present ? index(begin + a) : 0;
+      left[a] =
+          present ? *reinterpret_cast<float4 const*>(scan.plan.states + at * size + e) : float4{0, 0, 0, 0};
+      decay[a] = present ? scan.plan.decays[at] : 0.f;
+    }
+#pragma unroll
+    for (int a = 0; a < kJoinAhead; ++a) {
+      if (begin + a >= segments) break;
+      *reinterpret_cast<float4*>(scan.plan.states + index(begin + a) * size + e) =
+          float4{state[0], state[1], state[2], state[3]};
+      float const add[] = {left[a].x, left[a].y, left[a].z, left[a].w};
+#pragma unroll
+      for (int c = 0; c < kJoinPiece; ++c) state[c] = decay[a] * state[c] + add[c];
+    }
+  }
+  if (scan.final != nullptr) {
+    each_given(scan.final, [&](int c, float* at) { *at = state[c]; });
+  }
 }
 
 }  // namespace lt2::gdn::portable
