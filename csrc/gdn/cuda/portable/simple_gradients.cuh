@@ -33,43 +33,85 @@ struct GradientsWorkspace {
   float *dq, *dk;              // [B, T, HV, K] where value heads share a query/key head, else null
 };
 
+// Loops over what products sum over are not unrolled: a block runs through the code once, and fetching it
+// would take longer than its instructions.
+
 // x += a b^T for the warp's 16 tokens against tokens 8 n .., n from `first` to before `last`.
 template <class T, int kColumns>
 __device__ __forceinline__ void multiply_tokens(float (&x)[kChunk / 8][4],
-                                                uint32_t const (&a)[kColumns / 16][4],
+                                                SimpleTile<T, kChunk, kColumns> const& a,
                                                 SimpleTile<T, kChunk, kColumns> const& b, int first, int last,
-                                                int lane) {
-#pragma unroll
+                                                int warp, int lane) {
+#pragma unroll 1
   for (int c = 0; c < kColumns / 16; ++c) {
+    uint32_t rows[4];
+    a.first(rows, warp, c, lane);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
       if (n < first || n >= last) continue;
       uint32_t f[4];
       b.second_transposed(f, n, c, lane);
-      mma<T>(x[n], a[c], f[0], f[1]);
-      mma<T>(x[n + 1], a[c], f[2], f[3]);
+      mma<T>(x[n], rows, f[0], f[1]);
+      mma<T>(x[n + 1], rows, f[2], f[3]);
     }
   }
 }
 
-// The warp's 16 rows of a tile as first operands.
-template <class T, int kColumns>
-__device__ __forceinline__ void load_rows(uint32_t (&a)[kColumns / 16][4],
-                                          SimpleTile<T, kChunk, kColumns> const& tile, int warp, int lane) {
+// x += a s for the warp's 16 tokens, or a s^T.
+template <bool kTransposed, class T, int kFrom, int kTo, int kRows, int kColumns>
+__device__ __forceinline__ void multiply_state(float (&x)[kTo / 8][4], SimpleTile<T, kChunk, kFrom> const& a,
+                                               SimpleTile<T, kRows, kColumns> const& s, int warp, int lane) {
+#pragma unroll 1
+  for (int k = 0; k < kFrom / 16; ++k) {
+    uint32_t rows[4];
+    a.first(rows, warp, k, lane);
 #pragma unroll
-  for (int c = 0; c < kColumns / 16; ++c) tile.first(a[c], warp, c, lane);
+    for (int n = 0; n < kTo / 8; n += 2) {
+      uint32_t b[4];
+      if constexpr (kTransposed) {
+        s.second_transposed(b, n, k, lane);
+      } else {
+        s.second(b, n, k, lane);
+      }
+      mma<T>(x[n], rows, b[0], b[1]);
+      mma<T>(x[n + 1], rows, b[2], b[3]);
+    }
+  }
 }
 
-// Row sums of x o y, y as first operands, of rows lane / 4 and lane / 4 + 8.
+// x += p b over tokens 16 k .., k from `first` to before `last`, with p as fragments.
+template <class T, int kColumns>
+__device__ __forceinline__ void add_tokens(float (&x)[kColumns / 8][4], uint32_t const (&p)[kChunk / 16][4],
+                                           SimpleTile<T, kChunk, kColumns> const& b, int first, int last,
+                                           int lane) {
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    if (k < first || k >= last) continue;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n += 2) {
+      uint32_t f[4];
+      b.second(f, n, k, lane);
+      mma<T>(x[n], p[k], f[0], f[1]);
+      mma<T>(x[n + 1], p[k], f[2], f[3]);
+    }
+  }
+}
+
+// Row sums of x o y over the warp's rows lane / 4 and lane / 4 + 8.
 template <class T, int kColumns>
 __device__ __forceinline__ float2 dot_rows(float const (&x)[kColumns / 8][4],
-                                           uint32_t const (&y)[kColumns / 16][4]) {
+                                           SimpleTile<T, kChunk, kColumns> const& y, int warp, int lane) {
   float2 sum{0.f, 0.f};
 #pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n) {
-    float2 const upper = unpack<T>(y[n / 2][n % 2 * 2]), lower = unpack<T>(y[n / 2][n % 2 * 2 + 1]);
-    sum.x += x[n][0] * upper.x + x[n][1] * upper.y;
-    sum.y += x[n][2] * lower.x + x[n][3] * lower.y;
+  for (int n = 0; n < kColumns / 8; n += 2) {
+    uint32_t rows[4];
+    y.first(rows, warp, n / 2, lane);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float2 const upper = unpack<T>(rows[2 * e]), lower = unpack<T>(rows[2 * e + 1]);
+      sum.x += x[n + e][0] * upper.x + x[n + e][1] * upper.y;
+      sum.y += x[n + e][2] * lower.x + x[n + e][3] * lower.y;
+    }
   }
   return {lane_sum<4>(sum.x), lane_sum<4>(sum.y)};
 }
@@ -191,13 +233,20 @@ __device__ float dot_states(Inputs const& p, T const* a, State const& a_given, T
     for (int i = 0; i < 8; ++i) x[i] = present ? from[i * state.key_stride] : 0.f;
   };
   float sum = 0.f;
-#pragma unroll 4
-  for (int e = threadIdx.x * 8; e < kValues * kKeys; e += kSimpleThreads * 8) {
+  auto const add = [&](int e) {
     float x[8], y[8];
     load(x, a, a_given, e);
     load(y, b, b_given, e);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += x[i] * y[i];
+  };
+  constexpr int kStep = kSimpleThreads * 8;
+  if (a_given.data == nullptr && b_given.data == nullptr) {
+#pragma unroll 4
+    for (int e = threadIdx.x * 8; e < kValues * kKeys; e += kStep) add(e);
+  } else {
+#pragma unroll 1
+    for (int e = threadIdx.x * 8; e < kValues * kKeys; e += kStep) add(e);
   }
   return sum;
 }
@@ -275,16 +324,11 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   };
 
   {
-    uint32_t dout[kValues / 16][4], c[kChunk / 16][4];
-    load_rows(dout, s.dout, warp, lane);
+    uint32_t c[kChunk / 16][4];
     {
       float x[kChunk / 8][4] = {}, qk[kChunk / 8][4] = {};
-      multiply_tokens(x, dout, s.v, 0, 2 * warp + 2, lane);
-      if (p.dg.data != nullptr) {
-        uint32_t q[kKeys / 16][4];
-        load_rows(q, s.q, warp, lane);
-        multiply_tokens(qk, q, s.k, 0, 2 * warp + 2, lane);
-      }
+      multiply_tokens(x, s.dout, s.v, 0, 2 * warp + 2, warp, lane);
+      if (p.dg.data != nullptr) multiply_tokens(qk, s.q, s.k, 0, 2 * warp + 2, warp, lane);
 #pragma unroll
       for (int n = 0; n < kChunk / 8; ++n) {
         float2 const sum = *reinterpret_cast<float2 const*>(s.log2_sum + 8 * n + t);
@@ -305,43 +349,21 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     __syncthreads();  // S is here
     forget_addresses();
     float dq[kKeys / 8][4] = {};
-#pragma unroll
-    for (int k = 0; k < kValues / 16; ++k) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n += 2) {
-        uint32_t b[4];
-        s.edge.second(b, n, k, lane);
-        mma<T>(dq[n], dout[k], b[0], b[1]);
-        mma<T>(dq[n + 1], dout[k], b[2], b[3]);
-      }
-    }
+    multiply_state<false, T, kValues, kKeys>(dq, s.dout, s.edge, warp, lane);
     __syncthreads();  // nobody needs it any more
     s.edge.copy(dedge, kKeys, kValues, kKeys, true);
     commit_copies();
     forget_addresses();
     scale_rows(dq, p.scale * exp2_fast(upper_sum), p.scale * exp2_fast(lower_sum));
     if (p.dg.data != nullptr) {
-      uint32_t q[kKeys / 16][4];
-      load_rows(q, s.q, warp, lane);
-      float2 const sums = dot_rows<T, kKeys>(dq, q);
+      float2 const sums = dot_rows<T, kKeys>(dq, s.q, warp, lane);
       if (lane % 4 == 0) s.from_start[upper] = sums.x, s.from_start[lower] = sums.y;
     }
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-      if (k > warp) continue;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n += 2) {
-        uint32_t b[4];
-        s.k.second(b, n, k, lane);
-        mma<T>(dq[n], c[k], b[0], b[1]);
-        mma<T>(dq[n + 1], c[k], b[2], b[3]);
-      }
-    }
+    add_tokens(dq, c, s.k, 0, warp + 1, lane);
     store_keys(dq, p.dq, w.dq);
   }
 
   forget_addresses();
-  // Rows are read again rather than kept in registers.
   uint32_t products[kChunk / 16][4];  // of this chunk's tokens, transposed: those of dV, then of dK
   auto const with_decays = [&](float const(&x)[kChunk / 8][4], uint32_t (&packed)[kChunk / 16][4]) {
 #pragma unroll
@@ -359,10 +381,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
     }
   };
   {
-    uint32_t k_rows[kKeys / 16][4];
-    load_rows(k_rows, s.k, warp, lane);
     float x[kChunk / 8][4] = {};
-    multiply_tokens(x, k_rows, s.q, 2 * warp, kChunk / 8, lane);
+    multiply_tokens(x, s.k, s.q, 2 * warp, kChunk / 8, warp, lane);
     with_decays(x, products);
   }
   wait_groups<0>();
@@ -370,41 +390,16 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
   float const upper_out = exp2_fast(last_sum - upper_sum), lower_out = exp2_fast(last_sum - lower_sum);
   float const upper_beta = s.beta[upper], lower_beta = s.beta[lower];
   {
-    uint32_t k_rows[kKeys / 16][4];
-    load_rows(k_rows, s.k, warp, lane);
     float dv[kValues / 8][4] = {};
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-#pragma unroll
-      for (int n = 0; n < kValues / 8; n += 2) {
-        uint32_t b[4];
-        s.edge.second_transposed(b, n, k, lane);
-        mma<T>(dv[n], k_rows[k], b[0], b[1]);
-        mma<T>(dv[n + 1], k_rows[k], b[2], b[3]);
-      }
-    }
+    multiply_state<true, T, kKeys, kValues>(dv, s.k, s.edge, warp, lane);
     scale_rows(dv, upper_out, lower_out);
     if (p.dg.data != nullptr) {
-      uint32_t v_rows[kValues / 16][4];
-      load_rows(v_rows, s.v, warp, lane);
-      float2 const sums = dot_rows<T, kValues>(dv, v_rows);
+      float2 const sums = dot_rows<T, kValues>(dv, s.v, warp, lane);
       if (lane % 4 == 0) s.to_end[upper] = upper_beta * sums.x, s.to_end[lower] = lower_beta * sums.y;
     }
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-      if (k < warp) continue;
-#pragma unroll
-      for (int n = 0; n < kValues / 8; n += 2) {
-        uint32_t b[4];
-        s.dout.second(b, n, k, lane);
-        mma<T>(dv[n], products[k], b[0], b[1]);
-        mma<T>(dv[n + 1], products[k], b[2], b[3]);
-      }
-    }
+    add_tokens(dv, products, s.dout, warp, kChunk / 16, lane);
     if (p.dbeta.data != nullptr) {
-      uint32_t v_rows[kValues / 16][4];
-      load_rows(v_rows, s.v, warp, lane);
-      float2 const sums = dot_rows<T, kValues>(dv, v_rows);
+      float2 const sums = dot_rows<T, kValues>(dv, s.v, warp, lane);
       if (lane % 4 < 2) {
         int const i = lane % 4 == 0 ? upper : lower;
         if (i < tokens) {
@@ -418,36 +413,15 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
                            16 * warp, tokens, lane);
   }
   {
-    uint32_t v_rows[kValues / 16][4];
-    load_rows(v_rows, s.v, warp, lane);
     {
       float x[kChunk / 8][4] = {};
-      multiply_tokens(x, v_rows, s.dout, 2 * warp, kChunk / 8, lane);
+      multiply_tokens(x, s.v, s.dout, 2 * warp, kChunk / 8, warp, lane);
       with_decays(x, products);
     }
     float dk[kKeys / 8][4] = {};
-#pragma unroll
-    for (int k = 0; k < kValues / 16; ++k) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n += 2) {
-        uint32_t b[4];
-        s.edge.second(b, n, k, lane);
-        mma<T>(dk[n], v_rows[k], b[0], b[1]);
-        mma<T>(dk[n + 1], v_rows[k], b[2], b[3]);
-      }
-    }
+    multiply_state<false, T, kValues, kKeys>(dk, s.v, s.edge, warp, lane);
     scale_rows(dk, upper_out, lower_out);
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-      if (k < warp) continue;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n += 2) {
-        uint32_t b[4];
-        s.q.second(b, n, k, lane);
-        mma<T>(dk[n], products[k], b[0], b[1]);
-        mma<T>(dk[n + 1], products[k], b[2], b[3]);
-      }
-    }
+    add_tokens(dk, products, s.q, warp, kChunk / 16, lane);
     scale_rows(dk, upper_beta, lower_beta);
     store_keys(dk, p.dk, w.dk);
   }

@@ -41,7 +41,8 @@ SegmentPlan simple_plan(Inputs const& p, int directions, float* workspace) {
 int64_t simple_plan_floats(Inputs const& p, int directions) {
   int64_t const size = segment_size(p, directions);
   if (size > p.tokens * p.batch) return 0;
-  return segment_numbers(p, size) * p.value_heads * (int64_t{p.key_dim} * p.value_dim + 1);
+  int64_t const states = segment_numbers(p, size) * p.value_heads;
+  return ceil_div(states * (int64_t{p.key_dim} * p.value_dim + 1), 4) * 4;  // what follows is aligned, too
 }
 
 int64_t simple_edge_floats(Inputs const& p) {
