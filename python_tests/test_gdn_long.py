@@ -37,6 +37,14 @@ def test_gates(device, gate):
     check_outputs(x, hard=gate in testing.STRONG_GATES)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("K, V", [(64, 192), (128, 128), (192, 128)])
+def test_more_maps_than_multiprocessors(K, V):
+    x = long_inputs("cuda", H=8, HV=16, K=K, V=V, gate="zero")
+    x["g"][..., 3::4] -= 0.1  # some heads forget
+    check_outputs(x)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("K, V", [(64, 64), (96, 192), (128, 64), (128, 128), (192, 384)])
 def test_sizes(device, K, V, dtype):

@@ -25,6 +25,20 @@ struct Barrier {
                  "r"(bytes)
                  : "memory");
   }
+  // Whether that phase is complete, without waiting for it.
+  __device__ bool test(uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
   __device__ void wait(uint32_t parity) {
     asm volatile(
         "{\n"
@@ -49,6 +63,10 @@ __device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.sh
 // Among `threads` threads that share the number `id`, 1..15.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// One of these threads' arrivals, without waiting.
+__device__ inline void arrive_at_named_barrier(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int kRegisters>

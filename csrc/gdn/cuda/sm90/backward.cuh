@@ -93,9 +93,6 @@ __device__ inline int64_t progress_index(Inputs const& p, bool reverse, int64_t 
   return 1 + ((reverse ? p.sequences * p.value_heads : 0) + state) * (p.value_dim / kTileSide) + slice;
 }
 
-// H100 and H200 have as many; elsewhere only the balance of work suffers.
-inline constexpr int kMultiprocessors = 132;
-
 inline BackwardWorkspace backward_layout(BackwardParams const& p, char* base, int64_t* bytes) {
   char* next = base;
   auto const take = [&](int64_t size) {

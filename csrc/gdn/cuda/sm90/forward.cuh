@@ -16,28 +16,38 @@ namespace lt2::gdn::sm90 {
 // What a launch computes: outputs and final states, or the maps of segments (segments.cuh).
 enum class Pass { kOutputs, kMaps };
 
+// Of segments and value heads: whose maps are of all tiles, and of the last ones only; and how many these
+// are.
+struct MapCounts {
+  int whole, cut, cut_tiles;
+};
+
 template <class T_, int kKeyDim_, int kSlices_, Pass kPass_ = Pass::kOutputs>
 struct ForwardTraits {
   using T = T_;  // of q, k, v, o
   static constexpr Pass kPass = kPass_;
   static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
-  static constexpr int kSlices = kSlices_;  // state warpgroups
+  static constexpr int kSlices = kSlices_;  // state warpgroups, at most
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   static constexpr int kHelpers = kKeyDim == 192 ? 1 : 2;  // warpgroups that prepare tiles, in turn
-  static constexpr int kStages = 3;  // tiles of q and k, and of what is prepared of them
+  static constexpr bool kHurries = kHelpers == 1;          // one is what the states wait for
+  // Tiles of q and k, and of what is prepared of them.
+  static constexpr int kStages = 3, kPrepared = kHelpers == 2 ? 3 : 2;
   static constexpr int kThreads = (kSlices + kHelpers) * kWarpgroup;
   // Registers a thread, where the helpers have to give up what the states need.
   static constexpr bool kMovesRegisters = kThreads > 256;
-  static constexpr int kHelperRegisters = kSlices == 2 ? 88 : 144, kStateRegisters = kSlices == 2 ? 168 : 216;
+  static constexpr int kHelperRegisters = kSlices == 2 ? 88 : 144;
+  static constexpr int kStateRegisters = kSlices == 1 ? 216 : kHelpers == 2 ? 168 : 208;
 
   struct Shared {
     alignas(1024) char qk[kStages][kKeyTiles * kQkBytes];
     char v[kSlices][2][kTileBytes];  // then the output of the same tile
-    char inverse[kStages][kTileBytes];
-    char scores[kStages][kTileBytes];
-    TileScratch scratch[kHelpers];
-    TileScalars scalars[kStages];
-    Barrier loaded[kStages], prepared[kStages], released[kStages], v_loaded[kSlices][2];
+    char inverse[kPrepared][kTileBytes];
+    char scores[(kPrepared + 1) / 2][kTileBytes];  // of two tiles
+    TileScratch scratch[2];                        // of tile i % 2
+    TileScalars scalars[kPrepared];
+    MapCounts counts;
+    Barrier loaded[kStages], released[kStages], prepared[kPrepared], v_loaded[kSlices][2];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
@@ -51,13 +61,15 @@ struct ForwardLaunch {
   Strided o;
   float* final_state;
   Segments segments;
-  int slice_groups;
+  int units;           // sequences or segments, times value heads
+  int pairs, singles;  // blocks of a unit with two slices, and with one
 };
 
 // What a block works on: tiles of a segment, for a value head and some rows of S^T.
 struct ForwardUnit {
   int row, begin, tokens;     // from the first tile on; no tiles where tokens is 0
   int head, qk_head, column;  // value head, its query/key head, first value column; from V on they are of M
+  int slices;                 // of 64 columns
   int tiles;
   float const* initial;  // or null: zero, or the identity for M
   float* final;          // or null
@@ -68,13 +80,74 @@ struct ForwardUnit {
   }
 };
 
+// Whether the maps of whole segments take a block for each slice, `slices` a unit, or one for two, `groups` a
+// unit: what ends earlier, beside the ends of the other segments. By all threads of a block.
 template <class Traits>
-__device__ ForwardUnit forward_unit(ForwardLaunch const& a) {
+__device__ bool single_maps(ForwardLaunch const& a, MapCounts& counts, int slices, int groups,
+                            int value_groups) {
+  if (threadIdx.x == 0) counts = {};
+  __syncthreads();
+  int const tiles = static_cast<int>(a.segments.span / kTileSide);
+  int whole = 0, cut = 0, cut_tiles = 0;
+  for (int i = threadIdx.x; i < a.units; i += Traits::kThreads) {
+    int const first = a.segments.first_tiles[i];
+    whole += first == kWhole;
+    bool const cuts = first >= 0 && first < tiles;
+    cut += cuts;
+    cut_tiles += cuts ? tiles - first : 0;
+  }
+  whole = __reduce_add_sync(0xffffffffu, whole);
+  cut = __reduce_add_sync(0xffffffffu, cut);
+  cut_tiles = __reduce_add_sync(0xffffffffu, cut_tiles);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&counts.whole, whole);
+    atomicAdd(&counts.cut, cut);
+    atomicAdd(&counts.cut_tiles, cut_tiles);
+  }
+  __syncthreads();
+  float const rest = value_groups * (counts.cut * kStartTime + counts.cut_tiles * kTwoTime);
+  auto const time = [&](int blocks, float tile) {
+    float const one = tiles * tile + kStartTime;
+    return fmaxf(one, (counts.whole * blocks * one + rest) / kMultiprocessors);
+  };
+  return time(slices, kOneTime) < time(groups, kTwoTime);
+}
+
+template <class Traits>
+__device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
   Inputs const& p = a.p;
-  constexpr int kKeyDim = Traits::kKeyDim;
-  int const group = blockIdx.x % a.slice_groups, unit = blockIdx.x / a.slice_groups;
+  constexpr int kKeyDim = Traits::kKeyDim, kSlices = Traits::kSlices, kKeyTiles = Traits::kKeyTiles;
+  constexpr bool kMaps = Traits::kPass == Pass::kMaps;
+  int const value_slices = p.value_dim / kTileSide;
+  int unit, first, slices;
+  bool of_keys = false, of_whole = false;
+  if constexpr (kMaps) {
+    auto const groups_of = [](int n, int width) { return (n + width - 1) / width; };
+    int const value_groups = groups_of(value_slices, kSlices), all = value_slices + kKeyTiles;
+    bool const singles =
+        kSlices > 1 &&
+        single_maps<Traits>(a, counts, all, value_groups + groups_of(kKeyTiles, kSlices), value_groups);
+    // Whole segments first: the others fill what they leave.
+    int block = blockIdx.x;
+    of_whole = block < a.units * all;
+    if (!of_whole) block -= a.units * all;
+    int const width = of_whole && singles ? 1 : kSlices, of_values = groups_of(value_slices, width);
+    int const groups = of_values + (of_whole ? groups_of(kKeyTiles, width) : 0);
+    unit = block / groups;
+    of_keys = block % groups >= of_values;
+    first = (block % groups - (of_keys ? of_values : 0)) * width;
+    slices = min(width, (of_keys ? kKeyTiles : value_slices) - first);
+  } else if (int const block = blockIdx.x - a.units * a.pairs; block < 0) {
+    unit = blockIdx.x / a.pairs;
+    first = blockIdx.x % a.pairs * kSlices;
+    slices = kSlices;
+  } else {
+    unit = block / a.singles;
+    first = a.pairs * kSlices + block % a.singles;
+    slices = 1;
+  }
+  int const column = (of_keys ? p.value_dim : 0) + first * kTileSide;
   int const head = unit % p.value_heads, number = unit / p.value_heads;
-  int const column = group * Traits::kSlices * kTileSide;
   Segment const segment = find_segment(p, a.segments.span, number);
   int64_t const sequence_state = (int64_t{segment.sequence} * p.value_heads + head) * kKeyDim * p.value_dim;
   int64_t const segment_head = int64_t{number} * p.value_heads + head;
@@ -85,7 +158,7 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a) {
   float* final = nullptr;
   bool initial_v_first = p.state_v_first, final_v_first = true;
   if (segment.index == 0 && p.initial_state != nullptr) initial = p.initial_state + sequence_state;
-  if constexpr (Traits::kPass == Pass::kOutputs) {
+  if constexpr (!kMaps) {
     if (segment.index > 0) {
       initial = a.segments.starts + segment_state;
       initial_v_first = true;
@@ -94,9 +167,9 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a) {
     final_v_first = p.state_v_first;
     if (segment.tokens < 0) final = nullptr;
   } else {
-    int const first_tile = segment.tokens < 0 ? 0 : a.segments.first_tiles[segment_head];
-    bool const of_keys = column >= p.value_dim;
-    if (segment.tokens < 0 || last || (of_keys && (segment.index == 0 || first_tile != kWhole))) {
+    bool const there = unit < a.units && segment.tokens >= 0 && !last;
+    int const first_tile = there ? a.segments.first_tiles[segment_head] : 0;
+    if (!there || (first_tile == kWhole) != of_whole || (of_keys && segment.index == 0)) {
       tokens = 0;
     } else if (of_keys) {
       initial = nullptr;
@@ -116,6 +189,7 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a) {
           head,
           head / (p.value_heads / p.heads),
           column,
+          slices,
           (tokens + kTileSide - 1) / kTileSide,
           initial,
           final,
@@ -128,9 +202,8 @@ template <class Traits>
 __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
                               ForwardMaps const& maps, ForwardUnit const& unit, int helper, int thread) {
   using T = typename Traits::T;
-  constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages;
+  constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages, kPrepared = Traits::kPrepared;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
-  TileScratch& scratch = shared.scratch[helper];
   auto const load_qk = [&](int i) {
     TileTokens const t = unit.tile(i);
     Barrier& loaded = shared.loaded[i % kStages];
@@ -149,29 +222,53 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
       }
     }
   };
+  auto const released = [&](int i) -> Barrier& { return shared.released[i % kStages]; };
+  auto const phase = [](int i) { return (i / kStages) & 1; };  // of that barrier
   if (helper >= unit.tiles) return;
+  // The thread that loads is of a warp that waits while others invert.
+  constexpr bool kHurries = Traits::kHurries;
+  constexpr int kHelpers = Traits::kHelpers, kLoader = kHurries ? kWarpgroup - 32 : 0;
   bool const scans = thread < kTileSide;
-  if (scans) request_gates(a.p, unit.tile(helper), unit.head, thread, scratch);
-  if (thread == 0) load_qk(helper);
-  for (int i = helper; i < unit.tiles; i += Traits::kHelpers) {
-    int const stage = i % kStages, next = i + Traits::kHelpers;
+  if (scans) request_gates(a.p, unit.tile(helper), unit.head, thread, shared.scratch[helper]);
+  if (thread == kLoader) load_qk(helper);
+  for (int i = helper; i < unit.tiles; i += kHelpers) {
+    int const stage = i % kStages, prepared = i % kPrepared, next = i + kHelpers;
     // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
     // few registers there are.
     asm volatile("" : "+r"(thread));
-    TileScalars& s = shared.scalars[stage];
+    TileScalars& s = shared.scalars[prepared];
+    TileScratch& scratch = shared.scratch[i % 2];
     int const count = unit.tile(i).count;
+    if constexpr (kPrepared < kStages) {
+      if (i >= kPrepared) released(i - kPrepared).wait(phase(i - kPrepared));
+    }
     if (scans) {
       scan_gates(a.p, count, unit.head, thread, scratch, s);
-      if (next < unit.tiles) request_gates(a.p, unit.tile(next), unit.head, thread, scratch);
+      if (next < unit.tiles) request_gates(a.p, unit.tile(next), unit.head, thread, shared.scratch[next % 2]);
     }
     shared.loaded[stage].wait((i / kStages) & 1);
-    prepare_tile<T, Traits::kKeyDim, kOutputs>(a.p, count, shared.qk[stage], s, scratch,
-                                               shared.inverse[stage], shared.scores[stage], 1 + 2 * helper,
-                                               thread);
-    shared.prepared[stage].arrive();
-    if (next < unit.tiles) {
-      if (next >= kStages) shared.released[next % kStages].wait((next / kStages - 1) & 1);
-      if (thread == 0) load_qk(next);
+    bool requests = next < unit.tiles;
+    prepare_tile<T, Traits::kKeyDim, kOutputs, kHurries>(
+        a.p, count, shared.qk[stage], s, scratch, shared.inverse[prepared], shared.scores[prepared / 2],
+        prepared % 2, 1 + kTileBarriers * helper, thread, [&] {
+          if (!kHurries) return;
+          if (thread == kLoader && requests &&
+              (next < kStages || released(next - kStages).test(phase(next - kStages)))) {
+            load_qk(next);
+            requests = false;
+          }
+        });
+    shared.prepared[prepared].arrive();
+    if (requests) {
+      if constexpr (kHurries) {
+        if (thread == kLoader) {
+          if (next >= kStages) released(next - kStages).wait(phase(next - kStages));
+          load_qk(next);
+        }
+      } else {
+        if (next >= kStages) released(next - kStages).wait(phase(next - kStages));
+        if (thread == 0) load_qk(next);
+      }
     }
   }
 }
@@ -300,9 +397,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
                            ForwardUnit const& unit, int slice, int thread) {
   using T = typename Traits::T;
   constexpr int kKeyDim = Traits::kKeyDim, kKeySteps = kKeyDim / 16, kStages = Traits::kStages;
+  constexpr int kPrepared = Traits::kPrepared;
   constexpr int kChunkSteps = kChunk / 16, kGainParts = std::is_same_v<T, __half> ? 1 : 2;
   int const warp = thread / 32, lane = thread % 32;
-  int const barrier = 1 + 2 * Traits::kHelpers + slice;
+  int const barrier = 1 + kTileBarriers * Traits::kHelpers + slice;
   int const column = unit.column + slice * kTileSide;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
   // A column past the values is one of the identity, and has no values: its tiles of v stay zero.
@@ -358,12 +456,13 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 
   int const chunks = unit.tiles * kTileChunks;
   for (int c = 0; c < chunks; ++c) {
-    int const i = c / kTileChunks, part = c % kTileChunks, stage = i % kStages, first = part * kChunk;
+    int const i = c / kTileChunks, part = c % kTileChunks, first = part * kChunk;
+    int const stage = i % kStages, prepared = i % kPrepared;
     uint64_t const rows = part * (kChunk * 128 >> 4);    // of descriptors: the chunk's rows of a tile
     uint64_t const block = rows + k_step(2) * part;      // and its diagonal block
     uint64_t const low = rows + k_step(2) * (1 - part);  // and the other block there
     uint64_t const qk_rows = part * (kTileBytes >> 4);
-    TileScalars const& scalars = shared.scalars[stage];
+    TileScalars const& scalars = shared.scalars[prepared];
     uint32_t fragments[kKeyDim / 4];  // of S^T
     pack_all<T>(fragments, s);
     uint32_t packed[kChunk / 4];
@@ -373,7 +472,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         __syncwarp();  // the reads of all lanes
         if (lane == 0) shared.released[(i - 1) % kStages].arrive();
       }
-      shared.prepared[stage].wait((i / kStages) & 1);
+      shared.prepared[prepared].wait((i / kPrepared) & 1);
     }
     constexpr int kRows = kOutputs ? 2 * kChunk : kChunk;
     float sums[kRows / 2];  // K S, then Q S
@@ -399,7 +498,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 
     float u[kChunk / 2];
     {
-      uint64_t const inverse = k_major(shared.inverse[stage]);
+      uint64_t const inverse = k_major(shared.inverse[prepared]);
       pin(w);
       pin(u);
       wgmma_begin();
@@ -462,7 +561,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 #pragma unroll
       for (int j = 0; j < kChunk / 2; ++j) o[j] *= range;
       {
-        uint64_t const scores = k_major(shared.scores[stage]) + block;
+        uint64_t const scores =
+            k_major(shared.scores[prepared / 2]) + rows + k_step(2) * ((part + prepared) % 2);
         pin(written);
         pin(o);
         wgmma_begin();
@@ -498,24 +598,25 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  ForwardUnit const unit = forward_unit<Traits>(a, shared.counts);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
-      shared.loaded[stage].init(1);
-      shared.prepared[stage].init(kWarpgroup);
-      shared.released[stage].init(Traits::kSlices * 4);
-    }
+    for (Barrier& b : shared.loaded) b.init(1);
+    for (Barrier& b : shared.released) b.init(unit.slices * 4);
+    for (Barrier& b : shared.prepared) b.init(kWarpgroup);
     for (auto& slice : shared.v_loaded) {
       for (Barrier& b : slice) b.init(1);
     }
     fence_barrier_init();
   }
   __syncthreads();
-  ForwardUnit const unit = forward_unit<Traits>(a);
   if (group < Traits::kHelpers) {
     if constexpr (Traits::kMovesRegisters) shrink_registers<Traits::kHelperRegisters>();
     prepare_tiles<Traits>(shared, a, maps, unit, group, thread);
   } else {
     if constexpr (Traits::kMovesRegisters) grow_registers<Traits::kStateRegisters>();
+    if (group - Traits::kHelpers >= unit.slices) return;
     scan_tiles<Traits>(shared, a, maps, unit, group - Traits::kHelpers, thread);
   }
 }

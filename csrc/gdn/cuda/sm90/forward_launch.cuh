@@ -1,50 +1,54 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
-#include "common/cuda/launch.cuh"
+#include "common/cuda/overlap.cuh"
 #include "gdn/cuda/sm90/forward.cuh"
 #include "gdn/cuda/sm90/forward_launch.h"
 
 namespace lt2::gdn::sm90 {
 
-// How the work is cut: slices of 64 value columns in a block (two share the preparation of tiles, one each
-// runs faster while there are multiprocessors to fill), and tiles of a segment; 0: sequences are not cut.
+// How the work is cut: for each head, blocks of two slices of 64 value columns (which share the preparation
+// of tiles) and of one (which run faster while there are multiprocessors to fill), and tiles of a segment; 0:
+// sequences are not cut.
 struct Cut {
-  int slices;
+  int pairs, singles;
   int64_t segment_tiles;
 };
 
-// The cut of least time by a model: waves of blocks, times tiles of a block, times the measured microseconds
-// of a tile.
+// The cut of least time by a model: waves of blocks, times tiles of a block, times the time of a tile.
 inline Cut choose_cut(ForwardParams const& p) {
-  constexpr double kMultiprocessors = 132,
-                   kStart = 8;  // blocks at a time; microseconds until a block runs at its rate
-  constexpr double kOne = 2.4, kTwo = 3.5, kMap = 2.9, kJoin = 1.7;
-  bool const pairs = p.value_dim % (2 * kTileSide) == 0 && p.key_dim <= 128;
-  double const slices = double(p.sequences) * p.value_heads * (p.value_dim / kTileSide);
+  constexpr double kMap = 2.9, kJoin = 1.7;
+  double const heads = double(p.sequences) * p.value_heads;
+  int const slices = p.value_dim / kTileSide, most = slices / 2;
   // Sequences of unknown lengths count as equal ones.
   double const tiles = double(portable::ceil_div(p.batch * p.tokens, p.sequences * int64_t{kTileSide}));
   auto const waves = [](double blocks) { return std::ceil(blocks / kMultiprocessors); };
-  Cut best{1, 0};
-  double least = waves(slices) * (tiles * kOne + kStart);
-  if (pairs && waves(slices / 2) * (tiles * kTwo + kStart) < least) {
-    best.slices = 2;
-    least = waves(slices / 2) * (tiles * kTwo + kStart);
-  }
-  int const width = pairs ? 2 : 1;
+  auto const time = [&](int pairs, double units, double length) {
+    double const one = length * kOneTime + kStartTime, two = length * kTwoTime + kStartTime;
+    int const singles = slices - 2 * pairs;
+    if (units * (pairs + singles) <= kMultiprocessors) return pairs > 0 ? two : one;
+    return waves(units * pairs) * two + waves(units * singles) * one;
+  };
+  Cut best{0, slices, 0};
+  double least = time(0, heads, tiles);
+  auto const consider = [&](Cut const& cut, double total) {
+    if (total < least) {
+      best = cut;
+      least = total;
+    }
+  };
+  for (int pairs = 1; pairs <= most; ++pairs)
+    consider({pairs, slices - 2 * pairs, 0}, time(pairs, heads, tiles));
   for (int segments = 2; segments <= 64; segments *= 2) {
     double const length = std::ceil(tiles / segments);
     if (length < 8) break;
     // Half of the maps are taken to be cut short by decay.
-    double const map_waves = slices / width * (segments - 1) * 2 / kMultiprocessors;
-    double const outputs = waves(slices / width * segments) * (length * (pairs ? kTwo : kOne) + kStart);
-    double const time =
-        std::fmax(1., map_waves / 2) * (length * kMap + kStart) + segments * kJoin + 3 * kStart + outputs;
-    if (time < least) {
-      least = time;
-      best = {width, static_cast<int64_t>(length)};
-    }
+    double const map_waves = heads * (slices - most) * (segments - 1) * 2 / kMultiprocessors;
+    double const maps = std::fmax(1., map_waves / 2) * (length * kMap + kStartTime);
+    consider({most, slices - 2 * most, static_cast<int64_t>(length)},
+             maps + segments * kJoin + 3 * kStartTime + time(most, heads * segments, length));
   }
   return best;
 }
@@ -83,11 +87,18 @@ Status launch_pass(ForwardParams const& p, Segments const& segments, Dtype dtype
     if (Status const status = make_tensor_map(t.map, t.tensor, dtype, t.tile_tokens); status != kOk)
       return status;
   }
-  int const slices = p.value_dim / kTileSide + (Traits::kPass == Pass::kMaps ? Traits::kKeyTiles : 0);
-  int const slice_groups = slices / Traits::kSlices;
-  return launch(forward_kernel<Traits>, segment_numbers(p, segments.span) * p.value_heads * slice_groups,
-                Traits::kThreads, sizeof(typename Traits::Shared), stream,
-                ForwardLaunch{p, p.o, p.final_state, segments, slice_groups}, maps);
+  Cut const cut = choose_cut(p);
+  int const slices = p.value_dim / kTileSide;
+  int64_t const units = segment_numbers(p, segments.span) * p.value_heads;
+  int64_t const blocks =
+      Traits::kPass == Pass::kMaps
+          ? units * (slices + Traits::kKeyTiles + portable::ceil_div(slices, Traits::kSlices))
+          : units * (cut.pairs + cut.singles);
+  if (blocks > INT32_MAX) return "too many sequences, heads and slices for one launch (2^31 - 1 blocks)";
+  return launch_overlapped(
+      forward_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), Traits::kThreads,
+      sizeof(typename Traits::Shared), 1, stream,
+      ForwardLaunch{p, p.o, p.final_state, segments, static_cast<int>(units), cut.pairs, cut.singles}, maps);
 }
 
 // kPairs: two slices in a block, which share the preparation of tiles.
@@ -100,13 +111,13 @@ Status launch_passes(ForwardParams const& p, Segments const& segments, void* str
     Status const plan =
         launch(plan_segments<T>, heads, kPlanWarps * 32, 0, stream, Inputs(p), segments, kKeyDim);
     if (plan != kOk) return plan;
-    constexpr int kMapSlices = (kKeyDim + kTileSide - 1) / kTileSide % kSlices == 0 ? kSlices : 1;
     Status const maps =
-        launch_pass<ForwardTraits<T, kKeyDim, kMapSlices, Pass::kMaps>>(p, segments, kDtype, stream);
+        launch_pass<ForwardTraits<T, kKeyDim, kSlices, Pass::kMaps>>(p, segments, kDtype, stream);
     if (maps != kOk) return maps;
-    Status const join =
-        launch(join_segments<kKeyDim>, p.sequences * p.value_heads * (p.value_dim / kJoinRows),
-               kKeyDim * kJoinParts, 0, stream, Inputs(p), segments);
+    Status const join = launch_overlapped(
+        join_segments<kKeyDim>,
+        dim3(static_cast<unsigned>(p.sequences * p.value_heads * (p.value_dim / kJoinRows))),
+        kJoinThreads<kKeyDim>, 0, 1, stream, Inputs(p), segments);
     if (join != kOk) return join;
   }
   return launch_pass<ForwardTraits<T, kKeyDim, kSlices>>(p, segments, kDtype, stream);
@@ -116,10 +127,9 @@ template <Dtype kDtype, int kKeyDim>
 Status launch_forward(ForwardParams const& p, float* workspace, void* stream) {
   int64_t floats;
   Segments const segments = segment_layout(p, workspace, &floats);
-  if constexpr (kKeyDim <= 128) {
-    if (choose_cut(p).slices == 2) return launch_passes<kDtype, kKeyDim, true>(p, segments, stream);
-  }
-  return launch_passes<kDtype, kKeyDim, false>(p, segments, stream);
+  bool const pairs = choose_cut(p).pairs > 0;
+  return pairs ? launch_passes<kDtype, kKeyDim, true>(p, segments, stream)
+               : launch_passes<kDtype, kKeyDim, false>(p, segments, stream);
 }
 
 }  // namespace lt2::gdn::sm90

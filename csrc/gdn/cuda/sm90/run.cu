@@ -70,8 +70,8 @@ int64_t backward_rows(BackwardParams const& p) {
   if (p.cu_seqlens != nullptr) return p.batch;
   constexpr int64_t kLeast = 1 << 16;  // tokens x heads
   int64_t const slices = 2 * p.value_heads * (p.value_dim / kTileSide);
-  return std::min(p.batch, std::max(backward_pass::kMultiprocessors / slices,
-                                    portable::ceil_div(kLeast, p.tokens * p.value_heads)));
+  return std::min(p.batch,
+                  std::max(kMultiprocessors / slices, portable::ceil_div(kLeast, p.tokens * p.value_heads)));
 }
 
 BackwardParams rows_of(BackwardParams p, int64_t first, int64_t count) {

@@ -9,6 +9,7 @@
 // strength and key: a token multiplies the norm of a state by at most e^g max(1, |1 - b |k|^2|).
 #pragma once
 
+#include "common/cuda/overlap.cuh"
 #include "gdn/cuda/sm90/tile.cuh"
 
 namespace lt2::gdn::sm90 {
@@ -22,6 +23,10 @@ struct Segments {
 };
 
 inline constexpr int kWhole = -1;
+
+// What the cut of the work goes by: measured microseconds of a tile in a block with one slice and with two,
+// and until a block runs at that rate.
+inline constexpr float kOneTime = 2.4f, kTwoTime = 3.5f, kStartTime = 8;
 
 struct Segment {
   int sequence, index, count;  // count: of the sequence's segments, at least 1
@@ -62,18 +67,23 @@ __device__ inline Segment find_segment(Inputs const& p, int64_t span, int64_t nu
           static_cast<int>(tokens)};
 }
 
-inline constexpr int kPlanWarps = 8, kPlanRounds = 4;
+inline constexpr int kPlanWarps = 8, kPlanRounds = 4, kPlanTiles = kPlanWarps * kPlanRounds;
 inline constexpr float kForgotten = -40.f;  // log2
 
-// One block per segment and value head, a warp per tile, from the end of the segment backwards.
+// One block per segment and value head, a warp per tile, of the last tiles; a lane of each warp per tile
+// after.
 template <class T>
 __global__ void __launch_bounds__(kPlanWarps * 32)
     plan_segments(Inputs const p, Segments const segments, int key_dim) {
-  __shared__ float growth[kPlanWarps], scratch[kPlanWarps];
+  __shared__ float growth[kPlanTiles], scratch[kPlanWarps];
+  let_next_kernel_start();
   int const number = blockIdx.x / p.value_heads, head = blockIdx.x % p.value_heads;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Segment const segment = find_segment(p, segments.span, number);
-  if (segment.tokens < 0) return;
+  if (segment.index >= segment.count - 1) {  // nobody asks for the end of a sequence's last one
+    if (threadIdx.x == 0) segments.first_tiles[blockIdx.x] = static_cast<int>(segments.span / kTileSide);
+    return;
+  }
   int const tiles = (segment.tokens + kTileSide - 1) / kTileSide;
   int const qk_head = head / (p.value_heads / p.heads);
   auto const decay_of = [&](int token) {
@@ -106,82 +116,105 @@ __global__ void __launch_bounds__(kPlanWarps * 32)
   };
   int result = kWhole;
   float decay = 0.f;  // of all that is looked at: keys are read only where it is enough
-  for (int i = threadIdx.x; i < kPlanRounds * kPlanWarps * kTileSide; i += kPlanWarps * 32)
+  for (int i = threadIdx.x; i < kPlanTiles * kTileSide; i += kPlanWarps * 32)
     decay += decay_of(tiles * kTileSide - 1 - i);
   if (block_sum<kPlanWarps * 32>(decay, scratch) < kForgotten) {
-    float total = 0.f;
-    for (int round = 0; round < kPlanRounds && result == kWhole; ++round) {
-      int const last = tiles - 1 - round * kPlanWarps;
-      if (last < 0) break;
-      float const mine = growth_of(last - warp);
-      if (lane == 0) growth[warp] = mine;
-      __syncthreads();
-      for (int w = 0; w < kPlanWarps && result == kWhole; ++w) {
-        total += growth[w];
-        if (last - w >= 0 && total < kForgotten) result = last - w;
-      }
-      __syncthreads();
+#pragma unroll
+    for (int round = 0; round < kPlanRounds; ++round) {
+      int const back = round * kPlanWarps + warp;
+      float const mine = growth_of(tiles - 1 - back);
+      if (lane == 0) growth[back] = mine;
     }
+    __syncthreads();
+    float total = growth[lane];  // of the tiles from here on
+#pragma unroll
+    for (int d = 1; d < kPlanTiles; d *= 2) {
+      float const after = __shfl_up_sync(0xffffffffu, total, d);
+      if (lane >= d) total += after;
+    }
+    uint32_t const enough = __ballot_sync(0xffffffffu, total < kForgotten && lane < tiles);
+    if (enough != 0) result = tiles - __ffs(enough);
   }
-  if (threadIdx.x == 0) segments.first_tiles[number * p.value_heads + head] = result;
+  if (threadIdx.x == 0) segments.first_tiles[blockIdx.x] = result;
 }
 
-inline constexpr int kJoinRows = 8, kJoinParts = 4;
-
-// One block per sequence, value head and kJoinRows value columns: kKeyDim x kJoinParts threads, one key
-// column and a part of the sum each. Maps are requested a segment ahead.
+inline constexpr int kJoinRows = 8, kJoinColumns = 2;
+// How many threads share a sum.
 template <int kKeyDim>
-__global__ void __launch_bounds__(kKeyDim* kJoinParts)
+inline constexpr int kJoinParts = kKeyDim > 128 ? 4 : 8;
+template <int kKeyDim>
+inline constexpr int kJoinThreads = kKeyDim / kJoinColumns * kJoinParts<kKeyDim>;
+
+// One block per sequence, value head and kJoinRows value columns: a thread has two key columns and a part of
+// the sum. What is read of a segment is requested one segment ahead.
+template <int kKeyDim>
+__global__ void __launch_bounds__(kJoinThreads<kKeyDim>)
     join_segments(Inputs const p, Segments const segments) {
-  constexpr int kMapRows = (kKeyDim + kTileSide - 1) / kTileSide * kTileSide, kTerms = kKeyDim / kJoinParts;
+  constexpr int kMapRows = (kKeyDim + kTileSide - 1) / kTileSide * kTileSide, kParts = kJoinParts<kKeyDim>,
+                kTerms = kKeyDim / kParts, kOwn = kJoinRows / kParts;
   __shared__ __align__(16) float state[kJoinRows][kKeyDim];
-  __shared__ float partial[kJoinParts][kJoinRows][kKeyDim];
+  __shared__ __align__(16) float partial[kParts][kJoinRows][kKeyDim];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   int const groups = p.value_dim / kJoinRows;
   int const group = blockIdx.x % groups, unit = blockIdx.x / groups;
   int const head = unit % p.value_heads, n = unit / p.value_heads;
-  int const column = threadIdx.x % kKeyDim, part = threadIdx.x / kKeyDim;
+  int const column = threadIdx.x % (kKeyDim / kJoinColumns) * kJoinColumns,
+            part = threadIdx.x / (kKeyDim / kJoinColumns);
   int64_t const first = first_segment(p, segments.span, n);
   int const count = find_segment(p, segments.span, first).count;
-  float map[kTerms];
+  int64_t const offset = static_cast<int64_t>(group) * kJoinRows * kKeyDim + column;
+  float2 map[kTerms], end[kOwn];
   bool mapped = false;
   auto const request = [&](int i) {  // of segment i, from whose start to its end the join goes
+    if (i >= count - 1) return;
     int64_t const at = (first + i) * p.value_heads + head;
-    mapped = i > 0 && i < count - 1 && segments.first_tiles[at] == kWhole;
+    mapped = i > 0 && segments.first_tiles[at] == kWhole;
+    float const* const ends = segments.ends + at * p.value_dim * kKeyDim + offset;
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r)
+      end[r] = *reinterpret_cast<float2 const*>(ends + (part + r * kParts) * kKeyDim);
     if (!mapped) return;
     float const* const m = segments.maps + (at * kMapRows + part * kTerms) * kKeyDim + column;
 #pragma unroll
-    for (int j = 0; j < kTerms; ++j) map[j] = m[j * kKeyDim];
+    for (int j = 0; j < kTerms; ++j) map[j] = *reinterpret_cast<float2 const*>(m + j * kKeyDim);
   };
   request(0);
   for (int i = 0; i + 1 < count; ++i) {
-    int64_t const at = (first + i) * p.value_heads + head, next = at + p.value_heads;
+    int64_t const next = (first + i + 1) * p.value_heads + head;
     if (mapped) {
 #pragma unroll
       for (int r = 0; r < kJoinRows; ++r) {
-        float sum = 0.f;
+        float2 sum = {};
 #pragma unroll
         for (int j = 0; j < kTerms; j += 4) {
           float4 const s = *reinterpret_cast<float4 const*>(&state[r][part * kTerms + j]);
-          sum += s.x * map[j] + s.y * map[j + 1] + s.z * map[j + 2] + s.w * map[j + 3];
+          sum.x += s.x * map[j].x + s.y * map[j + 1].x + s.z * map[j + 2].x + s.w * map[j + 3].x;
+          sum.y += s.x * map[j].y + s.y * map[j + 1].y + s.z * map[j + 2].y + s.w * map[j + 3].y;
         }
-        partial[part][r][column] = sum;
+        *reinterpret_cast<float2*>(&partial[part][r][column]) = sum;
       }
     }
     bool const adds = mapped;
+    float2 sum[kOwn];
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r) sum[r] = end[r];
     request(i + 1);
     __syncthreads();
-    int64_t const offset = static_cast<int64_t>(group) * kJoinRows * kKeyDim + column;
-    float const* const end = segments.ends + at * p.value_dim * kKeyDim + offset;
     float* const start = segments.starts + next * p.value_dim * kKeyDim + offset;
 #pragma unroll
-    for (int r = part; r < kJoinRows; r += kJoinParts) {
-      float sum = end[r * kKeyDim];
+    for (int r = 0; r < kOwn; ++r) {
+      int const row = part + r * kParts;
       if (adds) {
 #pragma unroll
-        for (int q = 0; q < kJoinParts; ++q) sum += partial[q][r][column];
+        for (int q = 0; q < kParts; ++q) {
+          float2 const x = *reinterpret_cast<float2 const*>(&partial[q][row][column]);
+          sum[r].x += x.x;
+          sum[r].y += x.y;
+        }
       }
-      state[r][column] = sum;
-      start[r * kKeyDim] = sum;
+      *reinterpret_cast<float2*>(&state[row][column]) = sum[r];
+      *reinterpret_cast<float2*>(start + row * kKeyDim) = sum[r];
     }
     __syncthreads();
   }

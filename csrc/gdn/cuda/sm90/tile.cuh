@@ -27,6 +27,9 @@ using portable::kLeastLog2Decay;
 using portable::kLog2E;
 using portable::kNormEpsilon;
 
+// H100 and H200 have as many; elsewhere only the balance of work suffers.
+inline constexpr int kMultiprocessors = 132;
+
 inline constexpr int kChunk = 32;
 inline constexpr int kTileChunks = kTileSide / kChunk;
 // Of q and k, 64 elements wide: rows of k of the first chunk, then of q, then the same of the second.
@@ -169,9 +172,9 @@ __device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileSca
   }
 }
 
-// P of a warp's 16 rows, to block (c, c) of a tile.
-__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& s, char* tile, int chunk,
-                                    int half_row, int lane) {
+// P of a warp's 16 rows, to block (c, c) of a tile, or with `odd` to the other one there.
+__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& s, char* tile, int odd,
+                                    int chunk, int half_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = half_row + lane / 4 + 8 * half;
@@ -190,19 +193,25 @@ __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& 
   int const row = chunk * kChunk + half_row + lane % 16;
 #pragma unroll
   for (int n = 0; n < kChunk / 8; n += 2) {
-    store_matrices(address + tile_offset(row, chunk * 4 + n + lane / 16),
+    store_matrices(address + tile_offset(row, (chunk + odd) % 2 * 4 + n + lane / 16),
                    pack<__half>(qk[4 * n], qk[4 * n + 1]), pack<__half>(qk[4 * n + 2], qk[4 * n + 3]),
                    pack<__half>(qk[4 * n + 4], qk[4 * n + 5]), pack<__half>(qk[4 * n + 6], qk[4 * n + 7]));
   }
 }
 
-// The whole preparation of a tile by one warpgroup that shares `barrier` and, its first half, `barrier` + 1.
-// The first two warps have k, one chunk each to scan and to invert, the others q. q and k have arrived, and
-// scan_gates is under way. `inverse` and `scores` are tiles. Without kScores there is no q. Ends with the
-// writes of this thread ordered before later reads by wgmma.
-template <class T, int kKeyDim, bool kScores>
+// Of prepare_tile: of the warpgroup; of its first two warps, which have k, one chunk each to scan and to
+// invert; and one at which the others, which have q, wait for these.
+inline constexpr int kTileBarriers = 3;
+
+// The whole preparation of a tile by one warpgroup with barriers `barrier`, .. q and k have arrived, and
+// scan_gates is under way. `inverse` and `scores` are tiles. Without kScores there is no q. With kHurries the
+// norms of k are read from the diagonal of K K^T, so that its products wait for nothing and the norms of q
+// are computed beside; it takes more registers. While the first warps invert, the others call `meanwhile`.
+// Ends with the writes of this thread ordered before later reads by wgmma.
+template <class T, int kKeyDim, bool kScores, bool kHurries, class F>
 __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch,
-                             char* inverse, char* scores, int barrier, int thread) {
+                             char* inverse, char* scores, int odd, int barrier, int thread,
+                             F const& meanwhile) {
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   int const warp = thread / 32, lane = thread % 32, chunk = warp % kTileChunks;
   int const token = chunk * kChunk + lane;
@@ -212,18 +221,23 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     clear_row<kTiles>(qk, row);
     fence_async_shared();
   }
-  float const norm = p.qk_l2norm && (kScores || has_k) ? row_norm<T, kTiles>(qk, row) : 1.f;
-  if (has_k) {
-    float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
-    s.k_norm[token] = norm;
-    s.k_shift[token] = p.qk_l2norm ? decay - __log2f(norm) : decay;
-    s.k_in[token] = exp2_fast(decay) * norm;
-    s.k_out[token] = exp2_fast(last - decay) * norm;
-    if (lane == 0) s.decay[chunk] = exp2_fast(last);
+  float norm = 1.f;
+  if constexpr (kHurries) {
+    if (count < kTileSide) named_barrier(barrier, kWarpgroup);
   } else {
-    s.q_factor[token] = p.scale * norm;
+    if (p.qk_l2norm && (kScores || has_k)) norm = row_norm<T, kTiles>(qk, row);
+    if (has_k) {
+      float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
+      s.k_norm[token] = norm;
+      s.k_shift[token] = p.qk_l2norm ? decay - __log2f(norm) : decay;
+      s.k_in[token] = exp2_fast(decay) * norm;
+      s.k_out[token] = exp2_fast(last - decay) * norm;
+      if (lane == 0) s.decay[chunk] = exp2_fast(last);
+    } else {
+      s.q_factor[token] = p.scale * norm;
+    }
+    named_barrier(barrier, kWarpgroup);
   }
-  named_barrier(barrier, kWarpgroup);
 
   // Rows 0..31 are K K^T of a chunk, rows 32..63 Q K^T.
   float products[kTileChunks][kChunk / 2];
@@ -239,20 +253,61 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     }
   }
   wgmma_commit();
-  if (!has_k) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
+  if constexpr (kHurries) {
+    if (has_k) {
+      named_barrier(barrier + 1, kWarpgroup / 2);  // the decays of both chunks
+    } else if (kScores) {
+      if (p.qk_l2norm) norm = row_norm<T, kTiles>(qk, row);
+      s.q_factor[token] = p.scale * norm;
+    }
+  } else {
+    if (!has_k) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
+  }
   wgmma_wait<0>();
 #pragma unroll
   for (int c = 0; c < kTileChunks; ++c) pin(products[c]);
   int const half_row = chunk * 16;
+  if constexpr (kHurries) {
+    if (has_k) {
+      // |k|^2 of rows half_row .. + 15 of either chunk is in lanes 4 r + r / 2; lane l takes chunk l / 16,
+      // row l % 16.
+      float square = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const c = i / 2, half = i % 2;
+        float const *const low = products[c] + 6 * half, *const high = low + 8;
+        float const x = lane / 4 % 2 == 0 ? (chunk == 0 ? low[0] : high[0]) : (chunk == 0 ? low[1] : high[1]);
+        float const y = __shfl_sync(0xffffffffu, x, lane % 8 * 4 + lane % 8 / 2);
+        if (lane / 8 == i) square = y;
+      }
+      int const of = lane / 16, at = of * kChunk + half_row + lane % 16;
+      float const factor = p.qk_l2norm ? rsqrtf(square + kNormEpsilon) : 1.f;
+      float const decay = s.log2_decay[at], last = s.log2_decay[of * kChunk + kChunk - 1];
+      s.k_norm[at] = factor;
+      s.k_shift[at] = p.qk_l2norm ? decay - __log2f(factor) : decay;
+      s.k_in[at] = exp2_fast(decay) * factor;
+      s.k_out[at] = exp2_fast(last - decay) * factor;
+      if (lane == 31) s.decay[1] = exp2_fast(last);
+      if (lane == 15) s.decay[0] = exp2_fast(last);
+      arrive_at_named_barrier(barrier + 2, kWarpgroup);
+      named_barrier(barrier + 1, kWarpgroup / 2);
+    } else {
+      named_barrier(barrier + 2, kWarpgroup);
+    }
+    if (!has_k) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
+  }
   if (has_k) {
 #pragma unroll
     for (int c = 0; c < kTileChunks; ++c)
       store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
     named_barrier(barrier + 1, kWarpgroup / 2);
     invert_32(scratch.inverse[chunk], lane);
-  } else if constexpr (kScores) {
+  } else {
+    if constexpr (kScores) {
 #pragma unroll
-    for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, c, half_row, lane);
+      for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, odd, c, half_row, lane);
+    }
+    meanwhile();
   }
   named_barrier(barrier, kWarpgroup);
   store_inverse<T>(scratch.inverse[thread / 64], s, inverse, thread / 64, thread % 64);
