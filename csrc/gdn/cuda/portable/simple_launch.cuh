@@ -6,6 +6,7 @@
 #include "gdn/cuda/portable/simple_gradients.cuh"
 #include "gdn/cuda/portable/simple_launch.h"
 #include "gdn/cuda/portable/simple_states.cuh"
+#include "gdn/cuda/portable/sizes.cuh"
 
 namespace lt2::gdn::portable {
 
@@ -53,7 +54,7 @@ template <Dtype kDtype>
 Status launch_simple_forward(ForwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
   SegmentPlan const plan = simple_plan(p, 1, workspace);
-  bool const whole_rows = simple_whole_rows(p, p.o);
+  bool const whole_rows = whole_pieces(p, p.o);
   return with_simple_sizes(p.key_dim, p.value_dim, [&](auto keys, auto tiles) {
     constexpr int kKeys = decltype(keys)::value, kTiles = decltype(tiles)::value;
     if (plan.states != nullptr) {
@@ -70,7 +71,7 @@ Status launch_simple_forward(ForwardParams const& p, float* workspace, void* str
 template <Dtype kDtype>
 Status launch_simple_backward(BackwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
-  bool const whole_rows = simple_whole_rows(p, p.dout);
+  bool const whole_rows = whole_pieces(p, p.dout);
   int64_t const chunks = chunk_numbers(p), edges = simple_edge_floats(p);
   int64_t const rows = p.batch * p.tokens * p.value_heads * p.key_dim;
   auto const take = [&](int64_t floats) {

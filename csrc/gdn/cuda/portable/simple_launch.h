@@ -7,8 +7,6 @@ namespace lt2::gdn::portable {
 
 // Whether there are kernels for p.
 bool simple_supports(Inputs const& p);
-// Whether q, k, v and o, or its gradient, have rows of aligned pieces of 16 bytes.
-bool simple_whole_rows(Inputs const& p, Strided const& o);
 
 // How sequences are cut so that there are blocks for all multiprocessors, and the floats that it takes for
 // each direction.

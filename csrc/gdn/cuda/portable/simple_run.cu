@@ -26,11 +26,6 @@ bool simple_supports(Inputs const& p) {
   return !p.delta && !p.qk_l2norm && p.dtype != Dtype::kFloat32 && fits(p.key_dim) && fits(p.value_dim);
 }
 
-bool simple_whole_rows(Inputs const& p, Strided const& o) {
-  return whole_pieces(p, p.q, p.heads, p.key_dim) && whole_pieces(p, p.k, p.heads, p.key_dim) &&
-         whole_pieces(p, p.v, p.value_heads, p.value_dim) && whole_pieces(p, o, p.value_heads, p.value_dim);
-}
-
 SegmentPlan simple_plan(Inputs const& p, int directions, float* workspace) {
   int64_t const size = segment_size(p, directions);
   if (size > p.tokens * p.batch) return {size, nullptr, nullptr};

@@ -33,7 +33,8 @@ inline bool whole_pieces(Inputs const& p, Strided const& x, int64_t heads, int d
 // The same of q, k, v and of another operand like v.
 inline bool whole_pieces(Inputs const& p, Strided const& other) {
   return whole_pieces(p, p.q, p.heads, p.key_dim) && whole_pieces(p, p.k, p.heads, p.key_dim) &&
-         whole_pieces(p, p.v, p.value_heads, p.value_dim) && whole_pieces(p, other, p.value_heads, p.value_dim);
+         whole_pieces(p, p.v, p.value_heads, p.value_dim) &&
+         whole_pieces(p, other, p.value_heads, p.value_dim);
 }
 
 }  // namespace lt2::gdn::portable
