@@ -70,8 +70,7 @@ __device__ inline Segment find_segment(Inputs const& p, int64_t span, int64_t nu
 inline constexpr int kPlanWarps = 8, kPlanRounds = 4, kPlanTiles = kPlanWarps * kPlanRounds;
 inline constexpr float kForgotten = -40.f;  // log2
 
-// One block per segment and value head, a warp per tile, of the last tiles; a lane of each warp per tile
-// after.
+// One block per segment and value head: a warp for each of the last tiles in turn, then a lane.
 template <class T>
 __global__ void __launch_bounds__(kPlanWarps * 32)
     plan_segments(Inputs const p, Segments const segments, int key_dim) {
