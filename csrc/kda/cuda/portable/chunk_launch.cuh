@@ -62,6 +62,7 @@ Status launch_scan(Inputs const& p, Strided const& o, float* final_state, Worksp
                    Record const* from, bool whole, void* stream) {
   return with_groups(p, [&](auto groups, auto parts, int64_t blocks) {
     constexpr int kGroups = decltype(groups)::value, kParts = decltype(parts)::value;
+    static_assert(sizeof(ScanShared<T, Record, kGroups, kParts>) <= kChunkSharedBytes);
     return launch(scan_chunks<T, kKeys, Record, kGroups, kParts>, blocks, kGroups * kParts * kWarp,
                   static_cast<int>(sizeof(ScanShared<T, Record, kGroups, kParts>)), stream, p, o, final_state,
                   w, from, whole);

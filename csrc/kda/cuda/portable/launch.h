@@ -7,6 +7,8 @@ namespace lt2::kda::portable {
 
 struct Workspace;
 
+inline constexpr int kChunkSharedBytes = 227 << 10;  // what blocks of the kernels by chunks may take
+
 // Whether a pass goes by chunks of tokens, else token by token; then of operands of 2 bytes. Workspaces in
 // floats.
 bool by_chunks(Inputs const& p, bool recurrent);

@@ -6,9 +6,18 @@ namespace lt2::kda::portable {
 
 static constexpr int kMaxChunkKeys = 128, kFewTokens = 16;
 
+// Of the current device, for one block.
+static int shared_bytes() {
+  int device = 0, bytes = 0;
+  bool const known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? bytes : 0;
+}
+
 bool by_chunks(Inputs const& p, bool recurrent) {
-  return !recurrent && p.dtype != Dtype::kFloat32 && p.key_dim <= kMaxChunkKeys && p.key_dim % 8 == 0 &&
-         p.value_dim % 8 == 0 && p.tokens > kFewTokens;
+  return shared_bytes() >= kChunkSharedBytes && !recurrent && p.dtype != Dtype::kFloat32 &&
+         p.key_dim <= kMaxChunkKeys && p.key_dim % 8 == 0 && p.value_dim % 8 == 0 && p.tokens > kFewTokens;
 }
 
 bool whole_rows(Inputs const& p, Strided const& values) {
