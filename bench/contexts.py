@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from report import Run
 from suites.loop import SHAPES
 
@@ -55,8 +56,8 @@ def draw(run: Run, path: Path) -> None:
         axes.set_xticks(contexts)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
     right.legend(fontsize=7, ncols=2)
     figure.suptitle(f"{run.device}, torch {run.torch}", fontsize=9)
     figure.savefig(path, dpi=120)
