@@ -267,7 +267,7 @@ __device__ void attend(typename Traits::Shared& shared, ForwardLaunch const& a, 
         words[half] = reinterpret_cast<uint32_t const*>(shared.mask[i % kStages] + queries[half])[lane % 4];
       }
     }
-    apply_mask(s, words);
+    if (!Traits::kWindow || (words[0] & words[1]) != 0xffffffffu) apply_mask(s, words);
     if (lane == 0) shared.k_released[i % kStages].arrive();
   };
 
