@@ -44,11 +44,15 @@ struct Wgmma;
     template <Major kMajorA>                                                            \
     using Shared = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_SS<kMajorA, kMajorB>;     \
   };
+LT2_WGMMA(8, __nv_bfloat16, F32BF16BF16)
+LT2_WGMMA(16, __nv_bfloat16, F32BF16BF16)
 LT2_WGMMA(32, __nv_bfloat16, F32BF16BF16)
 LT2_WGMMA(64, __nv_bfloat16, F32BF16BF16)
 LT2_WGMMA(96, __nv_bfloat16, F32BF16BF16)
 LT2_WGMMA(128, __nv_bfloat16, F32BF16BF16)
 LT2_WGMMA(192, __nv_bfloat16, F32BF16BF16)
+LT2_WGMMA(8, __half, F32F16F16)
+LT2_WGMMA(16, __half, F32F16F16)
 LT2_WGMMA(32, __half, F32F16F16)
 LT2_WGMMA(64, __half, F32F16F16)
 LT2_WGMMA(96, __half, F32F16F16)

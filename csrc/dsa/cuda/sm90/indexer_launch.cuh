@@ -66,16 +66,17 @@ struct StepPlan {
 };
 template <class Traits>
 StepPlan plan_step(IndexerParams const& p) {
-  constexpr int64_t kWorthABlock = 1024;
+  constexpr int64_t kWorthABlock = 2048;
   int blocks = 1;
   while (blocks < kMostStepBlocks && p.keys > blocks * kWorthABlock) blocks *= 2;
-  int64_t const slice = portable::ceil_div(p.keys, kTileSide * blocks) * kTileSide;
+  int64_t const slice = portable::ceil_div(p.keys, kStepKeys * blocks) * kStepKeys;
   int64_t const fixed = sizeof(typename Traits::Shared) + slice * sizeof(uint32_t);
   // One block on a multiprocessor, or more.
-  int stages =
-      (p.batch * p.tokens * blocks <= kMultiprocessors ? kMostStages : kMostStages / 2) / Traits::kHalves;
-  while (stages > 2 && fixed + 2 * stages * Traits::kKeyBytes > kSharedBytes) stages /= 2;
-  return {blocks, stages, static_cast<int>(fixed + 2 * stages * Traits::kKeyBytes)};
+  bool const alone = p.batch * p.tokens * blocks <= kMultiprocessors;
+  int stages = std::max(Traits::kMostStages / (alone ? 1 : 2) / Traits::kHalves, 1);
+  int64_t const stage = Traits::kGroups * Traits::kKeyBytes;
+  while (stages > 1 && fixed + stages * stage > kSharedBytes) stages /= 2;
+  return {blocks, stages, static_cast<int>(fixed + stages * stage)};
 }
 template <class Traits>
 bool is_step(IndexerParams const& p) {
@@ -90,13 +91,13 @@ Status launch_step(IndexerParams const& p, Dtype dtype, void* stream) {
   StepPlan const plan = plan_step<Traits>(p);
   int64_t const blocks = p.batch * p.tokens * plan.blocks;
   if (blocks > INT32_MAX) return "too many queries for one launch (2^31 - 1 blocks)";
-  return launch_overlapped(step_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), kStepThreads,
+  return launch_overlapped(step_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), Traits::kThreads,
                            plan.shared_bytes, plan.blocks, stream, p, map, plan.blocks, plan.stages);
 }
 
 template <class T, Dtype kDtype, int kDim, int kHeads>
 struct Indexer {
-  using Step = StepTraits<T, kDim, kHeads == 16 ? 16 : 8>;
+  using Step = StepTraits<T, kDim, kHeads == 16 ? 16 : 8, kDim == 64 ? 4 : 2>;
   using Select = Traits<T, kDim, kHeads, true>;
   using Scores = Traits<T, kDim, kHeads, false>;
 
