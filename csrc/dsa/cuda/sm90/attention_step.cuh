@@ -14,10 +14,10 @@ namespace lt2::dsa::sm90::step {
 
 using namespace cuda;
 
-inline constexpr int kWarps = 4, kThreads = kWarps * kWarp, kHeads = 16, kKeys = 16, kStages = 3;
+inline constexpr int kWarps = 4, kThreads = kWarps * kWarp, kHeads = 16, kKeys = 16;
 inline constexpr int kMostBlocks = 8;  // of a cluster
 
-template <int kDim>
+template <int kDim, int kStages>
 struct Shared {
   union {
     alignas(16) char rows[kWarps][kStages][2][portable::RowTile<kDim>::kBytes];  // of K, V
@@ -29,13 +29,13 @@ struct Shared {
 
 __device__ __forceinline__ float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
 
-template <class T, int kDim>
+template <class T, int kDim, int kStages>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(__grid_constant__ AttentionForwardParams const p, int blocks, int head_blocks) {
   using Tile = portable::RowTile<kDim>;
   constexpr int kChunks = kDim / 8;
   extern __shared__ __align__(128) char bytes[];
-  auto& shared = *reinterpret_cast<Shared<kDim>*>(bytes);
+  auto& shared = *reinterpret_cast<Shared<kDim, kStages>*>(bytes);
   wait_for_previous_kernel();
   int const thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, rank = cluster_rank();
   int64_t unit = blockIdx.x / blocks;
