@@ -105,7 +105,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     decode = [case(B, H, HV, 128, dtype, device) for case in (step_case, layer_case) for B, H, HV, dtype in chosen]
     if not quick or device.type == "cpu":
         shapes = (MAIN, F32), (MAIN, BF16)
-        shapes = ((LONG, BF16), (replace(LONG, T=32768), BF16)) if device.type == "cuda" else shapes
+        if device.type == "cuda":
+            many = LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096), replace(LONG, B=4)
+            shapes = tuple((s, BF16) for s in many)
         chunked += [simple_case(s, dtype, backward, device) for s, dtype in shapes for backward in (False, True)]
         chunked += [delta_case(s, dtype, device) for s, dtype in shapes]
     return decode + chunked if device.type == "cuda" else chunked + decode

@@ -34,7 +34,7 @@ LONG = Shape(T=8192, H=16, HV=16)
 CHECKED = 1024  # tokens of a longer sequence that float64 is run on
 CUDA = [
     (shape, BF16, backward, delta, delta)
-    for shape in (LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096))
+    for shape in (LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096), replace(LONG, B=4))
     for backward in (False, True)
     for delta in (True, False)
 ]
