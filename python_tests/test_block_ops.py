@@ -263,7 +263,7 @@ def check_rope(x, slots=None):
 
 
 @every_dtype
-@pytest.mark.parametrize("D,DV", [(2, 2), (24, 40), (64, 64), (128, 128), (130, 6)])
+@pytest.mark.parametrize("D,DV", [(2, 2), (24, 40), (64, 64), (128, 128), (130, 6), (64, 0)])
 def test_rope_cache(D, DV, dtype, device):
     for HQ, H, t in ((4, 2, 1), (6, 1, 3), (3, 3, 8)):
         check_rope(rope_inputs(t=t, HQ=HQ, H=H, D=D, DV=DV, dtype=dtype, device=device))

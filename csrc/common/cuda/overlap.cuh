@@ -12,7 +12,8 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-// The next kernel's blocks may be scheduled once every block of this one has called (or ended).
+// The next kernel's blocks may be scheduled once every block of this one has called (or ended). Called after
+// wait_for_previous_kernel(), what is older than this kernel is visible to the next one from its start.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -32,13 +33,13 @@ inline bool runs_sm90_code() {
 }
 
 // As launch(), in clusters of `cluster` blocks along x, for kernels that begin with
-// wait_for_previous_kernel().
+// wait_for_previous_kernel(). `carveout`: percent of a multiprocessor's memory that is shared memory.
 template <class... Params, class... Args>
-Status launch_overlapped(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-                         unsigned cluster, void* stream, Args const&... args) {
+Status launch_overlapped_carved(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                                unsigned cluster, int carveout, void* stream, Args const&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return kOk;
   if (Status const allowed = allow_shared(kernel, shared_bytes); allowed != kOk) return allowed;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   unsigned count = 0;
   if (runs_sm90_code()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -48,6 +49,10 @@ Status launch_overlapped(void (*kernel)(Params...), dim3 grid, int threads, int 
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count++].val.clusterDim = {cluster, 1, 1};
   }
+  if (carveout != cudaSharedmemCarveoutDefault) {
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = static_cast<unsigned>(carveout);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -56,6 +61,13 @@ Status launch_overlapped(void (*kernel)(Params...), dim3 grid, int threads, int 
   config.attrs = attributes;
   config.numAttrs = count;
   return status(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+template <class... Params, class... Args>
+Status launch_overlapped(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                         unsigned cluster, void* stream, Args const&... args) {
+  return launch_overlapped_carved(kernel, grid, threads, shared_bytes, cluster, cudaSharedmemCarveoutDefault,
+                                  stream, args...);
 }
 
 }  // namespace lt2::cuda

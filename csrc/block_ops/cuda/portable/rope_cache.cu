@@ -16,16 +16,18 @@ __device__ T* head_of(Heads const& x, int64_t row, int64_t token, int head) {
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) rope_cache_heads(RopeCacheParams const p) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   using Row = RowOf<T, kVec>;
   int64_t const position = blockIdx.x, row = position / p.tokens, token = position % p.tokens;
   int const pieces = p.dim / 2 / kVec, value_pieces = p.value_dim / 2 / kVec;
   int const rotated = (p.query_heads + p.heads) * pieces;
   int const i = static_cast<int>(blockIdx.y) * kThreads + threadIdx.x;
+  if (i >= rotated + p.heads * value_pieces) return;
   int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row], place = p.places[position];
   bool const kept = slot >= 0 && slot < p.slots && place >= 0 && place < p.capacity;
   if (i >= rotated) {
     int const head = (i - rotated) / value_pieces, c = (i - rotated) % value_pieces * kVec;
-    if (!kept || head >= p.heads) return;
+    if (!kept) return;
     T const* const from = head_of<T const>(p.v, row, token, head) + c;
     T* const to = head_of<T>(p.v_cache, slot, place, head) + c;
     Row const first = Row::load(from), second = Row::load(from + p.value_dim / 2);

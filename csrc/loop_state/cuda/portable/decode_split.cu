@@ -17,7 +17,8 @@ bool aligned(Cache const& cache) {
 SplitCut cut_of(DecodeParams const& p, float* partial) {
   int64_t const queries = unit_tokens(p) * (p.query_heads / p.heads);
   int64_t const keys = p.indices == nullptr ? p.capacity : p.topk;
-  return {ceil_div(queries, kRows), std::max<int64_t>(1, ceil_div(keys, kPartKeys)), partial};
+  return {ceil_div(queries, kRows), std::max<int64_t>(1, ceil_div(keys, part_keys(p.indices != nullptr))),
+          partial};
 }
 
 template <class F>
@@ -57,7 +58,8 @@ Status split_decode(DecodeParams const& p, float* workspace, void* stream) {
     int64_t const items = unit_count(p) * cut.parts * p.heads * cut.row_blocks;
     int64_t const blocks = std::min<int64_t>(items, int64_t{multiprocessors} * kResident<kDim>);
     auto* const kernel = p.indices == nullptr ? split_kernel<T, kDim, false> : split_kernel<T, kDim, true>;
-    Status const split = launch(kernel, blocks, kSplitThreads, kBytes, stream, p, cut);
+    Status const split = launch_overlapped(kernel, dim3(static_cast<unsigned>(blocks)), kSplitThreads, kBytes,
+                                           1, stream, p, cut);
     if (split != kOk || cut.parts == 1) return split;
     int64_t const queries = p.batch * p.tokens * p.query_heads;
     if (queries > INT32_MAX) return Status{"too many queries for one launch (2^31 - 1 blocks)"};

@@ -1,5 +1,5 @@
 // Decode attention bound by reading the caches once. An item is the queries of a unit and key head, at most
-// kRows, and a part of kPartKeys of its keys; blocks take items in turn. Inside an item every warp walks over
+// kRows, and a part of its keys; blocks take items in turn. Inside an item every warp walks over
 // tiles of kTile keys of its own, with copies for the next kStages - 1 tiles under way and a softmax of its
 // own, so that no warp waits for another before the end of the item. Where a part ends does not depend on the
 // length, the batch or the grid, so neither do the bits of a row.
@@ -17,7 +17,8 @@ using namespace ::lt2::cuda;
 
 inline constexpr int kSplitWarps = 4, kSplitThreads = kSplitWarps * kWarp;
 inline constexpr int kRows = 16, kTile = 16, kStages = 3;
-inline constexpr int kPartKeys = 512;
+// Keys of a part. There are few by indices, and each is a place of its own in memory.
+constexpr int part_keys(bool sparse) { return sparse ? 128 : 512; }
 inline constexpr int kElements = 8;  // of 16 bytes
 template <int kDim>
 inline constexpr int kResident = kDim == 64 ? 3 : 2;  // blocks on a multiprocessor
@@ -58,8 +59,8 @@ struct SplitCut {
 
 // The parts that a unit has: at least one, for its zeros.
 __device__ inline int64_t part_count(DecodeParams const& p, Sight const& sight) {
-  int64_t const keys = p.indices == nullptr ? sight.keys : p.topk;
-  return max(int64_t{1}, (keys + kPartKeys - 1) / kPartKeys);
+  int64_t const keys = p.indices == nullptr ? sight.keys : p.topk, part = part_keys(p.indices != nullptr);
+  return max(int64_t{1}, (keys + part - 1) / part);
 }
 
 __device__ inline float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
@@ -255,6 +256,7 @@ __global__ void __launch_bounds__(kSplitThreads, kResident<kDim>)
   auto& shared = *reinterpret_cast<SplitShared<T, kDim>*>(memory);
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int64_t const tokens = unit_tokens(p), group = p.query_heads / p.heads, queries = tokens * group;
+  wait_for_previous_kernel();
   let_next_kernel_start();
   int64_t item = blockIdx.x;  // of the units from `unit` on
   for (int64_t unit = 0; unit < unit_count(p); ++unit) {
@@ -263,8 +265,9 @@ __global__ void __launch_bounds__(kSplitThreads, kResident<kDim>)
     for (; item < items; item += gridDim.x) {
       int64_t const first_query = item % cut.row_blocks * kRows, part = item / cut.row_blocks / p.heads;
       int const head = static_cast<int>(item / cut.row_blocks % p.heads);
-      int64_t const begin = part * kPartKeys,
-                    end = min(begin + kPartKeys, kSparse ? (sight.keys > 0 ? p.topk : 0) : sight.keys);
+      constexpr int kPart = part_keys(kSparse);
+      int64_t const begin = part * kPart,
+                    end = min(begin + kPart, kSparse ? (sight.keys > 0 ? p.topk : 0) : sight.keys);
       SplitWarp<T, kDim> mine;
       mine.template run<kSparse>(p, shared, sight, unit, head, first_query, begin, end);
       __syncthreads();
@@ -311,6 +314,7 @@ __global__ void __launch_bounds__(kSplitThreads, kResident<kDim>)
 template <class T, int kDim>
 __global__ void __launch_bounds__(kDim) join_parts(DecodeParams const p, SplitCut const cut) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   int64_t const query = blockIdx.x, unit = query / p.query_heads / unit_tokens(p);
   int const parts = static_cast<int>(part_count(p, Sight(p, unit)));
   if (parts == 1) return;
