@@ -239,6 +239,14 @@ def rope_cache() -> list[dict[str, Any]]:
     return [plain, plain | low | full]
 
 
+def linear_step() -> list[dict[str, Any]]:
+    absent = {"norm_weight": None, "residual": None, "eps": 1e-5, "swiglu": False, "settled": False}
+    plain = {"x": torch.randn(2, 1, 24).to(BF16), "weights": [torch.randn(n, 24).to(BF16) for n in (5, 32)]} | absent
+    full = {"x": torch.randn(1, 3, 24).to(BF16), "weights": [torch.randn(20, 24).to(BF16) for _ in range(2)]}
+    return [plain, full | {"norm_weight": torch.randn(24), "residual": torch.randn(1, 3, 20).to(BF16), "eps": 1e-5,
+                           "swiglu": True, "settled": True}]  # fmt: skip
+
+
 def decode_attention() -> list[dict[str, Any]]:
     plain = {"q": torch.randn(2, 1, 4, 8), "k_cache": torch.randn(2, 7, 2, 8), "v_cache": torch.randn(2, 7, 2, 6),
              "lengths": torch.tensor([3, 7]), "slots": None, "indices": None, "loop_map": None,
@@ -315,6 +323,15 @@ CONTRACTS = {
             "slots": torch.zeros(2),
         },
     ),
+    "linear_step": Contract(
+        linear_step,
+        {
+            "x": torch.zeros(17, 24, dtype=BF16),
+            "weights": [],
+            "norm_weight": torch.zeros(7),
+            "residual": torch.zeros(5),
+        },
+    ),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),
     "loop_residual_rmsnorm_fwd": Contract(residual_rmsnorm, {"weight": torch.zeros(7)}, differentiable=True),
@@ -340,7 +357,13 @@ def arguments(name: str, sample: dict[str, Any], device: str = "cpu") -> tuple[A
     """In the order of the schema, all of them, on ``device``."""
     names = [a.name for a in operator(name)._schema.arguments]
     assert set(names) == set(sample), f"{name}: samples must have exactly the arguments of the schema"
-    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in (sample[n] for n in names))
+    return tuple(on_device(sample[n], device) for n in names)
+
+
+def on_device(value: Any, device: str) -> Any:
+    if isinstance(value, list):
+        return [on_device(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def require_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -386,7 +409,7 @@ def test_opcheck(case):
 
 def test_meta_tensors_give_the_shapes_of_real_ones(case):
     op, args, _ = case
-    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    meta = on_device(list(args), "meta")
     for fake, real in zip(tensors(op(*meta)), tensors(op(*args)), strict=True):
         assert fake.is_meta
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())

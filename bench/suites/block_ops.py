@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lt2_ext import ops
@@ -24,7 +27,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         for dtype in dtypes
         for backward in (False, True)
     ]
-    return rowwise + [rope_case(B, 4096, 16, 4, 128, BF16, device) for B in ([8] if quick else [1, 8, 64])]
+    steps = [linear_case(rows, name, BF16, device) for rows in ([1] if quick else [1, 8]) for name in PROJECTIONS]
+    return rowwise + steps + [rope_case(B, 4096, 16, 4, 128, BF16, device) for B in ([8] if quick else [1, 8, 64])]
 
 
 def ours_add(x: Tensors) -> Tensors:
@@ -83,6 +87,62 @@ def rowwise_case(name: str, shape: tuple[int, ...], dtype: torch.dtype, backward
         ours=timed(ours, trained),
         torch=timed(plain, trained),
         oracle=oracle(plain, trained),
+    )
+
+
+# K, outputs, options of the projections of a decode step, as in a block of 1.3B parameters and 21 layers.
+PROJECTIONS: dict[str, tuple[int, tuple[int, ...], tuple[str, ...]]] = {
+    "norm, qkv, z, a, b": (2048, (6144, 3072, 16, 16), ("norm_weight",)),
+    "o + residual": (3072, (2048,), ("residual",)),
+    "norm, swiglu": (2048, (5632, 5632), ("norm_weight", "swiglu")),
+    "down + residual": (5632, (2048,), ("residual",)),
+}
+LAYERS = 8  # of them one after the other: no cache holds all weights
+
+
+def linear_case(rows: int, name: str, dtype: torch.dtype, device: torch.device) -> Case:
+    K, outputs, options = PROJECTIONS[name]
+
+    def inputs() -> Tensors:
+        randn = generator(device)
+        x = {"x": randn(rows, K), "norm_weight": randn(K), "residual": randn(rows, outputs[0])}
+        weights = {f"w{i}": randn(LAYERS, n, K) * K**-0.5 for i, n in enumerate(outputs)}
+        return {n: t.to(dtype) for n, t in (x | weights).items()}
+
+    def arguments(x: Tensors, layer: int) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+        given: dict[str, Any] = {n: x.get(n, True) for n in options}
+        return x["x"], [x[f"w{i}"][layer] for i in range(len(outputs))], given | {"eps": EPS}
+
+    def named(results: list[Tensor]) -> Tensors:
+        return {f"o{i}": t for i, t in enumerate(results)}
+
+    def ours(x: Tensors) -> Call:
+        layers = [arguments(x, layer) for layer in range(LAYERS)]
+        return torch.no_grad()(lambda: [named(ops.linear_step(a, w, **given)) for a, w, given in layers][-1])
+
+    def plain(a: Tensor, weights: list[Tensor], given: dict[str, Any]) -> Tensors:
+        if "norm_weight" in given:
+            a = F.rms_norm(a, (K,), given["norm_weight"], EPS)
+        results = [F.linear(a, w) for w in weights]
+        if "swiglu" in given:
+            results = [F.silu(results[0]) * results[1]]
+        return named([r + given["residual"] if "residual" in given else r for r in results])
+
+    def torch_(x: Tensors) -> Call:
+        layers = [arguments(x, layer) for layer in range(LAYERS)]
+        return torch.no_grad()(lambda: [plain(*layer) for layer in layers][-1])
+
+    return Case(
+        op=f"linear_step: {name}",
+        shape=f"B={rows} K={K} {NAMES[dtype]}, {LAYERS} layers",
+        dtype=dtype,
+        flops=2 * LAYERS * rows * K * sum(outputs),
+        moved=LAYERS * K * sum(outputs) * dtype.itemsize,
+        inputs=inputs,
+        ours=ours,
+        torch=torch_,
+        oracle=lambda x: torch_({n: t.double() for n, t in x.items()})(),
+        graph=True,
     )
 
 

@@ -76,6 +76,9 @@ STABLE_TORCH_LIBRARY(lt2, m) {
   m.def(
       "rope_cache_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, "
       "Tensor sin, Tensor places, Tensor? slots) -> Tensor");
+  m.def(
+      "linear_step(Tensor x, Tensor[] weights, Tensor? norm_weight, Tensor? residual, float eps, "
+      "bool swiglu, bool settled) -> Tensor[]");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");

@@ -1,6 +1,8 @@
 // Contract of what surrounds the token mixers in a block:
 //   swiglu:         out = silu(gate) up
 //   gated RMSNorm:  out = o rsqrt(mean(o^2) + eps) weight silu(z)
+//   linear step:    out_i = x W_i^T for a few rows x, perhaps of rmsnorm(x), perhaps + residual; or of two W
+//                   silu(x W_0^T) (x W_1^T)
 //   rope cache:     rotated queries; rotated keys, and values, into a cache at the places of their tokens
 // The only header shared by bindings and kernels: POD parameters, raw pointers, an opaque stream.
 #pragma once
@@ -50,6 +52,26 @@ struct GatedNormBackwardParams : Shape {
   float* dweight;
 };
 
+constexpr int kMostLinears = 8, kMostStepRows = 16;
+
+// x, weights and outputs contiguous.
+struct LinearStepParams {
+  struct Part {
+    void const* weight;  // [outputs, channels]
+    void* out;           // [rows, outputs]
+    int outputs;
+  };
+  Dtype dtype;
+  int rows, channels, count;
+  Part parts[kMostLinears];
+  void const* x;            // [rows, channels]
+  void const* norm_weight;  // [channels] float32 or of dtype, or null
+  void const* residual;     // [rows, outputs] or null; of one output
+  float eps;
+  bool float_norm_weight, swiglu;
+  bool settled;  // no kernel that still runs writes weights
+};
+
 // [B, t, H, D], a cache [slots, S, H, D], with a contiguous last axis; strides in elements.
 struct Heads {
   void* data;
@@ -78,6 +100,8 @@ void swiglu_backward(SwigluBackwardParams const& p, ThreadPool const& pool);
 void gated_norm(GatedNormParams const& p, ThreadPool const& pool);
 void gated_norm_backward(GatedNormBackwardParams const& p, float* workspace, ThreadPool const& pool);
 void rope_cache(RopeCacheParams const& p, ThreadPool const& pool);
+// workspace [rows, channels].
+void linear_step(LinearStepParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
 // Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.
@@ -89,6 +113,8 @@ Status swiglu_backward(SwigluBackwardParams const& p, void* cuda_stream);
 Status gated_norm(GatedNormParams const& p, void* cuda_stream);
 Status gated_norm_backward(GatedNormBackwardParams const& p, float* workspace, void* cuda_stream);
 Status rope_cache(RopeCacheParams const& p, void* cuda_stream);
+Status linear_step_supports(LinearStepParams const& p);
+Status linear_step(LinearStepParams const& p, void* cuda_stream);
 }  // namespace portable
 
 }  // namespace lt2::block_ops

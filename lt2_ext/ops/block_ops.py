@@ -1,7 +1,9 @@
-"""What surrounds the token mixers in a block: SwiGLU, gated RMSNorm, rotary positions and the write into a cache."""
+"""What surrounds the token mixers in a block: SwiGLU, gated RMSNorm, rotary positions and the write into a cache; the
+projections of a decode step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ _swiglu_bwd = torch.ops.lt2.swiglu_bwd.default
 _gated_rmsnorm = torch.ops.lt2.gated_rmsnorm_fwd.default
 _gated_rmsnorm_bwd = torch.ops.lt2.gated_rmsnorm_bwd.default
 _rope_cache = torch.ops.lt2.rope_cache_.default
+_linear_step = torch.ops.lt2.linear_step.default
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -91,8 +94,50 @@ def rope_cache_(
     return _rope_cache(k_cache, v_cache, q, k, v, cos, sin, places, slots)
 
 
+def linear_step(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    norm_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    swiglu: bool = False,
+    settled: bool = False,
+) -> list[Tensor]:
+    """``x W^T`` for a few rows and each of some weights that share them, which are read once: the projections of a
+    decode step, with what comes before and after them.
+
+    Inference only: there is no derivative, so inputs that require one are an error in grad mode. Not affected by
+    autocast. Products and sums are float32, rounded once per output (on CUDA also x after the norm).
+
+    Args:
+        x: ``[.., K]`` with up to 16 rows, on the CPU float32 or bfloat16, on CUDA bfloat16 or float16 and K a multiple
+            of 8.
+        weights: 1 to 8 tensors ``[N, K]`` in the dtype of x, contiguous.
+        norm_weight: ``[K]`` float32 or in the dtype of x: x is ``rmsnorm(x) * norm_weight``.
+        residual: ``[.., N]`` in the dtype of x, added to the only output.
+        eps: added to the mean square by the norm.
+        swiglu: of two weights of one shape the output is ``silu(x W_0^T) * (x W_1^T)``.
+        settled: the operation right before this one on its stream did not write the weights: on CUDA they are then read
+            while it still runs.
+
+    Returns:
+        For each weight ``[.., N]`` in the dtype of x; with swiglu one.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype or number of rows; inputs that require a gradient.
+    """
+    inference_only("linear_step", x, *weights, norm_weight, residual)
+    return run(_linear_step, x, weights, norm_weight, residual, eps, swiglu, settled)
+
+
 fake("swiglu_fwd")(lambda gate, up: gate.new_empty(gate.shape))
 fake("swiglu_bwd")(lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
+fake("linear_step")(
+    lambda x, weights, norm_weight, residual, eps, swiglu, settled: [
+        x.new_empty((*x.shape[:-1], w.shape[0])) for w in (weights[:1] if swiglu else weights)
+    ]
+)
 fake("rope_cache_")(lambda k_cache, v_cache, q, *_: q.new_empty(q.shape))
 
 

@@ -293,6 +293,20 @@ def rope_cache_(device: str) -> Pairs:
     return compare(ops.rope_cache_, block_reference.rope_cache, device, tensors, ("k_cache", "v_cache"))
 
 
+def linear_step(device: str) -> Pairs:
+    """On CUDA of 16 bits only: small integers, whose sums these hold exactly."""
+    x, residual, *weights = (torch.randint(-1, 2, s).to(torch.bfloat16) for s in ((3, 64), (3, 40), (40, 64), (24, 64)))
+
+    def op(x: Tensor, residual: Tensor, first: Tensor, second: Tensor, f: Any = ops.linear_step) -> tuple[Tensor, ...]:
+        return *f(x, [first, second]), *f(x, [first], residual=residual)
+
+    def oracle(**tensors: Tensor) -> tuple[Tensor, ...]:
+        return op(**tensors, f=block_reference.linear_step)
+
+    tensors = {"x": x, "residual": residual, "first": weights[0], "second": weights[1]}
+    return compare(op, oracle, device, tensors)
+
+
 def loop_decode_attention(device: str) -> Pairs:
     tensors = {"k_cache": torch.randn(3, 40, 2, 64), "v_cache": torch.randn(3, 40, 2, 64)}
     tensors |= {"q": torch.randn(3, 2, 4, 64), "lengths": torch.tensor([40, 2, 17])}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,25 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def gated_rmsnorm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """As :func:`lt2_ext.ops.gated_rmsnorm`."""
     return o * (o.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(o.dtype) * F.silu(z)
+
+
+def linear_step(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    norm_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    swiglu: bool = False,
+    settled: bool = False,
+) -> list[Tensor]:
+    """As :func:`lt2_ext.ops.linear_step`."""
+    if norm_weight is not None:
+        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight.to(x.dtype)
+    outputs = [F.linear(x, w) for w in weights]
+    if swiglu:
+        outputs = [F.silu(outputs[0]) * outputs[1]]
+    return outputs if residual is None else [outputs[0] + residual]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -49,5 +49,21 @@ void rope_cache(RopeCacheParams const& p, ThreadPool const& pool) {
   });
 }
 
+void linear_step(LinearStepParams const& p, float* workspace, ThreadPool const& pool) {
+  if (p.rows == 0) return;
+  kernels().linear_step_rows(p, workspace);
+  int const parts = p.swiglu ? 1 : p.count;
+  int64_t outputs = 0;
+  for (int i = 0; i < parts; ++i) outputs += p.parts[i].outputs;
+  pool.ranges(0, outputs, row_grain(p.channels), [&](int64_t begin, int64_t end) {
+    for (int i = 0; i < parts; ++i) {
+      int64_t const n = p.parts[i].outputs, from = std::max<int64_t>(begin, 0), to = std::min(end, n);
+      if (from < to) kernels().linear_step(p, workspace, i, static_cast<int>(from), static_cast<int>(to));
+      begin -= n;
+      end -= n;
+    }
+  });
+}
+
 }  // namespace cpu
 }  // namespace lt2::block_ops

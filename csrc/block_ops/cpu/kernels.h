@@ -13,6 +13,9 @@ struct Kernels {
   void (*gated_norm_backward)(GatedNormBackwardParams const& p, int64_t begin, int64_t end, float* partial);
   // Of the [B t] tokens, whose heads are those of q, then of k, then of v.
   void (*rope_cache)(RopeCacheParams const& p, int64_t token, int begin_head, int end_head);
+  // x [rows, channels]: what enters the products.
+  void (*linear_step_rows)(LinearStepParams const& p, float* x);
+  void (*linear_step)(LinearStepParams const& p, float const* x, int part, int begin, int end);
 };
 
 }  // namespace lt2::block_ops

@@ -12,5 +12,7 @@ Status swiglu_backward(SwigluBackwardParams const&, void*) { return kNotBuilt; }
 Status gated_norm(GatedNormParams const&, void*) { return kNotBuilt; }
 Status gated_norm_backward(GatedNormBackwardParams const&, float*, void*) { return kNotBuilt; }
 Status rope_cache(RopeCacheParams const&, void*) { return kNotBuilt; }
+Status linear_step_supports(LinearStepParams const&) { return kNotBuilt; }
+Status linear_step(LinearStepParams const&, void*) { return kNotBuilt; }
 
 }  // namespace lt2::block_ops::portable

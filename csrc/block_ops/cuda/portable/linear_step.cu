@@ -1,0 +1,303 @@
+// y = x W^T for a few rows x, bound by reading W once.
+//
+// A tile is 16 rows of W, or 8 of the gate's and 8 of the up projection's. The warps of a block share its
+// channels: warp w has piece w, w + kWarps, .. of kPiece channels. Rows of W are the A operand of the tensor
+// cores and rows of x the B operand. Which channel stands where in a product does not matter as long as both
+// agree, so a lane loads 16 adjacent bytes of its row of W, and of its row of x, for two products.
+#include <algorithm>
+
+#include "block_ops/cuda/portable/rows.cuh"
+#include "common/cuda/mma.cuh"
+#include "common/cuda/overlap.cuh"
+
+namespace lt2::block_ops::portable {
+namespace {
+
+constexpr int kWarps = 16, kThreads = kWarps * kWarp, kTile = 16, kHalf = kTile / 2;
+constexpr int kPiece = 64;    // channels: 128 bytes of each row of a tile
+constexpr int kStages = 2;    // pieces on their way to a warp
+constexpr int kSkew = 32;     // elements after each row of x: two rows have no bank in common
+constexpr int kResident = 2;  // blocks on a multiprocessor
+constexpr int kMostShared = 132 << 10;
+constexpr int kSumRows = 8;  // rows of x in one product
+
+struct Tiles {
+  int count, of[kMostLinears];  // in all, and of each weight
+};
+
+template <int kGroups>
+struct Shared {
+  float squares[kWarps];
+  float sums[2][kWarps][kTile][kGroups * kSumRows];
+};
+
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ uint4 read_once(void const* p, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(policy));
+  return v;
+}
+
+// Where tile `tile` is: its first rows in both halves, and how many there are in each.
+struct Place {
+  int part, second_part, first, second, rows, second_rows;
+
+  __device__ Place(LinearStepParams const& p, Tiles const& tiles, int tile) {
+    part = 0, second_part = 1;
+    if (p.swiglu) {
+      first = second = tile * kHalf;
+      rows = second_rows = min(kHalf, p.parts[0].outputs - first);
+      return;
+    }
+    while (tile >= tiles.of[part]) tile -= tiles.of[part++];
+    second_part = part;
+    first = tile * kTile;
+    second = first + kHalf;
+    rows = min(kHalf, p.parts[part].outputs - first);
+    second_rows = min(kHalf, p.parts[part].outputs - second);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T const* weight_row(LinearStepParams const& p, int part, int row) {
+  return static_cast<T const*>(p.parts[part].weight) + static_cast<int64_t>(row) * p.channels;
+}
+
+// Rows of x to shared memory, normalised if wanted: a number of adjacent threads to each row. `norm` has room
+// for the weight of the norm.
+template <class T, int kGroups>
+__device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm, Shared<kGroups>& shared) {
+  using Row = RowOf<T, 8>;
+  int width = kThreads;
+  while (width > kWarp && kThreads / width < p.rows) width /= 2;
+  int const row = threadIdx.x / width, pieces = p.channels / 8;
+  T const* const from = static_cast<T const*>(p.x) + row * static_cast<int64_t>(p.channels);
+  T* const to = x + row * (p.channels + kSkew);
+  if (row < p.rows) {
+    for (int i = threadIdx.x % width; i < pieces; i += width) copy_16(to + 8 * i, from + 8 * i, true);
+  }
+  if (p.norm_weight != nullptr) {
+    int const bytes = p.channels * (p.float_norm_weight ? 4 : 2);
+    for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kThreads) {
+      copy_16(norm + i, static_cast<unsigned char const*>(p.norm_weight) + i, true);
+    }
+  }
+  wait_copies();
+  if (p.norm_weight != nullptr) {
+    float squares = 0.f;
+    if (row < p.rows) {
+      for (int i = threadIdx.x % width; i < pieces; i += width) {
+        Row const piece = Row::load(to + 8 * i);  // its own copy
+#pragma unroll
+        for (int e = 0; e < 8; ++e) squares = fmaf(piece.at(e), piece.at(e), squares);
+      }
+    }
+    squares = lane_sum(squares);
+    int const warp = threadIdx.x / kWarp, first = row * (width / kWarp);
+    if (threadIdx.x % kWarp == 0) shared.squares[warp] = squares;
+    __syncthreads();
+    if (row < p.rows) {
+      float total = 0.f;
+      for (int w = first; w < first + width / kWarp; ++w) total += shared.squares[w];
+      float const rstd = rsqrtf(total / static_cast<float>(p.channels) + p.eps);
+      for (int i = threadIdx.x % width; i < pieces; i += width) {
+        Row piece = Row::load(to + 8 * i);
+        float weight[8];
+        if (p.float_norm_weight) {
+          load_floats(weight, reinterpret_cast<float const*>(norm) + 8 * i);
+        } else {
+          Row const w = Row::load(reinterpret_cast<T const*>(norm) + 8 * i);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) weight[e] = w.at(e);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) piece[e] = from_float<T>(piece.at(e) * rstd * weight[e]);
+        piece.store(to + 8 * i);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// kGroups: of kSumRows rows of x.
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kThreads, kResident)
+    linear_step_tiles(__grid_constant__ LinearStepParams const p, __grid_constant__ Tiles const tiles) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared<kGroups>*>(memory);
+  T* const x = reinterpret_cast<T*>(&shared + 1);
+  constexpr int kRows = kGroups * kSumRows;
+  int const blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  int const begin = static_cast<int>(int64_t{tiles.count} * block / blocks),
+            end = static_cast<int>(int64_t{tiles.count} * (block + 1) / blocks);
+  int const channels = p.channels, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  uint64_t const policy = read_once_policy();
+  int const per_tile = (channels + kWarps * kPiece - 1) / (kWarps * kPiece);
+  int const steps = (end - begin) * per_tile, row = lane / 4, own = 8 * (lane % 4);
+  uint4 weights[kStages][2][2];  // of a piece: halves of the tile, halves of the channels
+  T const* rows[2];
+  int next_tile = begin, next_piece = 0;
+  auto const load = [&](uint4(&w)[2][2]) {
+    if (next_piece == 0) {
+      Place const place(p, tiles, next_tile);
+      // Beyond the last row the last one again; its results are not written.
+      rows[0] = weight_row<T>(p, place.part, place.first + min(row, place.rows - 1));
+      rows[1] = place.second_rows <= 0
+                    ? rows[0]
+                    : weight_row<T>(p, place.second_part, place.second + min(row, place.second_rows - 1));
+    }
+    int const c = (next_piece * kWarps + warp) * kPiece + own;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        w[r][h] = c + 32 * h < channels ? read_once(rows[r] + c + 32 * h, policy) : uint4{};
+      }
+    }
+    if (++next_piece == per_tile) next_piece = 0, ++next_tile;
+  };
+  if (!p.settled) wait_for_previous_kernel();
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) {
+    if (s < steps) load(weights[s]);
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  stage_rows<T>(p, x, reinterpret_cast<unsigned char*>(x + p.rows * (channels + kSkew)), shared);
+
+  float sums[kGroups][4] = {};
+  int piece = 0, tile = begin;
+  auto const finish = [&] {
+    auto& partial = shared.sums[(tile - begin) % 2];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      int const column = g * kSumRows + 2 * (lane % 4);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        *reinterpret_cast<float2*>(&partial[warp][row + kHalf * r][column]) = {sums[g][2 * r],
+                                                                               sums[g][2 * r + 1]};
+        sums[g][2 * r] = sums[g][2 * r + 1] = 0.f;
+      }
+    }
+    __syncthreads();
+    auto const total = [&](int r, int m) {
+      float t = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) t += partial[w][r][m];
+      return t;
+    };
+    int const r = threadIdx.x / kRows, m = threadIdx.x % kRows;
+    if (m < p.rows && r < (p.swiglu ? kHalf : kTile)) {
+      Place const place(p, tiles, tile);
+      LinearStepParams::Part const& part = p.parts[place.part];
+      int const output = place.first + r;
+      if (output < part.outputs) {
+        int64_t const at = int64_t{m} * part.outputs + output;
+        float y = total(r, m);
+        if (p.swiglu) y *= fast_sigmoid(y) * total(r + kHalf, m);
+        if (p.residual != nullptr) y += to_float(static_cast<T const*>(p.residual)[at]);
+        static_cast<T*>(part.out)[at] = from_float<T>(y);
+      }
+    }
+    piece = 0;
+    ++tile;
+  };
+  for (int first = 0; first < steps; first += kStages) {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      if (first + s >= steps) break;
+      int const c = (piece * kWarps + warp) * kPiece + own;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        int const m = g * kSumRows + row;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          uint4 b{};
+          if (m < p.rows && c + 32 * h < channels) {
+            b = *reinterpret_cast<uint4 const*>(x + m * (channels + kSkew) + c + 32 * h);
+          }
+          uint4 const &upper = weights[s][0][h], &lower = weights[s][1][h];
+          mma<T>(sums[g], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
+          mma<T>(sums[g], {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
+        }
+      }
+      if (first + s + kStages < steps) load(weights[s]);
+      if (++piece == per_tile) finish();
+    }
+  }
+}
+
+template <int kGroups>
+int shared_bytes(LinearStepParams const& p, int rows) {
+  int const norm = p.norm_weight == nullptr ? 0 : p.channels * (p.float_norm_weight ? 4 : 2);
+  return static_cast<int>(sizeof(Shared<kGroups>)) + rows * (p.channels + kSkew) * 2 + norm;
+}
+
+}  // namespace
+
+Status linear_step_supports(LinearStepParams const& p) {
+  if (p.dtype == Dtype::kFloat32) return "x must be bfloat16 or float16 on CUDA";
+  if (p.channels % 8 != 0) return "x must have a multiple of 8 channels on CUDA";
+  bool whole = aligned(p.x) && aligned(p.norm_weight);
+  for (int i = 0; i < p.count; ++i) whole &= aligned(p.parts[i].weight);
+  if (!whole) return "x, norm_weight and weights must begin at multiples of 16 bytes on CUDA";
+  if (shared_bytes<1>(p, 1) > 227 << 10) return "x must have fewer channels on CUDA";
+  return kOk;
+}
+
+Status linear_step(LinearStepParams const& p, void* stream) {
+  int device = 0, multiprocessors = 0, most_shared = 0, all_shared = 0;
+  if (Status const s = status(cudaGetDevice(&device)); s != kOk) return s;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  Tiles tiles{};
+  for (int i = 0; i < (p.swiglu ? 1 : p.count); ++i) {
+    int const side = p.swiglu ? kHalf : kTile;
+    tiles.of[i] = (p.parts[i].outputs + side - 1) / side;
+    tiles.count += tiles.of[i];
+  }
+  auto const run = [&](auto element, auto groups, LinearStepParams const& some) {
+    using T = decltype(element);
+    constexpr int kGroups = groups;
+    int const bytes = shared_bytes<kGroups>(p, some.rows),
+              used = bytes + (1 << 10);  // CUDA takes some itself
+    // What loads bring lies in the L1 cache until it arrives: no more shared memory than two blocks need, or
+    // one where it is much.
+    int const resident = kResident * used <= kMostShared ? kResident : 1;
+    int const carveout = std::min(100, (100 * resident * used + all_shared - 1) / all_shared);
+    auto const blocks = static_cast<unsigned>(std::min(tiles.count, resident * multiprocessors));
+    return launch_overlapped_carved(linear_step_tiles<T, kGroups>, dim3(blocks), kThreads, bytes, 1, carveout,
+                                    stream, some, tiles);
+  };
+  // As many rows at a time as shared memory takes.
+  int const fit = (most_shared - shared_bytes<2>(p, 0)) / ((p.channels + kSkew) * 2);
+  int const most = std::clamp(fit, 1, 2 * kSumRows);
+  for (int first = 0; first < p.rows; first += most) {
+    LinearStepParams some = p;
+    auto const skip = [&](auto*& data, int64_t width) {
+      if (data != nullptr)
+        data = reinterpret_cast<decltype(+data)>(reinterpret_cast<uintptr_t>(data) + first * width * 2);
+    };
+    skip(some.x, p.channels);
+    skip(some.residual, p.parts[0].outputs);
+    for (int i = 0; i < p.count; ++i) skip(some.parts[i].out, p.parts[i].outputs);
+    auto const with = [&](auto element) {
+      return some.rows <= kSumRows ? run(element, std::integral_constant<int, 1>{}, some)
+                                   : run(element, std::integral_constant<int, 2>{}, some);
+    };
+    Status const s =
+        p.dtype == Dtype::kBFloat16 ? with(Element<Dtype::kBFloat16>{}) : with(Element<Dtype::kFloat16>{});
+    if (s != kOk) return s;
+  }
+  return kOk;
+}
+
+}  // namespace lt2::block_ops::portable
