@@ -22,6 +22,7 @@ X = TypeVar("X")
 # Which slots the rows of a call continue: all in order; those of a list; those of a tensor int64 [B], which the host
 # does not read, so that a captured graph can be replayed for others.
 Slots: TypeAlias = "Sequence[int] | Tensor | None"
+MAX_STEP, MAX_STEP_ROWS = 8, 16  # most tokens of a sequence, and of all, that are decoded with operators of their own
 ALIGNMENT = 256  # bytes: of vector loads and bulk copies
 
 
@@ -266,6 +267,7 @@ class Tokens:
         pads: Which tokens are padding, bool ``[B, T]``, or None; ``padding``: how many on the left of each row.
         bounds: Those of the documents after :meth:`pack`: cu_seqlens, or with padding and without a state those of the
             tokens of each row and of its padding; ``offset``: with a state the place of the first token of each row.
+        step: These are a few tokens after others, without padding: of a decode step.
         dense, trained: Whether selecting mixers see all keys, and whether their indexers are trained.
         plain: Every row is one sequence without padding.
         slots: With a state, the slot of each row, int64 ``[B]``, or None: row b has slot b.
@@ -326,6 +328,8 @@ class Tokens:
         if self.segment and start:
             self.visible, self.from_start = start + count, False
         self.dense = self.trained = False
+        few = count <= MAX_STEP and self.batch_size * count <= MAX_STEP_ROWS
+        self.step = few and state is not None and self.plain and not self.from_start and not self.segment
 
     def once(self, key: Hashable, compute: Callable[[], X]) -> X:
         """The result of ``compute``, which layers and loops that ask with the same key share."""

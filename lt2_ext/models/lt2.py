@@ -81,16 +81,61 @@ class Block(nn.Module):
         def post_norm() -> nn.Module:
             return norm() if config.norm_placement == "sandwich" else nn.Identity()
 
-        self.eps = config.rms_norm_eps
+        self.eps, self.sandwich = config.rms_norm_eps, config.norm_placement == "sandwich"
+        self.hidden_size = config.hidden_size
         self.mixer_norm, self.mixer, self.mixer_post_norm = norm(), MIXERS[mixer](config), post_norm()
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), SwiGLU(config), post_norm()
 
     def forward(
         self, h: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
+        if tokens.step and state is not None and h.dtype == self.mixer_norm.weight.dtype:
+            key = id(self), window, shared is None
+            weights = tokens.once(key, lambda: self.step_weights(h, tokens, state, shared))
+            if weights is not None:
+                return self.step(h, tokens, window, state, shared, weights)
         y, shared = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
         h, normed = ops.add_rmsnorm(self.mixer_post_norm(y), h, self.mlp_norm.weight, self.eps)
         return h + self.mlp_post_norm(self.mlp(normed)), shared
+
+    def step_weights(
+        self, h: Tensor, tokens: Tokens, state: State, shared: Shared | None
+    ) -> list[list[Tensor]] | None:
+        """Of the mixer's projections, its output, gate and up, down, if :meth:`step` can do without the modules."""
+        wide = h.is_cuda and (h.element_size() > 2 or self.hidden_size % 8 or self.mlp.down_proj.in_features % 8)
+        mlp, layers = self.mlp, self.mixer.step_layers(tokens, state, shared)
+        if layers is None or wide or self.sandwich or torch.is_autocast_enabled(h.device.type):
+            return None
+        last = self.mixer.get_submodule("o_proj")
+        groups: list[list[nn.Module]] = [layers, [last], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+        weights: list[list[Tensor]] = []
+        for group in groups:
+            weights.append([])
+            for m in group:
+                if type(m) is not nn.Linear or m.bias is not None or m._forward_hooks or m._forward_pre_hooks:
+                    return None
+                if m.weight.dtype != h.dtype or not m.weight.is_contiguous():
+                    return None
+                weights[-1].append(m.weight)
+        return weights
+
+    def step(
+        self,
+        h: Tensor,
+        tokens: Tokens,
+        window: int | None,
+        state: State,
+        shared: Shared | None,
+        weights: list[list[Tensor]],
+    ) -> tuple[Tensor, Shared | None]:
+        """:meth:`forward` for a few rows, each projection with what is before and after it in one operator."""
+        first, output, up, down = weights
+        projected = ops.linear_step(h, first, norm_weight=self.mixer_norm.weight, eps=self.eps, settled=True)
+        o, shared = self.mixer.step(projected, tokens, window, state, shared)
+        (h,) = ops.linear_step(o, output, residual=h, settled=True)
+        (x,) = ops.linear_step(h, up, norm_weight=self.mlp_norm.weight, eps=self.eps, swiglu=True, settled=True)
+        (h,) = ops.linear_step(x, down, residual=h, settled=True)
+        return h, shared
 
 
 class LT2(nn.Module):

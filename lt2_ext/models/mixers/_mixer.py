@@ -77,6 +77,16 @@ class Mixer(nn.Module):
         say what one sequence needs: :class:`LoopState` then makes them in one allocation."""
         raise NotImplementedError
 
+    def step_layers(self, tokens: Tokens, state: State, shared: Shared | None) -> list[nn.Module] | None:
+        """The projections of x, if :meth:`step` takes what they give for these tokens."""
+        return None
+
+    def step(
+        self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
+    ) -> tuple[Tensor, Shared | None]:
+        """:meth:`forward` for a few tokens of each sequence, from the projections of x to the input of ``o_proj``."""
+        raise NotImplementedError
+
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:

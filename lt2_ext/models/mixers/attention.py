@@ -69,6 +69,37 @@ class Attention(Mixer):
             return q, Keys(k, v, torch.arange(k.shape[1], device=k.device)[None])
         return q, append(k, v, tokens, state) if state else Keys(k, v, tokens.index)
 
+    def step_layers(self, tokens: Tokens, state: State, shared: Shared | None) -> list[nn.Module] | None:
+        if self.share_keys and shared is not None and shared.keys is not None:
+            if shared.keys.places is not None:
+                return None
+            layers: list[nn.Module] = [self.q_proj]
+        elif is_step(tokens, state):
+            layers = [self.q_proj, self.k_proj, self.v_proj]
+        else:
+            return None
+        return layers if self.gate_proj is None else [*layers, self.gate_proj]
+
+    def step(
+        self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
+    ) -> tuple[Tensor, Shared | None]:
+        q, keys, gate = self.step_keys(projected, tokens, state, shared)
+        o = ops.loop_decode_attention(q, keys.k, keys.v, tokens.lengths, slots=tokens.slots).flatten(-2)
+        return o if gate is None else o * gate.sigmoid(), Shared(keys if self.share_keys else None)
+
+    def step_keys(
+        self, projected: list[Tensor], tokens: Tokens, state: State, shared: Shared | None
+    ) -> tuple[Tensor, Keys, Tensor | None]:
+        """Rotated queries, the caches with the new keys, and the input of the gate ``[B, T, heads head_dim]``."""
+        gate = None if self.gate_proj is None else projected[-1]
+        q, *new = (x.unflatten(-1, (-1, self.head_dim)) for x in (projected if gate is None else projected[:-1]))
+        if new:
+            k, v = new
+            return *step(q, k, v, tokens, state), gate
+        assert shared is not None
+        assert shared.keys is not None
+        return rotate(q, *tokens.rope(self.head_dim)), shared.keys, gate
+
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Of o ``[B, T, heads, head_dim]``, with x for the gate."""
         o = o.flatten(-2)

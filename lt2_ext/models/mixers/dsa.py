@@ -53,11 +53,9 @@ class SparseAttention(Attention):
         if tokens.dense:
             o, lse = attend(q, keys, tokens, None), None
         else:
+            selection = self.selected(selection, tokens, state)
             indices = selection.indices
-            if indices is None:
-                past = selection.k if state is None else tokens.of(state["index_k"][:, : tokens.visible])
-                indices = self.select(selection, past, tokens)
-                selection = selection._replace(indices=indices)
+            assert indices is not None
             if keys.places is None and q.shape[1] <= MAX_STEP:
                 lengths, slots = tokens.lengths, tokens.slots
                 o, lse = ops.loop_decode_attention(q, keys.k, keys.v, lengths, slots=slots, indices=indices), None
@@ -66,6 +64,43 @@ class SparseAttention(Attention):
         loss = self.loss(selection, q, keys.k, lse, tokens) if tokens.trained else None
         reused = keys if self.share_keys else None
         return self.output(o, x), Shared(reused, selection=selection, loss=loss)
+
+    def step_layers(self, tokens: Tokens, state: State, shared: Shared | None) -> list[nn.Module] | None:
+        layers = super().step_layers(tokens, state, shared)
+        if layers is None or tokens.dense:
+            return None
+        if self.share_selection and shared is not None:
+            return layers
+        return [*layers, self.index_q_proj, self.index_k_proj, self.index_weights_proj]
+
+    def step(
+        self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
+    ) -> tuple[Tensor, Shared]:
+        selection = shared.selection if self.share_selection and shared is not None else None
+        if selection is None:
+            *projected, q_idx, k_idx, weights = projected
+            selection = self.step_index(q_idx, k_idx, weights, tokens, state)
+        q, keys, gate = self.step_keys(projected, tokens, state, shared)
+        selection = self.selected(selection, tokens, state)
+        lengths, slots = tokens.lengths, tokens.slots
+        o = ops.loop_decode_attention(q, keys.k, keys.v, lengths, slots=slots, indices=selection.indices).flatten(-2)
+        o = o if gate is None else o * gate.sigmoid()
+        return o, Shared(keys if self.share_keys else None, selection=selection)
+
+    def step_index(self, q: Tensor, k: Tensor, weights: Tensor, tokens: Tokens, state: State) -> Selection:
+        """:meth:`index`, with the keys into the state: one head of them, without values."""
+        cache, (cos, sin) = state["index_k"][:, :, None], (x.squeeze(2) for x in tokens.rope(self.index_dim))
+        q, k = q.unflatten(-1, (self.index_heads, self.index_dim)), k[:, :, None]
+        places = tokens.once(("places", cache.shape[1]), lambda: tokens.index % cache.shape[1])
+        q = ops.rope_cache_(cache, cache[..., :0], q, k, k[..., :0], cos, sin, places, slots=tokens.slots)
+        return Selection(q, state["index_k"], weights * self.index_heads**-0.5, None)
+
+    def selected(self, selection: Selection, tokens: Tokens, state: State | None) -> Selection:
+        """With its indices."""
+        if selection.indices is not None:
+            return selection
+        past = selection.k if state is None else tokens.of(state["index_k"][:, : tokens.visible])
+        return selection._replace(indices=self.select(selection, past, tokens))
 
     def project(self, x: Tensor, tokens: Tokens, state: State | None, shared: Shared | None) -> tuple[Tensor, Keys]:
         """With a state its caches, which indices count in: new keys may have padding before them."""

@@ -66,13 +66,26 @@ class GatedDeltaNet(LinearMixer):
         k, v, a, b = (inputs[name] for name in names)
         return o, matrix, Shared(writes=Writes(k, v, a, b, start))
 
+    def step_layers(self, tokens: Tokens, state: State, shared: Shared | None) -> list[nn.Module] | None:
+        if self.z_proj is None or self.read_gate is not None or (self.value_dim % PIECE and tokens.index.is_cuda):
+            return None
+        return [self.qkv_proj, self.z_proj, self.a_proj, self.b_proj]
+
     def decode(
         self, x: Tensor, qkv: Tensor, z: Tensor | None, tokens: Tokens, state: State, shared: Shared | None
     ) -> tuple[Tensor, Shared | None]:
-        if z is None or self.read_gate is not None or (self.value_dim % PIECE and x.is_cuda):
+        if z is None or self.step_layers(tokens, state, shared) is None:
             return self.scan(x, qkv, z, tokens, state, shared)
-        pools, gates = (state["matrix"], state["conv"]), (self.a_proj(x), self.b_proj(x))
+        o, _ = self.step([qkv, z.flatten(-2), self.a_proj(x), self.b_proj(x)], tokens, None, state, None)
+        return o.unflatten(-1, (self.value_heads, self.value_dim)), None
+
+    def step(
+        self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
+    ) -> tuple[Tensor, Shared | None]:
+        qkv, z, a, b = projected
         # The op wants fp32: cast once for all loops.
         conv, norm = tokens.once(("fp32", id(self)), lambda: (self.conv_weight.float(), self.norm_weight.float()))
-        weights = (conv, self.A_log, self.dt_bias, norm)
-        return ops.gdn_decode_fused_(*pools, qkv, z, *gates, *weights, slots=tokens.slots, eps=self.eps), None
+        pools, weights = (state["matrix"], state["conv"]), (conv, self.A_log, self.dt_bias, norm)
+        z = z.unflatten(-1, (self.value_heads, self.value_dim))
+        o = ops.gdn_decode_fused_(*pools, qkv, z, a, b, *weights, slots=tokens.slots, eps=self.eps)
+        return o.flatten(-2), None

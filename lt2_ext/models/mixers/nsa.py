@@ -45,6 +45,9 @@ class NativeSparseAttention(Attention):
         means = {f"{name}_mean": t.new_zeros(batch_size, blocks, *t.shape[2:]) for name, t in state.items()}
         return {**state, **means}
 
+    def step_layers(self, tokens: Tokens, state: State, shared: Shared | None) -> None:
+        return None
+
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
