@@ -285,7 +285,7 @@ def loss_case(
         inputs=inputs,
         ours=timed(loss(ops.indexer_loss), trained),
         torch=timed(loss(loss_torch), trained),
-        oracle=oracle(loss(reference.indexer_loss), trained),
+        oracle=lambda x: oracle(loss(reference.indexer_loss), trained)({n: t.cpu() for n, t in x.items()}),
         checked=lambda: inputs(512),
     )
 

@@ -282,6 +282,7 @@ Status linear_step(LinearStepParams const& p, void* stream) {
   int const most = std::clamp(fit, 1, 2 * kSumRows);
   for (int first = 0; first < p.rows; first += most) {
     LinearStepParams some = p;
+    some.rows = std::min(most, p.rows - first);
     auto const skip = [&](auto*& data, int64_t width) {
       if (data != nullptr)
         data = reinterpret_cast<decltype(+data)>(reinterpret_cast<uintptr_t>(data) + first * width * 2);
