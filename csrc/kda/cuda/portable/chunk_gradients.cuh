@@ -16,10 +16,12 @@ struct GradientPanel {
   __nv_bfloat16 dout[kChunk * kPanel], writes[kChunk * kPanel], dvalues[kChunk * kPanel];
   __nv_bfloat16 state[kGradientKeys * kPanel], dstate[kGradientKeys * kPanel];
 };
-// Rows and columns as in PrepareShared.
+// High and low parts of a row of channels for each token of half a chunk.
+using SplitOperand = __nv_bfloat16[2][kHalf * kGradientKeys];
+// Rows and columns as in PrepareShared. All are pairs: what a pair of tokens adds to dg of the later one it
+// takes away from that of the earlier one, and roundings that differ would stay in dg of all tokens before.
 struct GradientOperands {
-  __nv_bfloat16 q_rows[2][kHalf * kGradientKeys], k_rows[2][kHalf * kGradientKeys];
-  __nv_bfloat16 columns[2][kHalf * kGradientKeys];
+  SplitOperand q_rows[2], k_rows[2], columns[2];
 };
 // Of a warp, 16 tokens by 64 channels: what rows collect for q and for k, what of a write is left at the end
 // of the chunk, and what its column collects.
@@ -67,17 +69,19 @@ __device__ __forceinline__ void load_transposed_pairs(uint32_t (&a)[4],
 }
 
 // x [16 x 64] += a rows: 16 rows from `row` on, 64 channels of `part`.
-__device__ __forceinline__ void add_rows(float (&x)[8][4], uint32_t const (&a)[4], __nv_bfloat16 const* rows,
+__device__ __forceinline__ void add_rows(float (&x)[8][4], uint32_t const (&a)[4], SplitOperand const& rows,
                                          int row, int part) {
   int const lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int n = 0; n < 8; n += 2) {
-    uint32_t b[4];
-    load_matrices_transposed(
-        b,
-        shared_address(rows + element_at<kGradientKeys>(row + lane % 16, 64 * part + 8 * n + lane / 16 * 8)));
-    mma<__nv_bfloat16>(x[n], a, b[0], b[1]);
-    mma<__nv_bfloat16>(x[n + 1], a, b[2], b[3]);
+  for (int low = 1; low >= 0; --low) {
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      uint32_t b[4];
+      int const at = element_at<kGradientKeys>(row + lane % 16, 64 * part + 8 * n + lane / 16 * 8);
+      load_matrices_transposed(b, shared_address(rows[low] + at));
+      mma<__nv_bfloat16>(x[n], a, b[0], b[1]);
+      mma<__nv_bfloat16>(x[n + 1], a, b[2], b[3]);
+    }
   }
 }
 
@@ -254,9 +258,12 @@ static __global__ void __launch_bounds__(kGradientThreads, 1)
       float2& x = *reinterpret_cast<float2*>(&s.through[c]);
       x = x * total_of(0, kBlocks);
     }
-    auto const store = [&](T(&to)[2][kHalf* kGradientKeys], int border, int i, float2 x) {
+    auto const store = [&](SplitOperand(&to)[2], int border, int i, float2 x) {
       int const here = border == 0 ? block / 2 * kBlock : first % kHalf;
-      store_pair(to[border], element_at<kGradientKeys>(here + i, c), pack<T>(x.x, x.y));
+      int const at = element_at<kGradientKeys>(here + i, c);
+      Split const parts = split(x.x, x.y);
+      store_pair(to[border][0], at, parts.high);
+      store_pair(to[border][1], at, parts.low);
     };
     float2 sum = {0.f, 0.f};
 #pragma unroll
