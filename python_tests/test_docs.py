@@ -1,5 +1,6 @@
 """What the pages in docs/ say is so."""
 
+import fnmatch
 import importlib.util
 import re
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from lt2_ext import ops
+from lt2_ext.cli import COMMANDS
 from lt2_ext.models import mixers
+from lt2_ext.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,8 +42,10 @@ def test_messages_exist(message):
     assert text in sources() or message in sources()
 
 
-def test_every_operator_is_in_layout_and_support():
+def test_every_operator_is_in_the_readme_layout_and_support():
+    readme = (ROOT / "README.md").read_text()
     for name in ops.__all__:
+        assert f"`{name}`" in readme, name
         assert f"`{name}`" in page("support"), name
         assert name in page("layout"), name
 
@@ -58,10 +63,77 @@ def test_the_mixer_of_adding_a_mixer():
     assert all(p.grad is not None for p in scope["model"].parameters())
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md")), ids=lambda p: p.name)
+PAGES = sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md"))
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+
+
+def links(path: Path) -> list[Path]:
+    """Files that a page links to."""
+    targets = re.findall(r"\]\(([^)#]+)", path.read_text())
+    return [(path.parent / target).resolve() for target in targets if "://" not in target]
+
+
+@every_page
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
-        assert "://" in target or (path.parent / target).exists(), target
+    for target in links(path):
+        assert target.exists(), target
+
+
+def test_every_page_is_linked_from_the_readme_or_a_page_that_is():
+    found, new = set(), {ROOT / "README.md"}
+    while new:
+        found |= new
+        new = {target for page in new for target in links(page) if target.suffix == ".md"} - found
+    assert found >= set(PAGES)
+
+
+def sources_of_the_tree() -> list[str]:
+    folders = ("csrc", "lt2_ext", "python_tests", "bench", "docs", ".ci")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*")] + list(ROOT.iterdir())
+    return [f"/{f.relative_to(ROOT)}" for f in files]
+
+
+@every_page
+def test_files_of_the_tree_that_a_page_names_exist(path):
+    """`csrc/..`, `lt2_ext/..` and names with the suffix of a source; those may leave out the folder."""
+    tree = sources_of_the_tree()
+    in_full, suffixed = r"(?:csrc|lt2_ext|python_tests|docs|\.ci)/[\w./*]+", r"[\w./*]+\.(?:cuh|cu|h|cpp|py|md)"
+    for name in re.findall(f"`({in_full}|{suffixed})`", path.read_text()):
+        assert fnmatch.filter(tree, f"*/{name.rstrip('/')}"), name
+
+
+def commands(path: Path) -> list[str]:
+    """What a page says in `..` or on a line of a block that is no Python."""
+    blocks = re.findall(r"```\n(.*?)```", text := path.read_text(), re.S)
+    return re.findall(r"`([^`\n]+)`", text) + [line for block in blocks for line in block.splitlines()]
+
+
+@every_page
+def test_commands_that_a_page_names_exist(path):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for command in commands(path):
+        for word in re.findall(r"^make ([a-z-]+(?: [a-z-]+)*)", command):
+            assert set(word.split()) <= set(targets), command
+        for word in re.findall(r"^lt2 ([a-z]+)", command):
+            assert word in COMMANDS, command
+        for module in re.findall(r"python -m (lt2_ext[\w.]+)", command):
+            assert importlib.util.find_spec(module), command
+        for script in re.findall(r"python (\w+/\w+\.py)", command):
+            assert (ROOT / script).exists(), command
+
+
+@every_page
+def test_presets_that_a_page_names_exist(path):
+    for name in re.findall(r"\blt2-[\d.]+b-[a-z-]*[a-z]", path.read_text()):
+        assert name in PRESETS, name
+
+
+def test_examples_of_the_readme_run(capsys):
+    examples = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})
+    assert "tensor" in capsys.readouterr().out
 
 
 def load_numerics():
