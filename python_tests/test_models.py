@@ -518,7 +518,10 @@ def test_sampling_draws_from_the_truncated_distribution():
     order = p.argsort(descending=True)
     nucleus = order[: int((p[order].cumsum(0) < 0.6).sum()) + 1]
     for options, allowed in (({}, order), ({"top_k": 5}, order[:5]), ({"top_p": 0.6}, nucleus)):
-        draw = lambda: model.generate(x, 1, 0.7, generator=torch.Generator().manual_seed(3), **options)[:, -1]  # noqa: B023, E731
+
+        def draw(options=options):
+            return model.generate(x, 1, 0.7, generator=torch.Generator().manual_seed(3), **options)[:, -1]
+
         got = draw()
         want = torch.zeros(VOCAB).scatter(0, allowed, p[allowed] / p[allowed].sum())
         counts = got.bincount(minlength=VOCAB)

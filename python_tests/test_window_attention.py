@@ -33,7 +33,10 @@ def newest(B, T, S, window, **options):
 
 def check(x, window, device, **options):
     B, T, S = *x["q"].shape[:2], x["k"].shape[1]
-    op = lambda indices, **x: window_attention(window=window, **x)  # noqa: E731
+
+    def op(indices, **x):
+        return window_attention(window=window, **x)
+
     return check_against_oracle(x, newest(B, T, S, window, **options), device, op, **options)
 
 

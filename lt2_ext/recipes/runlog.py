@@ -30,7 +30,7 @@ class Log:
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(r) + "\n" for r in self.records)
         replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the log)
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -42,7 +42,7 @@ class ShardWriter:
         while len(tokens):
             if self.file is None:
                 self.path = self.folder / f"{self.split}-{len(self.entries):05}.bin"
-                self.file = open(self.path.with_suffix(".tmp"), "wb")  # noqa: SIM115
+                self.file = open(self.path.with_suffix(".tmp"), "wb")  # noqa: SIM115 (until it is full)
                 self.tokens, self.crc32 = 0, 0
             piece, tokens = np.split(tokens, [self.shard_tokens - self.tokens])
             data = piece.astype(self.dtype).tobytes()
