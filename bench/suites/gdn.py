@@ -106,7 +106,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if not quick or device.type == "cpu":
         shapes = (MAIN, F32), (MAIN, BF16)
         if device.type == "cuda":
-            many = LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096), replace(LONG, B=4)
+            many = [LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096), replace(LONG, B=4)]
+            many += [replace(LONG, T=131072), replace(LONG, T=32768, HV=64)]
             shapes = tuple((s, BF16) for s in many)
         chunked += [simple_case(s, dtype, backward, device) for s, dtype in shapes for backward in (False, True)]
         chunked += [delta_case(s, dtype, device) for s, dtype in shapes]

@@ -38,6 +38,8 @@ CUDA = [
     for backward in (False, True)
     for delta in (True, False)
 ]
+FORWARD = replace(LONG, T=131072), replace(LONG, T=32768, HV=64)  # forward only
+CUDA += [(shape, BF16, False, delta, False) for shape in FORWARD for delta in (True, False)]
 CPU_STEPS = [(8, 32, F32), (8, 32, BF16)]
 CUDA_STEPS = [(B, 32, BF16) for B in (1, 8, 32, 128)]
 

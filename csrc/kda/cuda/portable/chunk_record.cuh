@@ -35,27 +35,42 @@ __device__ __forceinline__ Split split_as(float x, float y) {
 // registers of high parts, then those of low parts.
 using Triangle = uint4[kTriangleBlocks][kWarp];
 
+// The scans copy a range of it; without the delta rule, what only that has is not written and not copied.
 template <class T, int kKeys>
 struct alignas(128) ChunkRecord {
   static constexpr bool kBackward = false;
-  T k_in[kChunk * kKeys];                                               // head o k
+  Triangle inverse;                                                     // T~, for the delta rule
+  T k_in[kChunk * kKeys];                                               // head o k, for the delta rule
   T q_in[kChunk * kKeys];                                               // scale head o q
   __nv_bfloat16 k_out_low[kChunk * kKeys], k_out_high[kChunk * kKeys];  // tail o k
-  Triangle inverse, scores;                                             // T~, P
+  Triangle scores;                                                      // P
   float decay[kKeys];                                                   // of the whole chunk
+
+  static __device__ int begin(bool delta) { return delta ? 0 : offsetof(ChunkRecord, q_in); }
+  static __device__ int end() { return sizeof(ChunkRecord); }
 };
 
-// For the backward pass: its first scan reads what is before q_in, the second what is from k_out on.
+// For the backward pass: its first scan reads what is before q_in, the second what is behind the inverse.
 template <class T, int kKeys>
 struct alignas(128) BackwardRecord {
   static constexpr bool kBackward = true;
-  Triangle inverse;  // (I + A diag(b))^-1, gives R
+  Triangle inverse;        // (I + A diag(b))^-1, gives R, for the delta rule
+  T k_in[kChunk * kKeys];  // for the delta rule
   __nv_bfloat16 k_out_low[kChunk * kKeys], k_out_high[kChunk * kKeys];
-  T k_in[kChunk * kKeys];
   float decay[kKeys];
   alignas(128) float strength[kChunk];  // b
   alignas(128) T q_in[kChunk * kKeys];
-  Triangle transposed_inverse, scores;  // (I + diag(b) A)^-T, gives dU; P^T
+  Triangle scores;              // P^T
+  Triangle transposed_inverse;  // (I + diag(b) A)^-T, gives dU, for the delta rule
+
+  static __device__ int begin(bool delta) { return delta ? 0 : offsetof(BackwardRecord, k_out_low); }
+  static __device__ int end() { return offsetof(BackwardRecord, q_in); }
+  static __device__ int second_begin(bool delta) {
+    return delta ? offsetof(BackwardRecord, k_in) : offsetof(BackwardRecord, k_out_low);
+  }
+  static __device__ int second_end(bool delta) {
+    return delta ? sizeof(BackwardRecord) : offsetof(BackwardRecord, transposed_inverse);
+  }
 };
 
 }  // namespace lt2::kda::portable

@@ -290,14 +290,16 @@ struct Scan {
     return token_row<E>(x, sequence.row, sequence.begin + int64_t{c} * kChunk, head) + first;
   }
 
-  // Starts to copy `bytes` of a record and the rows of values of chunk c. `whole`: rows are made of aligned
-  // pieces of 16 bytes.
-  template <class Stage>
-  __device__ __forceinline__ void load(Stage& stage, void* to, void const* from, int bytes, Inputs const& p,
-                                       Strided const& values, int c, bool whole) const {
+  // Starts to copy bytes begin .. end - 1 of a record and the rows of values of chunk c. `whole`: rows are
+  // made of aligned pieces of 16 bytes.
+  template <class Stage, class Record>
+  __device__ __forceinline__ void load(Stage& stage, Record const* records, int begin, int end,
+                                       Inputs const& p, Strided const& values, int c, bool whole) const {
+    char* const to = reinterpret_cast<char*>(&stage.record);
+    char const* const from = reinterpret_cast<char const*>(records + index(p, c));
 #pragma unroll 8
-    for (int e = static_cast<int>(threadIdx.x) * 16; e < bytes; e += kThreads * 16) {
-      copy_16(static_cast<char*>(to) + e, static_cast<char const*>(from) + e, true);
+    for (int e = begin + static_cast<int>(threadIdx.x) * 16; e < end; e += kThreads * 16) {
+      copy_16(to + e, from + e, true);
     }
     T const* const v_rows = rows<T const>(values, c);
     int const tokens = count(c);
@@ -393,10 +395,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
   Scan<T, kKeys, kGroups, kParts> const scan(p);
   int const chunks = scan.chunks(), group = scan.column / kWarpValues;
   auto const load = [&](int c) {
-    auto& stage = shared.stages[c % 2];
-    int bytes = sizeof(Record);
-    if constexpr (kBackward) bytes = offsetof(Record, q_in);
-    scan.load(stage, &stage.record, records + scan.index(p, c), bytes, p, p.v, c, whole);
+    scan.load(shared.stages[c % 2], records, Record::begin(p.delta), Record::end(), p, p.v, c, whole);
   };
   if (chunks > 0) load(0);
   Warp state;
@@ -474,9 +473,8 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
   Scan<T, kKeys, kGroups, kParts> const scan(p);
   int const chunks = scan.chunks(), group = scan.column / kWarpValues;
   auto const load = [&](int c) {
-    auto& stage = shared.stages[c % 2];
-    scan.load(stage, stage.record.k_out_low, records[scan.index(p, c)].k_out_low,
-              sizeof(Record) - offsetof(Record, k_out_low), p, p.dout, c, whole);
+    scan.load(shared.stages[c % 2], records, Record::second_begin(p.delta), Record::second_end(p.delta), p,
+              p.dout, c, whole);
   };
   if (chunks > 0) load(chunks - 1);
   ScanState<T, kKeys, kParts> state;  // dS
