@@ -101,7 +101,7 @@ def beta_values(regime: str, shape: tuple[int, ...], device: torch.device | str 
 
 def key_values(regime: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Keys ``[B, T, H, K]``: ``random`` (normalised), ``equal`` (one normalised key per head), ``onehot``, ``rank2``
-    (normalised, in a plane), ``zero_rows`` (every third is zero)."""
+    (normalised, in a plane), ``zero_rows`` (every third is zero), ``long`` (of norm 3)."""
     B, T, H, K = shape
     if regime == "equal":
         return F.normalize(torch.randn(B, 1, H, K, device=device), dim=-1).expand(shape).contiguous()
@@ -113,6 +113,8 @@ def key_values(regime: str, shape: tuple[int, ...], device: torch.device | str =
     k = F.normalize(torch.randn(shape, device=device), dim=-1)
     if regime == "zero_rows":
         k[:, ::3] = 0
+    elif regime == "long":
+        k *= 3
     elif regime != "random":
         raise ValueError(f"unknown keys {regime!r}")
     return k

@@ -37,6 +37,7 @@ SIMPLE = {"simple": without_delta(False), "simple_recurrent": without_delta(True
 RULES = OPS | SIMPLE
 RECURRENT = (OPS["recurrent"], SIMPLE["simple_recurrent"])
 GATES = ("zero", "small", "logsigmoid", "strong16", "-8", "-30", "-100", "mixed", "reset")
+BETA_OF = {"long": "0.2"}  # of keys: so that beta |k|^2 is below 2 and nothing grows
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 33, 57, 59, 61, 63, 64, 65, 127, 129, 200)
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -170,9 +171,9 @@ def test_equal_keys(device, op, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("keys", ["onehot", "rank2", "zero_rows"])
+@pytest.mark.parametrize("keys", ["onehot", "rank2", "zero_rows", "long"])
 def test_keys(device, keys, dtype):
-    x = gdn_inputs(T=130, dtype=dtype, keys=keys, gate="small", device=device)
+    x = gdn_inputs(T=130, dtype=dtype, keys=keys, gate="small", beta=BETA_OF.get(keys, "sigmoid"), device=device)
     check_against_oracle(chunk_gated_delta_rule, x, hard=keys == "rank2")
 
 
@@ -408,35 +409,47 @@ def pairwise(axes):
     return cases
 
 
-@pytest.mark.parametrize("case", pairwise(AXES), ids=lambda c: "-".join(str(v) for v in c.values()))
-def test_options_pairwise(device, case):
-    offsets, T, HV = case["offsets"], 80, 4
+def call_of(case, make, device):
+    """Tensors, options and gradients of the outputs of a case of AXES; ``make`` is gdn_inputs or the like."""
+    offsets = case["offsets"]
     K, V = (32, 24) if case["dtype"] == FP32 else (64, 128)
     N = 1 if offsets is None else len(offsets) - 1
-    x = gdn_inputs(T=T, HV=HV, K=K, V=V, sequences=N, dtype=case["dtype"], device=device)
-    options = {"scale": case["scale"], "use_qk_l2norm_in_kernel": case["l2norm"], "state_v_first": case["v_first"]}
+    x = make(T=80, HV=4, K=K, V=V, sequences=N, dtype=case["dtype"], device=device)
+    options = {"scale": case["scale"], "state_v_first": case["v_first"]}
     if offsets is not None:
         options["cu_seqlens"] = torch.tensor(offsets, device=device)
     if case["l2norm"]:
         x["q"], x["k"] = 3 * x["q"], x["k"] / 2
+        options["use_qk_l2norm_in_kernel"] = True
     if case["gate"] == "none":
         del x["g"]
     elif case["gate"] != "log":
-        x["g"] = 2 * torch.randn(1, T, HV, device=device)
-        x["A_log"] = torch.randn(HV, device=device)
+        x["g"] = 2 * torch.randn_like(x["g"])
+        x["A_log"] = torch.randn(4, device=device)
         if case["gate"] == "kernel":
-            x["dt_bias"] = torch.randn(HV, device=device)
+            x["dt_bias"] = torch.randn(x["g"][0, 0].numel(), device=device)
         options["use_gate_in_kernel"] = True
     if case["beta"] == "none":
-        del x["beta"]
+        x.pop("beta", None)
     elif case["beta"] != "given":
-        x["beta"] = torch.randn(1, T, HV, device=device)
+        x["beta"] = torch.randn_like(x["beta"])
         options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": case["beta"] == "negative"}
     if case["v_first"]:
         x["initial_state"] = x["initial_state"].mT.contiguous()
+    state = torch.randn_like(x["initial_state"])
     if not case["initial_state"]:
         del x["initial_state"]
-    cotangents = {n: t for n, t in cotangents_for(x, **options).items() if n in case["loss"]}
+    cotangents = {"o": torch.randn_like(x["v"]), "final_state": state}
+    return x, options, {n: cotangents[n] for n in case["loss"]}
+
+
+def name_of(case):
+    return "-".join(str(v) for v in case.values())
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=name_of)
+def test_options_pairwise(device, case):
+    x, options, cotangents = call_of(case, gdn_inputs, device)
     hard = case["beta"] == "none" and case["gate"] == "none"
     check_against_oracle(RULES[case["op"]], x, cotangents, hard=hard, **options)
 
@@ -572,6 +585,7 @@ def test_subsets_of_gradients(device):
     for used in ({"o": do}, {"final_state": dstate}, {"o": do, "final_state": dstate}):
         together = with_gradients(chunk_gated_delta_rule, x, used, use_gate_in_kernel=True)
         for name in x:
+
             def alone(op=chunk_gated_delta_rule, name=name, **kw):
                 return op(**{n: t.detach() if n in x and n != name else t for n, t in kw.items()})
 

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from test_gdn import AXES, BETA_OF, call_of, name_of, pairwise, strided_copies
 from torch.nn import functional as F
 
 from lt2_ext import testing
@@ -172,9 +173,9 @@ def test_equal_keys(device, op, dtype):
 
 @both_dtypes
 @both_rules
-@pytest.mark.parametrize("keys", ["onehot", "rank2", "zero_rows"])
+@pytest.mark.parametrize("keys", ["onehot", "rank2", "zero_rows", "long"])
 def test_keys(device, keys, op, dtype):
-    x = inputs(op, "small", T=130, dtype=dtype, keys=keys, device=device)
+    x = inputs(op, "small", T=130, dtype=dtype, keys=keys, beta=BETA_OF.get(keys, "sigmoid"), device=device)
     check_against_oracle(op, x, hard=keys == "rank2")
 
 
@@ -231,6 +232,22 @@ def test_varlen(device, offsets):
         ours = check_against_oracle(op, x, cu_seqlens=cu_seqlens)
         with_cpu_copy, _ = op(**x, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens.cpu())
         assert torch.equal(with_cpu_copy, ours["o"])
+
+
+@both_rules
+def test_many_sequences_of_one_token(device, op):
+    """N * HV beyond 65535, the limit of a CUDA grid's second axis: the same bits as a batch of rows."""
+    N = 2100
+    x = inputs(op, B=N, T=1, H=2, HV=32, K=8, V=8, device=device)
+    o, state = op(**x, output_final_state=True)
+    packed = {name: t if name == "initial_state" else t.transpose(0, 1) for name, t in x.items()}
+    cu_seqlens = torch.arange(N + 1, dtype=torch.int32, device=device)
+    o2, state2 = op(**packed, output_final_state=True, cu_seqlens=cu_seqlens)
+    assert torch.equal(o2.transpose(0, 1), o)
+    assert torch.equal(state2, state)
+    ref, ref_state = reference.kda(**double(x), output_final_state=True, delta=DELTA[op])
+    testing.check_close("o", o, ref)
+    testing.check_close("final_state", state, ref_state)
 
 
 @all_ops
@@ -307,48 +324,20 @@ def test_later_tokens_change_nothing_before_them(device):
             assert torch.equal(after[:, :t], before[:, :t])
 
 
-OPTIONS = [
-    {},
-    {"gate": True, "sigmoid": True, "l2norm": True},
-    {"gate": True, "no_bias": True, "v_first": True, "offsets": [0, 30, 30, 80]},
-    {"gate": True, "sigmoid": True, "negative": True, "scale": 0.3, "loss": ("o",)},
-    {"l2norm": True, "v_first": True, "offsets": [2, 71], "loss": ("final_state",)},
-    {"sigmoid": True, "no_state": True, "l2norm": True, "scale": 1.0, "loss": ("o",)},
-    {"gate": True, "l2norm": True, "no_state": True, "v_first": True, "offsets": [0, 30, 30, 80]},
-]
+KDA_AXES = AXES | {"op": ["kda", "kda_recurrent"], "gate": ["log", "kernel", "kernel_no_bias"]}
+KDA_AXES["beta"] = ["given", "sigmoid", "negative"]
+GLA_AXES = AXES | {"op": ["gla", "gla_recurrent"], "gate": ["log"], "beta": ["none"], "l2norm": [False]}
 
 
-@both_dtypes
-@pytest.mark.parametrize("op", [chunk_kda, fused_recurrent_kda], ids=["chunk", "recurrent"])
-@pytest.mark.parametrize("case", OPTIONS, ids=lambda c: "-".join(c) or "none")
-def test_options(device, case, op, dtype):
-    offsets, T, HV = case.get("offsets"), 80, 4
-    K, V = (32, 24) if dtype == FP32 else (64, 128)
-    x = inputs(op, T=T, HV=HV, K=K, V=V, sequences=len(offsets) - 1 if offsets else 1, dtype=dtype, device=device)
-    options = {"scale": case.get("scale"), "use_qk_l2norm_in_kernel": "l2norm" in case,
-               "state_v_first": "v_first" in case, "use_gate_in_kernel": "gate" in case,
-               "use_beta_sigmoid_in_kernel": "sigmoid" in case, "allow_neg_eigval": "negative" in case}  # fmt: skip
-    if offsets:
-        options["cu_seqlens"] = torch.tensor(offsets, device=device)
-    if "l2norm" in case:
-        x["q"], x["k"] = 3 * x["q"], x["k"] / 2
-    if "gate" in case:
-        x["g"] = 2 * torch.randn(1, T, HV, K, device=device)
-        x["A_log"] = torch.randn(HV, device=device)
-        if "no_bias" not in case:
-            x["dt_bias"] = torch.randn(HV * K, device=device)
-    if "sigmoid" in case:
-        x["beta"] = torch.randn(1, T, HV, device=device)
-    if "v_first" in case:
-        x["initial_state"] = x["initial_state"].mT.contiguous()
-    if "no_state" in case:
-        del x["initial_state"]
-    cotangents = cotangents_for(op, x, **options)
-    check_against_oracle(op, x, {n: cotangents[n] for n in case.get("loss", cotangents)}, **options)
+@pytest.mark.parametrize("case", pairwise(KDA_AXES) + pairwise(GLA_AXES), ids=name_of)
+def test_options_pairwise(device, case):
+    op = OPS[case["op"]]
+    x, options, cotangents = call_of(case, partial(inputs, op), device)
+    check_against_oracle(op, x, cotangents, **options)
 
 
 @all_ops
-def test_v_first_and_grouped_heads_without_beta(device, op):
+def test_v_first_and_grouped_heads(device, op):
     x = inputs(op, T=70, H=2, HV=6, K=24, V=40, device=device)
     x["initial_state"] = x["initial_state"].mT.contiguous()
     check_against_oracle(op, x, state_v_first=True)
@@ -379,19 +368,6 @@ def test_gate_is_softplus_to_the_last_digits(device, raw):
     assert ((final[0, 0, :, 0] / decay - 1).abs() < limit).all()
 
 
-def strided_copies(t):
-    """The same values behind other strides: the last axis contiguous or not, gaps, an odd offset."""
-    yield t.transpose(1, 2).contiguous().transpose(1, 2)
-    gaps = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"), dtype=t.dtype, device=t.device)
-    odd = gaps[..., 1 : 1 + t.shape[-1]]
-    odd.copy_(t)
-    yield odd
-    spread = gaps[..., 1 : 1 + 2 * t.shape[-1] : 2]
-    spread.fill_(float("nan"))
-    spread.copy_(t)
-    yield spread
-
-
 @both_dtypes
 @all_ops
 def test_strides(device, op, dtype):
@@ -402,6 +378,21 @@ def test_strides(device, op, dtype):
         y = dict(zip(x, views, strict=False))
         dy = dict(zip(cotangents, views[len(x) :], strict=True))
         assert_equal(with_gradients(op, y, dy), expected)
+
+
+@both_dtypes
+@both_rules
+def test_packed_qkv_and_expanded_gradient(device, op, dtype):
+    x = inputs(op, T=66, K=32, V=32, dtype=dtype, device=device)
+    packed = torch.cat([x.pop(n).flatten(2) for n in "qkv"], -1).requires_grad_()
+    q, k, v = (t.unflatten(-1, (2, 32)) for t in packed.split(64, -1))
+    o, _ = op(q, k, v, **x)
+    (grad,) = torch.autograd.grad(o.sum(), packed)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    o2, _ = op(*leaves, **x)
+    grads = torch.autograd.grad(o2, leaves, torch.ones_like(o2))
+    assert torch.equal(o, o2)
+    assert torch.equal(grad, torch.cat([g.flatten(2) for g in grads], -1))
 
 
 @all_ops

@@ -74,6 +74,40 @@ def test_positions(device, q_offset):
     check(inputs(2, 100, 200, 4, 2, 64, 64, BF16), 33, device, q_offset=q_offset)
 
 
+@pytest.mark.parametrize("dim", [16, 64])
+def test_what_a_query_does_not_see_changes_nothing(device, dim):
+    """The future, older keys than the window, other documents; by no bit, forward and backward."""
+    cu = torch.tensor([0, 150, 300], device=device)
+
+    def results(x, first, last, **options):
+        leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
+        o = window_attention(**leaves, window=40, **options)[:, first:last]
+        return o, *torch.autograd.grad(o.float().square().sum(), list(leaves.values()))
+
+    x = on(device, inputs(1, 300, 300, 4, 2, dim, dim, BF16))
+    for first, last, seen, options in ((200, 260, 161, {}), (150, 300, 150, {"cu_seqlens": cu})):
+        other = {n: torch.randn_like(t) for n, t in x.items()}
+        for n, t in x.items():
+            seen_rows = slice(first if n == "q" else seen, last)
+            other[n][:, seen_rows] = t[:, seen_rows]
+        for a, b in zip(results(x, first, last, **options), results(other, first, last, **options), strict=True):
+            assert torch.equal(
+                a[:, first:last] if a.shape[1] == 300 else a, b[:, first:last] if b.shape[1] == 300 else b
+            )
+
+
+def test_strided_arguments(device):
+    x = on(device, inputs(2, 90, 90, 4, 2, 64, 64, BF16))
+    packed = torch.cat(list(x.values()), 2).requires_grad_()
+    o = window_attention(*packed.split([4, 2, 2], 2), window=33)
+    (grad,) = torch.autograd.grad(o.sum(), packed)
+    leaves = [t.clone().requires_grad_() for t in x.values()]
+    want = window_attention(*leaves, window=33)
+    grads = torch.autograd.grad(want, leaves, torch.ones_like(want))
+    assert torch.equal(o, want)
+    assert torch.equal(grad, torch.cat(grads, 2))
+
+
 def test_without_a_window_all_keys_are_seen(device):
     x = on(device, inputs(2, 90, 120, 4, 2, 64, 64, BF16))
     assert torch.equal(window_attention(**x), window_attention(**x, window=120))
