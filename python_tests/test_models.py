@@ -324,6 +324,26 @@ def test_equals_the_model_written_by_hand(kind, loops, residual):
         assert error(got[row].double(), plain(model, x[row])) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["gdn", "kda", "gla", "hgrn2", "mamba2"])
+def test_extreme_decays(kind):
+    """From tokens that forget nothing to tokens that forget all, in whole sequences and steps; gradients are finite."""
+    model, x = make(kind, linear_num_key_heads=1, linear_num_value_heads=1), ids(2, 13)
+    parts = ["A_log", "f_proj", "dt_proj", "a_proj", "b_proj", *(["qkv_proj"] if kind == "hgrn2" else [])]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(part in name for part in parts):
+                p.add_(3.0) if "A_log" in name else p.mul_(20.0)
+    got = model(x)
+    for row in range(2):
+        assert error(got[row].detach().double(), plain(model, x[row])) < 1e-4
+    state = model.new_state(2, 13)
+    with torch.no_grad():
+        pieces = [model(piece, state=state) for piece in x.split([9, 1, 3], 1)]
+    assert error(torch.cat(pieces, 1), got.detach()) < 1e-4
+    got.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["full", "gdn", "hybrid", "grouped", "window"])
 def test_loops_equal_the_unrolled_model_with_tied_weights(kind):
     """With rho = 0 three loops of N layers are one pass through 3 N layers whose weights repeat."""

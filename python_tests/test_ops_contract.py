@@ -5,6 +5,7 @@ takes the operator in one graph, static and dynamic; wrong arguments are named.
 """
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lt2_ext  # noqa: F401  (registers torch.ops.lt2)
+from lt2_ext import ops
 from lt2_ext.testing import gdn_inputs
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -467,3 +468,14 @@ def test_double_backward_is_an_error(name):
     outputs = [t for t in tensors(operator(name)(*args)) if t.requires_grad]
     with pytest.raises(RuntimeError, match=f"lt2::{name}: double backward is not supported"):
         outputs[0].float().sum().backward()
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_docstrings_name_every_argument_and_the_result(name):
+    """Or the operator that has the same ones."""
+    function = getattr(ops, name)
+    doc = inspect.getdoc(function)
+    same = ":func:" in doc and "Args:" not in doc
+    for argument in inspect.signature(function).parameters:
+        assert same or re.search(rf"\b{argument}\b", doc), argument
+    assert same or "Returns:" in doc or inspect.signature(function).return_annotation == "None"

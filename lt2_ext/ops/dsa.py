@@ -153,9 +153,11 @@ def window_attention(
 
     Args:
         window: at least 1; None: all keys that the query sees.
+        q, k, v, scale, cu_seqlens, cu_seqlens_k, q_offset, return_lse: as in :func:`dsa_attention`.
 
-    Other arguments, result and errors are those of :func:`dsa_attention`, except that on Hopper (2-byte dtypes,
-    D = DV = 64 or 128) NaN in a key or value may reach queries up to 127 places outside of the window.
+    Returns:
+        What :func:`dsa_attention` gives, with its errors; but on Hopper (2-byte dtypes, D = DV = 64 or 128) NaN in a
+        key or value may reach queries up to 127 places outside of the window.
     """
     op = "window_attention"
     q, k, v = autocast(q, q, k, v)

@@ -151,7 +151,9 @@ def kda_step_(
         state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``) float32, or bfloat16, which is
             rounded once per call; updated in place. Any strides, but a contiguous last axis.
         q, k: ``[B, t, H, K]``, v: ``[B, t, HV, V]``, g: ``[B, t, HV, K]``, beta: ``[B, t, HV]`` or None (ones),
-            ``1 <= t <= 8``; dtypes and sizes as in :func:`chunk_kda`, and so all other options.
+            ``1 <= t <= 8``; dtypes and sizes as in :func:`chunk_kda`.
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel,
+            allow_neg_eigval, state_v_first: as in :func:`chunk_kda`.
         slots: ``[B]`` int64, the state of each row, no valid one twice. A row whose slot is -1 (or not in the pool)
             writes nothing and gives ``o = 0``. None: row b uses slot b.
         delta: erase before writing.
