@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lt2",
         description="Fused operators and models for looped linear-time transformers.",
-        epilog="example: lt2 doctor && lt2 demo   each command has its own --help",
+        epilog="example: lt2 doctor && lt2 demo; each command has its own --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, purpose) in COMMANDS.items():

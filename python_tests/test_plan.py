@@ -176,7 +176,8 @@ def test_sources_of_a_plan(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tinny"], "there is no file or preset tinny; presets: tiny, small"),
+        (["tinny"], "there is no file or preset tinny; did you mean 'tiny'?"),
+        (["8b"], "there is no file or preset 8b; presets: tiny, small"),
         (["tiny", "hiden_size=3"], "model: LT2Config: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
         (["tiny", "--context", "0"], r"--context must be in 1..1073741824, got 0"),
         (["bad.json"], "bad.json is not valid JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"example: lt2 plan lt2-1.3b-full-gdn --context 32768   presets: {', '.join(PRESETS)}",
     )
     parser.add_argument("model", metavar="MODEL", help="preset, folder, config.json, or settings file (.yaml)")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes, such as model.loop_count=2")
+    parser.add_argument("changes", nargs="*", default=[], metavar="key=value", help="such as model.loop_count=2")
     parser.add_argument("--context", type=int, help="tokens of a sequence, default 4096 or that of the settings")
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: plan(args.model, args.changes, args.context))
@@ -91,7 +92,9 @@ def find(name: str, changes: Sequence[str]) -> tuple[settings.Run | None, LT2Con
     elif path.exists():
         values = read_json(checkpoint.model_folder(path) / "config.json")
     else:
-        raise UserError(f"there is no file or preset {name}; presets: {', '.join(PRESETS)}")
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(PRESETS)}"
+        raise UserError(f"there is no file or preset {name}; {hint}")
     return None, settings.model_config({**values, **changed}, None)
 
 
