@@ -75,16 +75,20 @@ __device__ inline float gate(float a, float A_log, float dt_bias) {
   return -expf(A_log) * softplus(a + dt_bias);
 }
 
-__device__ inline float log_decay(Inputs const& p, int64_t row, int64_t token, int head) {
-  if (p.g.data == nullptr) return 0.f;
-  float const g = *token_row<float const>(p.g, row, token, head);
+// Of the numbers that an operator or a step was given, and of those of a token.
+template <class Params>
+__device__ inline float log_decay(Params const& p, float g, int head) {
   return p.A_log == nullptr ? g : gate(g, p.A_log[head], p.dt_bias[head]);
 }
-
-__device__ inline float write_strength(Inputs const& p, int64_t row, int64_t token, int head) {
-  if (p.beta.data == nullptr) return 1.f;
-  float const beta = *token_row<float const>(p.beta, row, token, head);
+template <class Params>
+__device__ inline float write_strength(Params const& p, float beta) {
   return p.beta_sigmoid ? sigmoid(beta) * (p.neg_eigval ? 2.f : 1.f) : beta;
+}
+__device__ inline float log_decay(Inputs const& p, int64_t row, int64_t token, int head) {
+  return p.g.data == nullptr ? 0.f : log_decay(p, *token_row<float const>(p.g, row, token, head), head);
+}
+__device__ inline float write_strength(Inputs const& p, int64_t row, int64_t token, int head) {
+  return p.beta.data == nullptr ? 1.f : write_strength(p, *token_row<float const>(p.beta, row, token, head));
 }
 
 // What the three phases of the backward pass hand to each other, fp32.

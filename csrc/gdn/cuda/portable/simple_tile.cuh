@@ -70,13 +70,6 @@ struct alignas(16) SimpleTile {
   }
 };
 
-// Of what the operator was given.
-__device__ inline float log_decay(Inputs const& p, float g, int head) {
-  return p.A_log == nullptr ? g : gate(g, p.A_log[head], p.dt_bias[head]);
-}
-__device__ inline float write_strength(Inputs const& p, float beta) {
-  return p.beta_sigmoid ? sigmoid(beta) * (p.neg_eigval ? 2.f : 1.f) : beta;
-}
 __device__ inline float strength_derivative(Inputs const& p, float beta) {
   if (!p.beta_sigmoid) return 1.f;
   float const s = sigmoid(beta);
