@@ -91,6 +91,14 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[kTokenTiles][4], Sp
   }
 }
 
+__device__ __forceinline__ void clear(float (&x)[kTokenTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
+  }
+}
+
 // What the warps of a group hand to each other: of K_in S all tiles of 8 tokens, of Q_in S those of the
 // other.
 template <int kParts>
@@ -134,6 +142,13 @@ struct ScanState {
       at += 8 * state.key_stride;
       asm volatile("" : "+l"(at));
     }
+  }
+
+  __device__ void load(Inputs const& p, State const& state, int column) {
+    each(p, state, column, [](float& x, float const* at) { x = *at; });
+  }
+  __device__ void store(Inputs const& p, State const& state, int column) {
+    each(p, state, column, [](float x, float* at) { *at = x; });
   }
 
   // 16 columns of the rows of v, as fragments of their transpose.
@@ -401,8 +416,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
   Warp state;
   int const part = state.part = static_cast<int>(threadIdx.x) / kWarp % kParts;
   if (p.initial_state != nullptr) {
-    state.each(p, scan.state(p, const_cast<float*>(p.initial_state)), scan.first + scan.column,
-               [](float& s, float const* at) { s = *at; });
+    state.load(p, scan.state(p, const_cast<float*>(p.initial_state)), scan.first + scan.column);
   }
   for (int c = 0; c < chunks; ++c) {
     wait_copies();
@@ -412,8 +426,8 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     auto& stage = shared.stages[c % 2];
     Record const& record = stage.record;
     if constexpr (kBackward) {
-      state.each(p, gdn::portable::dense_state(w.states, scan.index(p, c), p.key_dim, p.value_dim, false),
-                 scan.first + scan.column, [](float s, float* at) { *at = s; });
+      state.store(p, gdn::portable::dense_state(w.states, scan.index(p, c), p.key_dim, p.value_dim, false),
+                  scan.first + scan.column);
     }
     uint32_t v[kTokenTiles][2];
     state.load_values(v, &stage.v[0][scan.column], kGroups * kWarpValues + 8);
@@ -434,11 +448,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     }
     if (p.delta) {
       SplitRows const rows(x);
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
-      }
+      clear(x);
       multiply_triangle<true>(x, rows, record.inverse, [](int) { return true; });
     }
     if constexpr (kBackward) {
@@ -459,7 +469,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     }
   }
   if (kBackward || final_state == nullptr) return;
-  state.each(p, scan.state(p, final_state), scan.first + scan.column, [](float s, float* at) { *at = s; });
+  state.store(p, scan.state(p, final_state), scan.first + scan.column);
 }
 
 // The second scan of the backward pass.
@@ -480,8 +490,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
   ScanState<T, kKeys, kParts> state;  // dS
   int const part = state.part = static_cast<int>(threadIdx.x) / kWarp % kParts;
   if (p.dfinal_state != nullptr) {
-    state.each(p, scan.state(p, const_cast<float*>(p.dfinal_state)), scan.first + scan.column,
-               [](float& s, float const* at) { s = *at; });
+    state.load(p, scan.state(p, const_cast<float*>(p.dfinal_state)), scan.first + scan.column);
   }
   for (int c = chunks - 1; c >= 0; --c) {
     wait_copies();
@@ -490,8 +499,8 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     if (scan.first + scan.column >= p.value_dim) continue;
     auto& stage = shared.stages[c % 2];
     Record const& record = stage.record;
-    state.each(p, gdn::portable::dense_state(w.dstates, scan.index(p, c), p.key_dim, p.value_dim, false),
-               scan.first + scan.column, [](float s, float* at) { *at = s; });
+    state.store(p, gdn::portable::dense_state(w.dstates, scan.index(p, c), p.key_dim, p.value_dim, false),
+                scan.first + scan.column);
     uint32_t dout[kTokenTiles][2];
     state.load_values(dout, &stage.v[0][scan.column], kGroups * kWarpValues + 8);
     float x[kTokenTiles][4] = {};
@@ -511,11 +520,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     multiply_triangle<false>(x, SplitRows::of<T>(douts), record.scores, [](int) { return true; });
     if (p.delta) {
       SplitRows const rows(x);
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
-      }
+      clear(x);
       multiply_triangle<false>(x, rows, record.transposed_inverse, [](int) { return true; });
     }
     scan.keep(x, part, p, w.dwrites, c);
@@ -538,8 +543,7 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     scan.store(stage, x, part, p, p.dv, c);
   }
   if (p.dinitial_state == nullptr) return;
-  state.each(p, scan.state(p, p.dinitial_state), scan.first + scan.column,
-             [](float s, float* at) { *at = s; });
+  state.store(p, scan.state(p, p.dinitial_state), scan.first + scan.column);
 }
 
 }  // namespace lt2::kda::portable
