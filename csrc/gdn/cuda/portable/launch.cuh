@@ -1,47 +1,23 @@
 #pragma once
 
-#include "common/cuda/launch.cuh"
 #include "gdn/cuda/portable/gradients.cuh"
 #include "gdn/cuda/portable/launch.h"
-#include "gdn/cuda/portable/tiles.cuh"
+#include "gdn/cuda/portable/scan_launch.cuh"
+#include "gdn/cuda/portable/sizes.cuh"
 
 namespace lt2::gdn::portable {
 
 template <Dtype kDtype>
 Status launch_forward(ForwardParams const& p, void* stream) {
-  return with_tile(p.key_dim, [&](auto tile) {
-    using Tile = decltype(tile);
-    return launch(forward_scan<Element<kDtype>, Tile, false>,
-                  slices<Tile>(p.sequences, p.value_heads, p.value_dim), kScanThreads, 0, stream, Inputs(p),
-                  p.o, p.final_state, Workspace{});
-  });
+  return scan_forward<Column, Element<kDtype>>(p, stream);
 }
 
 template <Dtype kDtype>
 Status launch_backward(BackwardParams const& p, float* workspace, void* stream) {
   using T = Element<kDtype>;
-  int64_t const rows = p.batch * p.tokens * p.value_heads, chunks = chunk_numbers(p);
-  int64_t const states = chunks * p.value_heads * p.key_dim * p.value_dim;
-  auto const take = [&](int64_t floats) {
-    float* const piece = workspace;
-    workspace += floats;
-    return piece;
-  };
-  Workspace w;
-  w.residuals = take(rows * p.value_dim);
-  w.dwrites = take(rows * p.value_dim);
-  w.states = take(states);
-  w.dstates = take(states);
-  w.dq = take(rows * p.key_dim);
-  w.dk = take(rows * p.key_dim);
-
-  Status const scans = with_tile(p.key_dim, [&](auto tile) {
-    using Tile = decltype(tile);
-    int64_t const blocks = slices<Tile>(p.sequences, p.value_heads, p.value_dim);
-    Status const forward = launch(forward_scan<T, Tile, true>, blocks, kScanThreads, 0, stream, Inputs(p),
-                                  Strided{}, static_cast<float*>(nullptr), w);
-    return forward != kOk ? forward : launch(reverse_scan<T, Tile>, blocks, kScanThreads, 0, stream, p, w);
-  });
+  int64_t const chunks = chunk_numbers(p);
+  Workspace const w = take_workspace(p, workspace);
+  Status const scans = scan_backward<Column, T>(p, w, stream);
   if (scans != kOk) return scans;
   Status const gradients = launch(chunk_gradients<T>, chunks * p.value_heads, kGradientThreads,
                                   static_cast<int>(sizeof(GradientShared)), stream, p, w);
@@ -53,14 +29,7 @@ Status launch_backward(BackwardParams const& p, float* workspace, void* stream) 
 
 template <Dtype kDtype>
 Status launch_step(StepParams const& p, void* stream) {
-  return with_tile(p.key_dim, [&](auto tile) {
-    using Tile = decltype(tile);
-    auto const run = [&](auto kernel) {
-      return launch(kernel, slices<Tile>(p.batch, p.value_heads, p.value_dim), kScanThreads, 0, stream, p);
-    };
-    return p.state_dtype == Dtype::kBFloat16 ? run(step_kernel<Element<kDtype>, __nv_bfloat16, Tile>)
-                                             : run(step_kernel<Element<kDtype>, float, Tile>);
-  });
+  return scan_step<Column, Element<kDtype>>(p, stream);
 }
 
 }  // namespace lt2::gdn::portable

@@ -27,9 +27,7 @@ int64_t forward_workspace(ForwardParams const& p) {
 
 int64_t backward_workspace(BackwardParams const& p) {
   if (simple(p)) return simple_backward_floats(p);
-  int64_t const rows = p.batch * p.tokens * p.value_heads;
-  int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
-  return 2 * (rows * (p.key_dim + p.value_dim) + states);
+  return workspace_floats(p);
 }
 
 Status forward(ForwardParams const& p, float* workspace, void* stream) {

@@ -1,4 +1,5 @@
-// The recurrence, token by token: forward, in reverse for the gradient of the state, and the decode step.
+// The recurrence, token by token: forward, in reverse for the gradient of the state, and the decode step. The
+// kernels are those of kda as well, whose columns decay otherwise.
 //
 // Columns of a state [K, V] never meet, so a block owns a slice of columns and all K rows of it, in
 // registers: kLanes adjacent lanes share a column, kRows rows each. Tokens are staged in shared memory,
@@ -24,6 +25,7 @@ struct Tile {
 
 template <class Tile, int kCount = kTokens>
 struct Tokens {
+  static constexpr int kStaged = kCount;
   alignas(16) float q[kCount][Tile::kKeys];
   alignas(16) float k[kCount][Tile::kKeys];
   float v[kCount][Tile::kColumns];  // or dO
@@ -98,11 +100,31 @@ struct Tokens {
       beta[i] = write_strength(p, row, begin + i, head);
     }
   }
+
+  // The same of the tokens of a decode step.
+  template <class T>
+  __device__ void load_step(StepParams const& p, int64_t row, int count, int head, int first_column) {
+    int const key_head = head / (p.value_heads / p.heads);
+    load_keys(token_row<T const>(p.q, row, 0, key_head), p.q.token, token_row<T const>(p.k, row, 0, key_head),
+              p.k.token, count, p.key_dim, p.qk_l2norm);
+    load_values(token_row<T const>(p.v, row, 0, head), p.v.token, count, first_column, p.value_dim);
+    if (int const i = threadIdx.x; i < count) {
+      auto const scalar = [&](Strided const& x, float absent) {
+        if (x.data == nullptr) return absent;
+        return load_element(p.gate_dtype, x.data, row * x.batch + i * x.token + head * x.head);
+      };
+      float const a = scalar(p.a, 0.f), b = scalar(p.b, 1.f);
+      set_decay(i, log_decay(p, a, head), p.delta);
+      beta[i] = write_strength(p, b);
+    }
+  }
 };
 
 // This thread's part of one column of a state; rows in groups of 4, dealt to the lanes in turn.
-template <class Tile>
+template <class Tile_>
 struct Column {
+  using Tile = Tile_;
+  using Staged = Tokens<Tile>;
   float s[Tile::kRows];
 
   __device__ static int part() { return threadIdx.x % Tile::kLanes; }
@@ -148,7 +170,7 @@ struct Column {
   }
 
   // s <- e^g s. Near 1, where thousands of decays add up, e^g itself is not rounded.
-  __device__ void apply_decay(Tokens<Tile> const& t, int i) {
+  __device__ void apply_decay(Staged const& t, int i) {
     float const decay = t.decay[i], change = t.change[i];
     if (change > -0.5f) {
 #pragma unroll
@@ -165,10 +187,10 @@ struct Column {
     for (int r = 0; r < Tile::kRows; ++r) s[r] += x[r] * a;
   }
 
-  // One token; returns r = v - k^T (erase S). With kOutput, *o = q^T S after it, without a second pass over
-  // S: q^T S' = decay q^T S + (q . k) u.
+  // One token; returns r = v - k^T (erase S), where t says what is erased. With kOutput, *o = q^T S after it,
+  // without a second pass over S: q^T S' = decay q^T S + (q . k) u.
   template <bool kOutput>
-  __device__ float advance(Tokens<Tile> const& t, int i, float* o) {
+  __device__ float advance(Staged const& t, int i, bool, float* o) {
     float k[Tile::kRows];
     read(t.k[i], k);
     float const decay = t.decay[i];
@@ -205,17 +227,18 @@ int64_t slices(int64_t rows, int value_heads, int value_dim) {
 }
 
 // kBackward: keeps residuals and the state before each chunk instead of o and the final state.
-template <class T, class Tile, bool kBackward>
+template <class T, class Column, bool kBackward>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     forward_scan(__grid_constant__ Inputs const p, Strided const o, float* final_state, Workspace const w) {
-  __shared__ Tokens<Tile> tokens;
-  Slice<Tile> const slice(p.value_heads, p.value_dim);
+  __shared__ typename Column::Staged tokens;
+  constexpr int kStaged = Column::Staged::kStaged;
+  Slice<typename Column::Tile> const slice(p.value_heads, p.value_dim);
   Sequence const sequence = portable::sequence(p, slice.n);
-  int const head = slice.head, column = slice.first + Column<Tile>::index();
-  bool const writer = Column<Tile>::part() == 0 && column < p.value_dim;
+  int const head = slice.head, column = slice.first + Column::index();
+  bool const writer = Column::part() == 0 && column < p.value_dim;
   int64_t const state_index = slice.n * p.value_heads + head;
 
-  Column<Tile> state;
+  Column state;
   state.clear();
   if (p.initial_state != nullptr) {
     state.load(dense_state(const_cast<float*>(p.initial_state), state_index, p.key_dim, p.value_dim,
@@ -223,25 +246,25 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
                column, p.key_dim, p.value_dim);
   }
   int64_t const chunk = kBackward ? first_chunk(p, slice.n) : 0;
-  for (int64_t begin = 0; begin < sequence.length; begin += kTokens) {
+  for (int64_t begin = 0; begin < sequence.length; begin += kStaged) {
     if (kBackward && begin % kChunk == 0) {
       state.store(dense_state(w.states, (chunk + begin / kChunk) * p.value_heads + head, p.key_dim,
                               p.value_dim, false),
                   column, p.key_dim, p.value_dim);
     }
-    int const count = static_cast<int>(min(sequence.length - begin, int64_t{kTokens}));
+    int const count = static_cast<int>(min(sequence.length - begin, int64_t{kStaged}));
     int64_t const token = sequence.begin + begin;
     __syncthreads();
     tokens.template load<T>(p, p.v, sequence.row, token, count, head, slice.first);
     __syncthreads();
     for (int i = 0; i < count; ++i) {
       if constexpr (kBackward) {
-        float const residual = state.template advance<false>(tokens, i, nullptr);
+        float const residual = state.template advance<false>(tokens, i, p.delta, nullptr);
         int64_t const at = (sequence.row * p.tokens + token + i) * p.value_heads + head;
         if (writer) w.residuals[at * p.value_dim + column] = residual;
       } else {
         float out;
-        state.template advance<true>(tokens, i, &out);
+        state.template advance<true>(tokens, i, p.delta, &out);
         if (writer) token_row<T>(o, sequence.row, token + i, head)[column] = from_float<T>(p.scale * out);
       }
     }
@@ -254,18 +277,19 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
 
 // From the last token to the first: with dS = dL/dS after a token, and its output included,
 //   du = k^T dS,   dv = dr = beta du,   dS before the token = e^g (dS - k dr^T), or e^g dS without the delta
-//   rule.
-template <class T, class Tile>
+//   rule, with Diag(e^g) in kda.
+template <class T, class Column>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     reverse_scan(__grid_constant__ BackwardParams const p, Workspace const w) {
-  __shared__ Tokens<Tile> tokens;
-  Slice<Tile> const slice(p.value_heads, p.value_dim);
+  constexpr int kRows = Column::Tile::kRows, kStaged = Column::Staged::kStaged;
+  __shared__ typename Column::Staged tokens;
+  Slice<typename Column::Tile> const slice(p.value_heads, p.value_dim);
   Sequence const sequence = portable::sequence(p, slice.n);
-  int const head = slice.head, column = slice.first + Column<Tile>::index();
-  bool const writer = Column<Tile>::part() == 0 && column < p.value_dim;
+  int const head = slice.head, column = slice.first + Column::index();
+  bool const writer = Column::part() == 0 && column < p.value_dim;
   int64_t const state_index = slice.n * p.value_heads + head;
 
-  Column<Tile> dstate;
+  Column dstate;
   dstate.clear();
   if (p.dfinal_state != nullptr) {
     dstate.load(
@@ -274,7 +298,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
   }
   int64_t const chunk = first_chunk(p, slice.n);
   for (int64_t end = sequence.length; end > 0;) {
-    int64_t const begin = (end - 1) / kTokens * kTokens;
+    int64_t const begin = (end - 1) / kStaged * kStaged;
     if (end == sequence.length || end % kChunk == 0) {
       dstate.store(dense_state(w.dstates, (chunk + begin / kChunk) * p.value_heads + head, p.key_dim,
                                p.value_dim, false),
@@ -286,10 +310,10 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
     tokens.template load<T>(p, p.dout, sequence.row, token, count, head, slice.first);
     __syncthreads();
     for (int i = count - 1; i >= 0; --i) {
-      float k[Tile::kRows], q[Tile::kRows];
-      Column<Tile>::read(tokens.k[i], k);
-      Column<Tile>::read(tokens.q[i], q);
-      float const dout = p.scale * tokens.v[i][Column<Tile>::index()];
+      float k[kRows], q[kRows];
+      Column::read(tokens.k[i], k);
+      Column::read(tokens.q[i], q);
+      float const dout = p.scale * tokens.v[i][Column::index()];
       float const dwrite = dstate.dot(k) + tokens.qk[i] * dout;
       float const dvalue = tokens.beta[i] * dwrite;
       if (writer) {
@@ -309,43 +333,30 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks)
   }
 }
 
-template <class T, class S, class Tile>
-__global__ void __launch_bounds__(kScanThreads, kScanBlocks)
-    step_kernel(__grid_constant__ StepParams const p) {
-  __shared__ Tokens<Tile> tokens;
-  Slice<Tile> const slice(p.value_heads, p.value_dim);
+template <class T, class S, class Column, class Params>
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks) step_kernel(__grid_constant__ Params const p) {
+  __shared__ typename Column::Staged tokens;
+  Slice<typename Column::Tile> const slice(p.value_heads, p.value_dim);
   int64_t const row = slice.n;
-  int const head = slice.head, column = slice.first + Column<Tile>::index();
-  bool const writer = Column<Tile>::part() == 0 && column < p.value_dim;
+  int const head = slice.head, column = slice.first + Column::index();
+  int const count = static_cast<int>(p.tokens);
+  bool const writer = Column::part() == 0 && column < p.value_dim;
   int64_t const slot = p.slot_ids == nullptr ? row : p.slot_ids[row];
   if (slot < 0 || slot >= p.slots) {
-    for (int i = 0; i < p.tokens; ++i) {
+    for (int i = 0; i < count; ++i) {
       if (writer) token_row<T>(p.o, row, i, head)[column] = from_float<T>(0.f);
     }
     return;
   }
   StateOf<S> const pool{static_cast<S*>(p.state) + slot * p.state_slot + head * p.state_head,
                         p.state_v_first ? 1 : p.state_row, p.state_v_first ? p.state_row : 1};
-  Column<Tile> state;
+  Column state;
   state.load(pool, column, p.key_dim, p.value_dim);
-
-  int const key_head = head / (p.value_heads / p.heads);
-  tokens.load_keys(token_row<T const>(p.q, row, 0, key_head), p.q.token,
-                   token_row<T const>(p.k, row, 0, key_head), p.k.token, p.tokens, p.key_dim, p.qk_l2norm);
-  tokens.load_values(token_row<T const>(p.v, row, 0, head), p.v.token, p.tokens, slice.first, p.value_dim);
-  if (int const i = threadIdx.x; i < p.tokens) {
-    auto const scalar = [&](Strided const& x, float absent) {
-      if (x.data == nullptr) return absent;
-      return load_element(p.gate_dtype, x.data, row * x.batch + i * x.token + head * x.head);
-    };
-    float const a = scalar(p.a, 0.f), b = scalar(p.b, 1.f);
-    tokens.set_decay(i, p.A_log == nullptr ? a : gate(a, p.A_log[head], p.dt_bias[head]), p.delta);
-    tokens.beta[i] = p.beta_sigmoid ? sigmoid(b) * (p.neg_eigval ? 2.f : 1.f) : b;
-  }
+  tokens.template load_step<T>(p, row, count, head, slice.first);
   __syncthreads();
-  for (int i = 0; i < p.tokens; ++i) {
+  for (int i = 0; i < count; ++i) {
     float out;
-    state.template advance<true>(tokens, i, &out);
+    state.template advance<true>(tokens, i, p.delta, &out);
     if (writer) token_row<T>(p.o, row, i, head)[column] = from_float<T>(p.scale * out);
   }
   state.store(pool, column, p.key_dim, p.value_dim);

@@ -1,4 +1,4 @@
-// What the kernels take, and which element type they are called with.
+// What the kernels take, which element type they are called with, and their workspace.
 #pragma once
 
 #include "gdn/cuda/portable/problem.cuh"
@@ -35,6 +35,31 @@ inline bool whole_pieces(Inputs const& p, Strided const& other) {
   return whole_pieces(p, p.q, p.heads, p.key_dim) && whole_pieces(p, p.k, p.heads, p.key_dim) &&
          whole_pieces(p, p.v, p.value_heads, p.value_dim) &&
          whole_pieces(p, other, p.value_heads, p.value_dim);
+}
+
+// Of the backward pass.
+inline int64_t workspace_floats(BackwardParams const& p) {
+  int64_t const rows = p.batch * p.tokens * p.value_heads;
+  int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
+  return 2 * (rows * (p.key_dim + p.value_dim) + states);
+}
+
+inline Workspace take_workspace(BackwardParams const& p, float* floats) {
+  int64_t const rows = p.batch * p.tokens * p.value_heads;
+  int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
+  auto const take = [&](int64_t count) {
+    float* const piece = floats;
+    floats += count;
+    return piece;
+  };
+  Workspace w;
+  w.residuals = take(rows * p.value_dim);
+  w.dwrites = take(rows * p.value_dim);
+  w.states = take(states);
+  w.dstates = take(states);
+  w.dq = take(rows * p.key_dim);
+  w.dk = take(rows * p.key_dim);
+  return w;
 }
 
 }  // namespace lt2::gdn::portable

@@ -37,9 +37,7 @@ Status supports(Inputs const& p) { return check_sizes(p.heads, p.value_heads, p.
 int64_t forward_workspace(ForwardParams const& p) { return workspace_of_chunks(p); }
 
 int64_t backward_workspace(BackwardParams const& p) {
-  int64_t const rows = p.batch * p.tokens * p.value_heads;
-  int64_t const states = chunk_numbers(p) * p.value_heads * p.key_dim * p.value_dim;
-  return workspace_of_chunks(p) + 2 * (rows * p.value_dim + states) + 3 * rows * p.key_dim;
+  return workspace_of_chunks(p) + workspace_floats(p) + p.batch * p.tokens * p.value_heads * p.key_dim;
 }
 
 Status forward(ForwardParams const& p, float* workspace, void* stream) {
