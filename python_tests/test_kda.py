@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from test_gdn import AXES, BETA_OF, call_of, name_of, pairwise, strided_copies
+from test_gdn import AXES, BETA_OF, VARLEN, assert_equal, call_of, double, name_of, pairwise, strided_copies
 from torch.nn import functional as F
 
 from lt2_ext import testing
@@ -69,10 +69,6 @@ def cotangents_for(op, x, **options):
     return {"o": torch.randn_like(o), "final_state": torch.randn_like(state)}
 
 
-def double(tensors):
-    return {name: t.double() for name, t in tensors.items()}
-
-
 def check_against_oracle(op, x, cotangents=None, hard=False, delta=None, **options):
     """Outputs and all gradients against the float64 oracle and plain torch in the dtype of q; returns the results."""
     dtype = x["q"].dtype
@@ -90,11 +86,6 @@ def check_against_oracle(op, x, cotangents=None, hard=False, delta=None, **optio
         worst = max((p[name] for p in plain), key=lambda out, ref=ref: rel_err(out, ref))
         testing.check_close(name, ours[name], ref, worst, testing.gradient_kind(name), dtype, hard)
     return ours
-
-
-def assert_equal(a, b):
-    for name in a:
-        assert torch.equal(a[name], b[name]), f"{name}: differs by {rel_err(a[name], b[name]):.1e}"
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["kda", "gla"])
@@ -209,16 +200,6 @@ def test_many_heads(device):
     """So many that they fill a GPU: its kernels then divide up a state otherwise."""
     for op, K in product(CHUNKED.values(), (64, 128)):
         check_against_oracle(op, inputs(op, T=70, H=34, HV=68, K=K, dtype=BF16, device=device))
-
-
-VARLEN = {
-    "one": [0, 70],
-    "empty_first": [0, 0, 70],
-    "empty_middle_and_last": [0, 65, 65, 70, 70],
-    "single_tokens": list(range(41)),
-    "long_tail": [0, 1, 2, 3, 130],
-    "slack": [3, 20, 64],
-}
 
 
 @pytest.mark.parametrize("offsets", VARLEN.values(), ids=VARLEN)
