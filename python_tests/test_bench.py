@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import peers
+import readme
 import report
 import run as bench
 import timing
@@ -284,3 +285,8 @@ def test_machine_slug(monkeypatch, model: str, slug: str):
     monkeypatch.setattr(bench, "device_name", lambda device: model)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert bench.machine_slug(CPU, "avx512") == slug
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    """If not: python bench/readme.py."""
+    assert readme.current() == readme.README.read_text()
