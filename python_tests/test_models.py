@@ -679,6 +679,15 @@ def test_compiles_into_one_graph_also(case):
     compiled_equals_eager(model, call, backend)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_meta_models_give_shapes(mixer):
+    with torch.device("meta"):
+        model = LT2(LT2Config(**SIZES | {"layer_pattern": mixer}))
+        logits = model(torch.zeros(2, 13, dtype=torch.int64))
+    assert logits.is_meta
+    assert logits.shape == (2, 13, VOCAB)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_to_empty_materialises_a_meta_model(kind):
     with torch.device("meta"):

@@ -33,10 +33,15 @@ def check(condition: bool, op: str, argument: str, rule: str, got: object) -> No
         raise ValueError(f"{op}: {argument} must {rule}, got {got}")
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is active on a device; torch has none for meta tensors, and raises."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast on the device of ``like``, as they are when it is not active."""
     device = like.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)

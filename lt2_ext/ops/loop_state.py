@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_float, fake, inference_only, run, wanted
+from ._common import autocasts, check_float, fake, inference_only, run, wanted
 
 _residual = torch.ops.lt2.loop_residual_fwd.default
 _residual_bwd = torch.ops.lt2.loop_residual_bwd.default
@@ -127,7 +127,7 @@ def loop_decode_attention(
         RuntimeError: a wrong shape or dtype; inputs that require a gradient; an unsupported device.
     """
     inference_only("loop_decode_attention", q, k_cache, v_cache)
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device.type):
         q = q.to(k_cache.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _decode(q, k_cache, v_cache, lengths, slots, indices, loop_map, scale)
