@@ -61,14 +61,6 @@ Shape shape_of(Tensor const& t) {
   return {kernel_dtype(t), rows, t.size(t.dim() - 1)};
 }
 
-bool same_shape(Tensor const& a, Tensor const& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
-
 #define CHECK_FIRST(op, t)                                                                       \
   STD_TORCH_CHECK((t).dim() >= 1, op ": " #t " must have shape [.., D], got ", shape_string(t)); \
   LT2_CHECK_ACTIVATION(op, t, #t)

@@ -19,14 +19,6 @@ Tensor workspace(Tensor const& like, int64_t size, ScalarType dtype = ScalarType
   return empty(like, {size}, dtype);
 }
 
-bool same_shape(Tensor const& a, Tensor const& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
-
 #define OP "lt2::loop_residual"
 
 // Activation [.., D].

@@ -42,6 +42,14 @@ inline bool has_shape(Tensor const& t, std::initializer_list<int64_t> want) {
   return true;
 }
 
+inline bool same_shape(Tensor const& a, Tensor const& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
 inline std::string shape_string(std::initializer_list<int64_t> sizes) {
   std::string s = "[";
   for (int64_t n : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(n);
