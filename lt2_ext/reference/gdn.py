@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .causal_conv1d import convolve
 
-# (q, k [T, K], v [T, V], g, beta [T], scale, S [K, V], delta), tensors with leading axes [B, HV]
+# (q, k [T, K], v [T, V], g [T] or [T, K], beta [T], scale, S [K, V], delta), tensors with leading axes [B, HV]
 # -> (o [.., T, V], S [.., K, V])
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
@@ -21,9 +21,9 @@ Rule = Callable[..., tuple[Tensor, Tensor]]
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, S: Tensor, delta: bool = True
 ) -> tuple[Tensor, Tensor]:
-    o = []
+    g, o = g if g.dim() == k.dim() else g[..., None], []
     for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, g, beta)), strict=True):
-        S = g_t.exp()[..., None, None] * S
+        S = g_t.exp()[..., None] * S
         u = beta_t[..., None] * (v_t - torch.einsum("bhk,bhkv->bhv", k_t, S) if delta else v_t)
         S = S + k_t[..., :, None] * u[..., None, :]
         o.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
@@ -49,9 +49,7 @@ def chunks(
     ``operands`` rounds what is multiplied to a narrower dtype; the triangular solve never is.
     """
 
-    def mm(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b if operands is None else a.to(operands).to(a.dtype) @ b.to(operands).to(b.dtype)
-
+    mm = product(operands)
     o = [v[:, :, :0]]
     for Q, K, V, G, b in zip(*(x.split(length, 2) if x.shape[2] else () for x in (q, k, v, g, beta)), strict=True):
         E = decay_between_tokens(G)
@@ -64,6 +62,11 @@ def chunks(
         o.append(scale * (gamma * mm(Q, S) + mm(E * mm(Q, K.mT), U)))
         S = gamma[..., -1:, :] * S + mm(K.mT, E[..., -1, :, None] * U)
     return torch.cat(o, 2), S
+
+
+def product(operands: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """``a @ b`` of matrices that are rounded to a dtype first."""
+    return lambda a, b: a @ b if operands is None else a.to(operands).to(a.dtype) @ b.to(operands).to(b.dtype)
 
 
 def decay_between_tokens(g: Tensor) -> Tensor:
@@ -152,9 +155,7 @@ def gated_delta_step(
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``o`` and the pool of states after :func:`lt2_ext.ops.gdn.gated_delta_step_`; ``state`` is not modified."""
-    slots = torch.arange(len(q), device=q.device) if slots is None else slots
-    live = (slots >= 0) & (slots < len(state))
-    rows = slots[live]
+    live, rows = live_rows(slots, len(q), state)
     o, S = gated_delta_rule(
         q[live], k[live], v[live], a[live], b[live], scale, state[rows], True, use_qk_l2norm_in_kernel, True,
         A_log, dt_bias, True, allow_neg_eigval, state_v_first,
@@ -189,9 +190,7 @@ def decode_fused(
     K, V = state.shape[-2:][:: -1 if state_v_first else 1]
     values = state.shape[1] * V
     sizes = ((qkv.shape[-1] - values) // 2, (qkv.shape[-1] - values) // 2, values)
-    slots = torch.arange(len(qkv), device=qkv.device) if slots is None else slots
-    live = (slots >= 0) & (slots < len(state))
-    rows = slots[live]
+    live, rows = live_rows(slots, len(qkv), state)
     channels, window = convolve(qkv[live].to(dtype), conv_weight, conv_bias, conv_state[rows], "silu")
     q, k, v = (t.unflatten(-1, (-1, D)) for t, D in zip(channels.split(sizes, -1), (K, K, V), strict=True))
     o, S = gated_delta_step(
@@ -204,6 +203,13 @@ def decode_fused(
         state.index_put((rows,), S.to(state.dtype)),
         conv_state.index_put((rows,), window.to(conv_state.dtype)),
     )
+
+
+def live_rows(slots: Tensor | None, rows: int, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the rows have a slot in the pool, and the slots of those."""
+    slots = torch.arange(rows, device=pool.device) if slots is None else slots
+    live = (slots >= 0) & (slots < len(pool))
+    return live, slots[live]
 
 
 def l2norm(x: Tensor) -> Tensor:

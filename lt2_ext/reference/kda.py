@@ -12,19 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gdn
-from .gdn import Rule, decay_between_tokens
-
-
-def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, S: Tensor, delta: bool = True
-) -> tuple[Tensor, Tensor]:
-    o = []
-    for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, g, beta)), strict=True):
-        S = g_t.exp()[..., None] * S
-        u = v_t - torch.einsum("bhk,bhkv->bhv", k_t, S) if delta else v_t
-        S = S + k_t[..., :, None] * (beta_t[..., None] * u)[..., None, :]
-        o.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
-    return torch.stack(o, 2) if o else v, S
+from .gdn import Rule, decay_between_tokens, product, recurrence
 
 
 def chunks(
@@ -46,9 +34,7 @@ def chunks(
     ``operands`` rounds what is multiplied to a narrower dtype; the triangular solve never is.
     """
 
-    def mm(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b if operands is None else a.to(operands).to(a.dtype) @ b.to(operands).to(b.dtype)
-
+    mm = product(operands)
     o = [v[:, :, :0]]
     for Q, K, V, G, b in zip(*(x.split(length, 2) if x.shape[2] else () for x in (q, k, v, g, beta)), strict=True):
         head, tail = G.cumsum(-2).exp(), sum_behind(G).exp()
@@ -133,9 +119,7 @@ def kda_step(
     **options: object,
 ) -> tuple[Tensor, Tensor]:
     """``o`` and the pool of states after :func:`lt2_ext.ops.kda.kda_step_`; ``state`` is not modified."""
-    slots = torch.arange(len(q), device=q.device) if slots is None else slots
-    live = (slots >= 0) & (slots < len(state))
-    rows = slots[live]
+    live, rows = gdn.live_rows(slots, len(q), state)
     # mypy cannot see the types of what is handed on by name
     o, S = kda(
         q[live], k[live], v[live], g[live], None if beta is None else beta[live], initial_state=state[rows],
