@@ -94,30 +94,79 @@ def test_against_the_oracle(shape, dtype, dense):
     check_against_oracle(inputs(*sizes, dtype), None if dense else any_indices(B, T, S, topk))
 
 
-# Gathered by warps on CUDA: 16 selected keys at a time, by more or fewer query heads than a product has rows.
+# On CUDA gathered by warps, as queries or selected keys are few: 16 keys at a time, by more or fewer query heads than a
+# product has rows.
 GATHERED = [
-    (2, 90, 90, 2, 2, 64, 1, 128, 40),
-    (1, 200, 300, 32, 2, 128, 16, 64, 130),
-    (1, 130, 130, 16, 4, 128, 8, 64, 17),
+    (2, 60, 90, 2, 2, 64, 1, 128, 40),
+    (1, 60, 300, 32, 2, 128, 16, 64, 130),
+    (1, 130, 700, 16, 4, 128, 8, 64, 17),
     (1, 60, 700, 12, 4, 64, 5, 64, 600),
     (1, 50, 50, 48, 4, 64, 3, 64, 20),
+]
+# On Hopper in tiles of 128 queries and 128 keys.
+TILED = [
+    (1, 64, 64, 1, 1, 64, 1, 64, 64),
+    (2, 150, 150, 4, 4, 128, 2, 64, 40),
+    (1, 130, 300, 8, 2, 64, 3, 128, 310),
+    (1, 257, 257, 16, 1, 128, 16, 64, 100),
+    (1, 300, 200, 6, 3, 64, 5, 64, 7),
+    (3, 70, 513, 2, 1, 128, 7, 128, 513),
+    (1, 70, 8500, 2, 1, 64, 2, 64, 300),
 ]
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("shape", GATHERED, ids=str)
-def test_gathered_keys(shape, dtype):
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("shape", GATHERED + TILED, ids=str)
+def test_products_of_16_bits(shape, repeated, dtype):
     *sizes, topk = shape
     B, T, S = sizes[:3]
     with torch.device("cuda"):
         indices = any_indices(B, T, S, topk)
         indices[:, T // 2] = -1
-        indices[:, 7, : topk // 2] = indices[:, 7, topk // 2 : topk // 2 * 2]
+        if repeated:
+            indices[:, 7, : topk // 2] = indices[:, 7, topk // 2 : topk // 2 * 2]
         x = inputs(*sizes, dtype)
         first = check_against_oracle(x, indices)
         again = with_gradients(indexer_loss, x, denominators(x, indices), indices)
     assert all(torch.equal(again[n], t) for n, t in first.items())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", TILED[:-1], ids=str)
+def test_tiles_of_all_keys(shape):
+    with torch.device("cuda"):
+        check_against_oracle(inputs(*shape[:-1], BF16), None)
+
+
+@pytest.mark.cuda
+def test_slopes_in_bands():
+    """More tiles than slopes are kept of at a time; the second band begins within a batch row."""
+    with torch.device("cuda"):
+        check_against_oracle(inputs(2, 6000, 6000, 1, 1, 64, 1, 64, BF16), any_indices(2, 6000, 6000, 200))
+
+
+@pytest.mark.cuda
+@dense_too
+def test_tiles_of_packed_documents(dense):
+    """NaN of one document, or of no document, does not reach another."""
+    with torch.device("cuda"):
+        cu, sizes = torch.tensor([5, 5, 150, 151, 400, 430]), (1, 450, 450, 4, 2, 64, 3, 64)
+        x, indices = inputs(*sizes, BF16), None if dense else any_indices(1, 450, 260, 60)
+        check_against_oracle(x, indices, cu_seqlens=cu)
+        lse = denominators(x, indices, cu_seqlens=cu)
+        outside = torch.ones(450, dtype=torch.bool)
+        outside[5:430] = False
+        if indices is not None:
+            indices[:, 5:150], outside[5:150] = -1, True
+        expected = with_gradients(indexer_loss, x, lse, indices, cu_seqlens=cu)
+        x = {n: t.masked_fill(outside.view(1, -1, *[1] * (t.ndim - 2)), torch.nan) for n, t in x.items()}
+        got = with_gradients(indexer_loss, x, lse, indices, cu_seqlens=cu)
+    assert torch.equal(got["loss"], expected["loss"])
+    for name in ("dq_idx", "dk_idx", "dw_idx"):
+        check_close(name, got[name], expected[name].double(), kind="grad", dtype=BF16)
+        assert bool((got[name][:, outside] == 0).all())
 
 
 @everywhere

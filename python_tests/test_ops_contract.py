@@ -169,7 +169,7 @@ def attention_bwd() -> list[dict[str, Any]]:
 def loss_samples() -> list[dict[str, Any]]:
     plain = {"q_idx": torch.randn(2, 5, 3, 8), "k_idx": torch.randn(2, 7, 8), "w_idx": None,
              "q": torch.randn(2, 5, 4, 16), "k": torch.randn(2, 7, 2, 16), "lse": torch.randn(2, 5, 4),
-             "indices": None, "cu_seqlens": None, "index_scale": 0.3, "attn_scale": 0.2, "gradients": True}  # fmt: skip
+             "indices": None, "cu_seqlens": None, "index_scale": 0.3, "attn_scale": 0.2}  # fmt: skip
     full = {n: plain[n][:1].to(BF16) for n in ("q_idx", "k_idx", "q", "k")}
     full |= {"w_idx": torch.randn(1, 5, 3), "lse": torch.randn(1, 5, 4), "cu_seqlens": torch.tensor([0, 3, 3, 4]),
              "indices": torch.randint(-2, 4, (1, 5, 3), dtype=torch.int32)}  # fmt: skip
@@ -179,8 +179,8 @@ def loss_samples() -> list[dict[str, Any]]:
 def loss_bwd() -> list[dict[str, Any]]:
     samples = []
     for s in loss_samples():
-        loss, dq, dk, dw = torch.ops.lt2.indexer_loss_fwd(**s)
-        samples.append({"dloss": torch.randn_like(loss), "dq_idx": dq, "dk_idx": dk, "dw_idx": dw})
+        loss, statistics = torch.ops.lt2.indexer_loss_fwd(**s)
+        samples.append(s | {"dloss": torch.randn_like(loss), "statistics": statistics})
     return samples
 
 
@@ -304,7 +304,7 @@ CONTRACTS = {
         },
         differentiable=True,
     ),
-    "indexer_loss_bwd": Contract(loss_bwd, {"dloss": torch.zeros(1)}),
+    "indexer_loss_bwd": Contract(loss_bwd, {"dloss": torch.zeros(1), "statistics": torch.zeros(20)}),
     "swiglu_fwd": Contract(swiglu_samples, {"up": torch.zeros(2, 3, 7)}, differentiable=True),
     "swiglu_bwd": Contract(swiglu_bwd, {"dout": torch.zeros(2, 3, 7), "up": torch.zeros(2, 3, 7)}),
     "gated_rmsnorm_fwd": Contract(

@@ -49,7 +49,11 @@ CUDA_ATTENTION = [
 # B, S, HQ, H, topk, whether quick: one query
 CUDA_READS = [(8, 32768, 16, 4, 2048, True), (8, 32768, 16, 16, 2048, False), (8, 131072, 16, 4, 2048, True)]
 # T, HQ, H, D, HI, DI, topk, whether quick
-CUDA_LOSSES = [(4096, 16, 4, 128, 4, 64, 256, True), (8192, 16, 4, 128, 8, 64, 512, False)]
+CUDA_LOSSES = [
+    (4096, 16, 4, 128, 4, 64, 256, True),
+    (4096, 16, 16, 128, 16, 64, 2048, True),
+    (8192, 16, 4, 128, 8, 64, 512, False),
+]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -76,12 +80,16 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     # A gather in torch takes seconds, its backward more.
     shapes = [(T, True) for T in lengths] + [(1024 if quick else 4096, False)]
     losses = [loss_case(1024 if quick else 4096, 16, 4, 128, 4, 64, 256, dtype, device) for dtype in (F32, BF16)]
-    return selection + losses + [
-        attention_case(T, 16, 4, 128, 256, dtype, backward, dense, device)
-        for T, dense in shapes
-        for dtype in (F32, BF16)
-        for backward in (False, True)
-    ]
+    return (
+        selection
+        + losses
+        + [
+            attention_case(T, 16, 4, 128, 256, dtype, backward, dense, device)
+            for T, dense in shapes
+            for dtype in (F32, BF16)
+            for backward in (False, True)
+        ]
+    )
 
 
 def indexer_case(

@@ -289,15 +289,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
 
 void check_loss(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
 
-// Gradients are of the loss itself: indexer_loss_bwd() scales them. Those that are not wanted are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(Tensor const& q_idx_any, Tensor const& k_idx_any,
-                                                OptionalTensor const& weights, Tensor const& q_any,
-                                                Tensor const& k_any, Tensor const& lse,
-                                                OptionalTensor const& selection,
-                                                OptionalTensor const& cu_seqlens, double index_scale,
-                                                double attn_scale, bool gradients) {
-  Tensor const q_idx = with_kernel_rows(q_idx_any), k_idx = with_kernel_rows(k_idx_any);
-  Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any);
+LossParams loss_of(Tensor const& q_idx, Tensor const& k_idx, OptionalTensor const& weights, Tensor const& q,
+                   Tensor const& k, Tensor const& lse, OptionalTensor const& selection,
+                   OptionalTensor const& cu_seqlens, double index_scale, double attn_scale) {
   LT2_CHECK_DIM(OP, q_idx, 4);
   LT2_CHECK_DIM(OP, k_idx, 3);
   LT2_CHECK_DIM(OP, q, 4);
@@ -360,69 +354,87 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(Tensor const& q_idx_any, Tensor 
     LT2_CHECK_SAME_DEVICE(OP, w_idx, q_idx);
     p.weights = heads_of(w_idx);
   }
-  Tensor mean = empty(q_idx, {}, ScalarType::Float), losses = empty(q_idx, {B, T}, ScalarType::Float);
-  Tensor dq = gradients ? empty(q_idx, {B, T, HI, DI}, dtype) : empty(q_idx, {0}, dtype);
-  Tensor dk = gradients ? empty(q_idx, {B, S, DI}, dtype) : empty(q_idx, {0}, dtype);
-  bool const weighted = gradients && weights;
-  Tensor dw = weighted ? empty(q_idx, {B, T, HI}, ScalarType::Float) : empty(q_idx, {0}, ScalarType::Float);
+  return p;
+}
+
+// What the forward pass leaves to the backward pass.
+void set_statistics(LossParams& p, Tensor const& statistics) {
+  p.log_sums = static_cast<float*>(statistics.data_ptr());
+  p.masses = p.log_sums + p.batch * p.tokens;
+  p.rows = p.masses + p.batch * p.tokens;
+}
+
+std::tuple<Tensor, Tensor> loss(Tensor const& q_idx_any, Tensor const& k_idx_any,
+                                OptionalTensor const& weights, Tensor const& q_any, Tensor const& k_any,
+                                Tensor const& lse, OptionalTensor const& selection,
+                                OptionalTensor const& cu_seqlens, double index_scale, double attn_scale) {
+  Tensor const q_idx = with_kernel_rows(q_idx_any), k_idx = with_kernel_rows(k_idx_any);
+  Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any);
+  LossForwardParams p{};
+  static_cast<LossParams&>(p) =
+      loss_of(q_idx, k_idx, weights, q, k, lse, selection, cu_seqlens, index_scale, attn_scale);
+  Tensor mean = empty(q_idx, {}, ScalarType::Float);
+  Tensor statistics = empty(q_idx, {2 * p.batch * p.tokens + 1}, ScalarType::Float);
+  Tensor losses = empty(q_idx, {p.batch, p.tokens}, ScalarType::Float);
+  set_statistics(p, statistics);
   p.losses = floats(losses);
-  p.gradients = gradients;
-  if (gradients) {
-    p.dq = heads_of(dq);
-    p.dk = {dk.data_ptr(), dk.stride(0), dk.stride(1), 0};
-  }
-  if (weighted) p.dweights = heads_of(dw);
+  p.mean = floats(mean);
   if (q_idx.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q_idx.get_device_index());
-    check_loss(portable::loss_supports(p));
-    Tensor workspace = empty(q_idx, {portable::loss_workspace(p)}, ScalarType::Float);
-    check_loss(portable::indexer_loss(p, floats(mean), floats(workspace), current_cuda_stream(q_idx)));
-    return {mean, dq, dk, dw};
+    bool const hopper = sm90::loss_supports(p) == kOk;
+    if (!hopper) check_loss(portable::loss_supports(p));
+    Tensor workspace =
+        empty(q_idx, {hopper ? sm90::loss_workspace(p) : portable::loss_workspace(p)}, ScalarType::Float);
+    auto const run = hopper ? sm90::indexer_loss : portable::indexer_loss;
+    check_loss(run(p, floats(workspace), current_cuda_stream(q_idx)));
+    return {mean, statistics};
   }
   Tensor workspace = empty(q_idx, {cpu::loss_workspace(p, torch_pool())}, ScalarType::Float);
-  *floats(mean) = cpu::indexer_loss(p, floats(workspace), torch_pool());
-  return {mean, dq, dk, dw};
+  cpu::indexer_loss(p, floats(workspace), torch_pool());
+  return {mean, statistics};
 }
 
-template <class T>
-void scale(Tensor const& in, float factor, Tensor const& out) {
-  auto const* const x = static_cast<T const*>(in.const_data_ptr());
-  auto* const y = static_cast<T*>(out.mutable_data_ptr());
-  torch_pool().ranges(0, in.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) y[i] = static_cast<T>(static_cast<float>(x[i]) * factor);
-  });
-}
-
-Tensor scaled(Tensor const& x, float const* factor) {
-  Tensor out = torch::stable::empty_like(x);
-  if (x.is_cuda()) {
-    torch::stable::accelerator::DeviceGuard const guard(x.get_device_index());
-    check_loss(portable::scale(kernel_dtype(x), x.const_data_ptr(), factor, out.mutable_data_ptr(), x.numel(),
-                               current_cuda_stream(x)));
-    return out;
-  }
-  (x.scalar_type() == ScalarType::BFloat16 ? scale<c10::BFloat16> : scale<float>)(x, *factor, out);
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> loss_backward(Tensor const& dloss, Tensor const& dq_idx,
-                                                 Tensor const& dk_idx, Tensor const& dw_idx) {
+std::tuple<Tensor, Tensor, Tensor> loss_backward(Tensor const& dloss, Tensor const& q_idx_any,
+                                                 Tensor const& k_idx_any, OptionalTensor const& weights,
+                                                 Tensor const& q_any, Tensor const& k_any, Tensor const& lse,
+                                                 OptionalTensor const& selection, Tensor const& statistics,
+                                                 OptionalTensor const& cu_seqlens, double index_scale,
+                                                 double attn_scale) {
+  Tensor const q_idx = with_kernel_rows(q_idx_any), k_idx = with_kernel_rows(k_idx_any);
+  Tensor const q = with_kernel_rows(q_any), k = with_kernel_rows(k_any);
+  LossBackwardParams p{};
+  static_cast<LossParams&>(p) =
+      loss_of(q_idx, k_idx, weights, q, k, lse, selection, cu_seqlens, index_scale, attn_scale);
+  int64_t const B = p.batch, T = p.tokens, HI = p.index_heads, DI = p.index_dim;
   LT2_CHECK_SHAPE(OP, dloss, "[]", );
   LT2_CHECK_DTYPE(OP, dloss, ScalarType::Float);
-  bool const half_ok = dq_idx.scalar_type() == ScalarType::Half && dq_idx.is_cuda();
-  STD_TORCH_CHECK(
-      dq_idx.scalar_type() == ScalarType::Float || dq_idx.scalar_type() == ScalarType::BFloat16 || half_ok,
-      OP ": dq_idx must be float32 or bfloat16 (or float16 on CUDA), got ", dtype_name(dq_idx.scalar_type()));
-  LT2_CHECK_DTYPE(OP, dk_idx, dq_idx.scalar_type());
-  LT2_CHECK_DTYPE(OP, dw_idx, ScalarType::Float);
-  LT2_CHECK_SAME_DEVICE(OP, dk_idx, dq_idx);
-  LT2_CHECK_SAME_DEVICE(OP, dw_idx, dq_idx);
-  LT2_CHECK_SAME_DEVICE(OP, dloss, dq_idx);
-  LT2_CHECK_CONTIGUOUS(OP, dq_idx);
-  LT2_CHECK_CONTIGUOUS(OP, dk_idx);
-  LT2_CHECK_CONTIGUOUS(OP, dw_idx);
-  auto const* const factor = static_cast<float const*>(dloss.const_data_ptr());
-  return {scaled(dq_idx, factor), scaled(dk_idx, factor), scaled(dw_idx, factor)};
+  LT2_CHECK_SAME_DEVICE(OP, dloss, q_idx);
+  LT2_CHECK_SHAPE(OP, statistics, "[2 B T + 1]", 2 * B * T + 1);
+  LT2_CHECK_DTYPE(OP, statistics, ScalarType::Float);
+  LT2_CHECK_CONTIGUOUS(OP, statistics);
+  LT2_CHECK_SAME_DEVICE(OP, statistics, q_idx);
+  Tensor dq = empty(q_idx, {B, T, HI, DI}, q_idx.scalar_type());
+  Tensor dk = empty(q_idx, {B, p.keys, DI}, q_idx.scalar_type());
+  Tensor dw = weights ? empty(q_idx, {B, T, HI}, ScalarType::Float) : empty(q_idx, {0}, ScalarType::Float);
+  set_statistics(p, statistics);
+  p.dmean = static_cast<float const*>(dloss.const_data_ptr());
+  p.dq = heads_of(dq);
+  p.dk = {dk.data_ptr(), dk.stride(0), dk.stride(1), 0};
+  if (weights) p.dweights = heads_of(dw);
+  if (q_idx.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard const guard(q_idx.get_device_index());
+    bool const hopper = sm90::loss_supports(p) == kOk;
+    if (!hopper) check_loss(portable::loss_supports(p));
+    Tensor workspace =
+        empty(q_idx, {hopper ? sm90::loss_backward_workspace(p) : portable::loss_backward_workspace(p)},
+              ScalarType::Float);
+    auto const run = hopper ? sm90::indexer_loss_backward : portable::indexer_loss_backward;
+    check_loss(run(p, floats(workspace), current_cuda_stream(q_idx)));
+    return {dq, dk, dw};
+  }
+  Tensor workspace = empty(q_idx, {cpu::loss_backward_workspace(p, torch_pool())}, ScalarType::Float);
+  cpu::indexer_loss_backward(p, floats(workspace), torch_pool());
+  return {dq, dk, dw};
 }
 
 #undef OP

@@ -61,11 +61,12 @@ STABLE_TORCH_LIBRARY(lt2, m) {
 
   m.def(
       "indexer_loss_fwd(Tensor q_idx, Tensor k_idx, Tensor? w_idx, Tensor q, Tensor k, Tensor lse, "
-      "Tensor? indices, Tensor? cu_seqlens, float index_scale, float attn_scale, bool gradients) -> "
-      "(Tensor loss, Tensor dq_idx, Tensor dk_idx, Tensor dw_idx)");
+      "Tensor? indices, Tensor? cu_seqlens, float index_scale, float attn_scale) -> "
+      "(Tensor loss, Tensor statistics)");
   m.def(
-      "indexer_loss_bwd(Tensor dloss, Tensor dq_idx, Tensor dk_idx, Tensor dw_idx) -> "
-      "(Tensor dq_idx, Tensor dk_idx, Tensor dw_idx)");
+      "indexer_loss_bwd(Tensor dloss, Tensor q_idx, Tensor k_idx, Tensor? w_idx, Tensor q, Tensor k, "
+      "Tensor lse, Tensor? indices, Tensor statistics, Tensor? cu_seqlens, float index_scale, "
+      "float attn_scale) -> (Tensor dq_idx, Tensor dk_idx, Tensor dw_idx)");
 
   m.def("swiglu_fwd(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");

@@ -84,10 +84,19 @@ struct LossParams : AttentionParams {  // value_dim = 0 and no v; dtype is also 
   float index_scale;
   Heads index_q, index_k, weights;  // as q, k, weights of IndexerParams
   float const* lse;                 // [B, T, HQ]
-  float* losses;                    // [B, T]
-  bool gradients;
-  Heads dq, dk, dweights;  // of the mean over the rows that select a key; dweights may be null
-  int64_t rows;            // set by indexer_loss()
+  // What the forward pass leaves to the backward pass. [B, T]: log sum e^I and sum p of a query, 0 and -1
+  // without any key; [1]: how many queries have one.
+  float *log_sums, *masses, *rows;
+};
+
+struct LossForwardParams : LossParams {
+  float* losses;  // [B, T]
+  float* mean;    // over the queries that have a key, 0 without any
+};
+
+struct LossBackwardParams : LossParams {
+  float const* dmean;
+  Heads dq, dk, dweights;  // dweights may be null
 };
 
 namespace cpu {
@@ -100,9 +109,10 @@ void attention(AttentionForwardParams const& p, float* workspace, ThreadPool con
 int64_t attention_backward_workspace(AttentionBackwardParams const& p, ThreadPool const& pool);
 void attention_backward(AttentionBackwardParams const& p, float* workspace, ThreadPool const& pool);
 
-int64_t loss_workspace(LossParams const& p, ThreadPool const& pool);
-// The mean, 0 without any row.
-float indexer_loss(LossParams const& p, float* workspace, ThreadPool const& pool);
+int64_t loss_workspace(LossForwardParams const& p, ThreadPool const& pool);
+void indexer_loss(LossForwardParams const& p, float* workspace, ThreadPool const& pool);
+int64_t loss_backward_workspace(LossBackwardParams const& p, ThreadPool const& pool);
+void indexer_loss_backward(LossBackwardParams const& p, float* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
 // Hopper (sm_90a), asked before portable. supports() returns kOk or the rule that is broken; workspaces are
@@ -118,6 +128,11 @@ Status attention(AttentionForwardParams const& p, float* workspace, void* cuda_s
 Status attention_backward_supports(AttentionBackwardParams const& p);
 int64_t attention_backward_workspace(AttentionBackwardParams const& p);
 Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* cuda_stream);
+Status loss_supports(LossParams const& p);
+int64_t loss_workspace(LossForwardParams const& p);
+Status indexer_loss(LossForwardParams const& p, float* workspace, void* cuda_stream);
+int64_t loss_backward_workspace(LossBackwardParams const& p);
+Status indexer_loss_backward(LossBackwardParams const& p, float* workspace, void* cuda_stream);
 }  // namespace sm90
 
 // Plain CUDA for any GPU that the build has code for.
@@ -134,11 +149,10 @@ Status attention(AttentionForwardParams const& p, float* workspace, void* cuda_s
 int64_t attention_backward_workspace(AttentionBackwardParams const& p);
 Status attention_backward(AttentionBackwardParams const& p, float* workspace, void* cuda_stream);
 Status loss_supports(LossParams const& p);
-int64_t loss_workspace(LossParams const& p);
-// `loss`: the mean, 0 without any row.
-Status indexer_loss(LossParams const& p, float* loss, float* workspace, void* cuda_stream);
-// out = factor[0] x, both contiguous.
-Status scale(Dtype dtype, void const* x, float const* factor, void* out, int64_t count, void* cuda_stream);
+int64_t loss_workspace(LossForwardParams const& p);
+Status indexer_loss(LossForwardParams const& p, float* workspace, void* cuda_stream);
+int64_t loss_backward_workspace(LossBackwardParams const& p);
+Status indexer_loss_backward(LossBackwardParams const& p, float* workspace, void* cuda_stream);
 }  // namespace portable
 
 }  // namespace lt2::dsa

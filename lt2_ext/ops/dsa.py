@@ -188,8 +188,8 @@ def indexer_loss(
 
     ``I`` is the score of :func:`lightning_indexer` (with ReLU), ``p[t, s]`` the mean over heads of ``exp(attn_scale
     q[t] . k[s] - lse[t])``; both over the keys of ``indices``, in float32. Differentiable in q_idx, k_idx and w_idx
-    only: the attention is the teacher. The gradient comes with the forward pass and is kept for backward; nothing of
-    size T x S is. Under autocast q_idx, k_idx, q and k are cast to the autocast dtype.
+    only: the attention is the teacher. Two numbers per query are kept for backward, which computes weights and scores
+    again; nothing of size T x S is. Under autocast q_idx, k_idx, q and k are cast to the autocast dtype.
 
     Args:
         q_idx, k_idx, w_idx: as in :func:`lightning_indexer`; any strides.
@@ -217,11 +217,10 @@ def indexer_loss(
     if indices is not None:
         _check_unique(op, indices, k, cu_seqlens, None, None)
         indices = indices.contiguous()
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_idx, k_idx, w_idx))
     index_scale = (q_idx.shape[-1] or 1) ** -0.5 if index_scale is None else index_scale
     attn_scale = (q.shape[-1] or 1) ** -0.5 if attn_scale is None else attn_scale
     return _loss(q_idx, k_idx, w_idx, q.detach(), k.detach(), lse.detach().contiguous(), indices, cu_seqlens,
-                 index_scale, attn_scale, trained)[0]  # fmt: skip
+                 index_scale, attn_scale)[0]  # fmt: skip
 
 
 def _check_unique(
@@ -282,18 +281,15 @@ fake("dsa_attention_bwd")(lambda dout, dlse, *rest: tuple(t.new_empty(t.shape) f
 
 
 @fake("indexer_loss_fwd")
-def _(
-    q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, q: Tensor, k: Tensor, lse: Tensor, indices: Tensor | None,
-    cu_seqlens: Tensor | None, index_scale: float, attn_scale: float, gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def gradient(t: Tensor | None) -> tuple[int, ...]:
-        return (0,) if t is None or not gradients else t.shape
-
-    loss, dw = (lse.new_empty(shape) for shape in ((), gradient(w_idx)))
-    return loss, q_idx.new_empty(gradient(q_idx)), k_idx.new_empty(gradient(k_idx)), dw
+def _(q_idx: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    loss = q_idx.new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(2 * q_idx.shape[0] * q_idx.shape[1] + 1)
 
 
-fake("indexer_loss_bwd")(lambda dloss, *grads: tuple(map(torch.empty_like, grads)))
+@fake("indexer_loss_bwd")
+def _(dloss: Tensor, q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    dw = dloss.new_empty((0,) if w_idx is None else w_idx.shape)
+    return q_idx.new_empty(q_idx.shape), k_idx.new_empty(k_idx.shape), dw
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -313,17 +309,17 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 torch.library.register_autograd("lt2::dsa_attention_fwd", _backward, setup_context=_setup_context)
 
 
-def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.weighted, ctx.gradients = inputs[2] is not None, inputs[-1]
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *operands, cu_seqlens, index_scale, attn_scale = inputs
+    ctx.save_for_backward(*operands, output[1], cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.scales = index_scale, attn_scale
 
 
-def _loss_backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.gradients:
-        raise RuntimeError("lt2::indexer_loss_fwd: gradients must be true to have a derivative, got false")
-    dq, dk, dw = _loss_bwd(dloss, *ctx.saved_tensors)
-    return wanted(ctx, dq, dk, dw if ctx.weighted else None)
+def _loss_backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    dq, dk, dw = _loss_bwd(dloss, *saved, *ctx.scales)
+    return wanted(ctx, dq, dk, None if saved[2] is None else dw)
 
 
 torch.library.register_autograd("lt2::indexer_loss_fwd", _loss_backward, setup_context=_loss_setup)

@@ -110,7 +110,7 @@ void accumulate(AttentionBackwardParams& p, float* workspace, ThreadPool const& 
 }
 
 // As one key head without values, so that dk is summed in the same way.
-AttentionBackwardParams index_keys(LossParams const& p) {
+AttentionBackwardParams index_keys(LossBackwardParams const& p) {
   AttentionBackwardParams keys{};
   static_cast<Sequences&>(keys) = p;
   keys.dtype = p.dtype;
@@ -118,13 +118,6 @@ AttentionBackwardParams index_keys(LossParams const& p) {
   keys.dim = p.index_dim;
   keys.dk = p.dk;
   return keys;
-}
-
-bool selects(LossParams const& p, Document const& d, int64_t t) {
-  int64_t const seen = visible(d, t);
-  if (p.dense) return seen > 0;
-  int32_t const* const row = p.indices + (d.row * p.tokens + d.query + t) * p.topk;
-  return std::any_of(row, row + p.topk, [&](int64_t i) { return i >= 0 && i < seen; });
 }
 
 }  // namespace
@@ -193,37 +186,42 @@ void attention_backward(AttentionBackwardParams const& params, float* workspace,
              });
 }
 
-int64_t loss_workspace(LossParams const& p, ThreadPool const& pool) {
-  return (p.gradients ? partials(index_keys(p)) : 0) + pool.num_threads * loss_lane(p);
+int64_t loss_workspace(LossForwardParams const& p, ThreadPool const& pool) {
+  return pool.num_threads * loss_lane(p);
 }
 
-float indexer_loss(LossParams const& params, float* workspace, ThreadPool const& pool) {
-  LossParams p = params;
-  auto const list = documents(p);
-  for (auto const& d : list) {
-    for (int64_t t = 0; t < d.queries; ++t) p.rows += selects(p, d, t);
-  }
+void indexer_loss(LossForwardParams const& p, float* workspace, ThreadPool const& pool) {
   fill_outside(p, p.losses, 1, 0.f);
-  if (!p.gradients) {
-    auto const queries = blocks(list, &Document::queries, kAttendQueries);
-    pool.items(static_cast<int64_t>(queries.size()), [&](int64_t item, int lane) {
-      auto const [n, i] = queries[item];
-      kernels().loss(p, list[n], i * kAttendQueries, nullptr, workspace + lane * loss_lane(p));
-    });
-  } else {
-    auto keys = index_keys(p);
-    zero_outside(p, p.dq, p.index_heads * p.index_dim);
-    if (p.dweights.data != nullptr) {
-      fill_outside(p, static_cast<float*>(p.dweights.data), p.index_heads, 0.f);
-    }
-    float* const lanes = workspace + partials(keys);
-    accumulate(keys, workspace, pool,
-               [&](Document const& document, int64_t first, int64_t, float* partial, int lane) {
-                 kernels().loss(p, document, first, partial, lanes + lane * loss_lane(p));
-               });
+  fill_outside(p, p.log_sums, 1, 0.f);
+  fill_outside(p, p.masses, 1, -1.f);
+  auto const list = documents(p);
+  auto const queries = blocks(list, &Document::queries, kAttendQueries);
+  pool.items(static_cast<int64_t>(queries.size()), [&](int64_t item, int lane) {
+    auto const [n, i] = queries[item];
+    kernels().loss(p, list[n], i * kAttendQueries, workspace + lane * loss_lane(p));
+  });
+  int64_t const tokens = p.batch * p.tokens;
+  auto const rows = tokens - std::count(p.masses, p.masses + tokens, -1.f);
+  *p.rows = static_cast<float>(rows);
+  *p.mean = static_cast<float>(std::accumulate(p.losses, p.losses + tokens, 0.0) /
+                               static_cast<double>(std::max<int64_t>(rows, 1)));
+}
+
+int64_t loss_backward_workspace(LossBackwardParams const& p, ThreadPool const& pool) {
+  return partials(index_keys(p)) + pool.num_threads * loss_lane(p);
+}
+
+void indexer_loss_backward(LossBackwardParams const& p, float* workspace, ThreadPool const& pool) {
+  auto keys = index_keys(p);
+  zero_outside(p, p.dq, p.index_heads * p.index_dim);
+  if (p.dweights.data != nullptr) {
+    fill_outside(p, static_cast<float*>(p.dweights.data), p.index_heads, 0.f);
   }
-  double const total = std::accumulate(p.losses, p.losses + p.batch * p.tokens, 0.0);
-  return static_cast<float>(total / static_cast<double>(std::max<int64_t>(p.rows, 1)));
+  float* const lanes = workspace + partials(keys);
+  accumulate(keys, workspace, pool,
+             [&](Document const& document, int64_t first, int64_t, float* partial, int lane) {
+               kernels().loss_backward(p, document, first, partial, lanes + lane * loss_lane(p));
+             });
 }
 
 }  // namespace cpu

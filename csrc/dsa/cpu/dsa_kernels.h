@@ -34,6 +34,7 @@ static void attend_backward(AttentionBackwardParams const& p, Document const& do
 }
 
 extern Kernels const kKernels;
-Kernels const kKernels = {&pack, &pack_means, &select, &attend, &attend_backward, &reduce, &loss};
+Kernels const kKernels = {&pack,   &pack_means, &select,       &attend, &attend_backward,
+                          &reduce, &loss,       &loss_backward};
 
 }  // namespace lt2::dsa::LT2_ISA

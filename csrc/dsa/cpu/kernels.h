@@ -75,9 +75,10 @@ struct Kernels {
   // dk and dv out of the partials [splits, S, ..] of one key head, added in order.
   void (*reduce)(AttentionBackwardParams const& p, int64_t row, int64_t head, int64_t first, float* partials);
 
-  // Losses of queries [first, first + kAttendQueries); with partial [S, padded(DI)] also their gradients.
-  void (*loss)(LossParams const& p, Document const& document, int64_t first, float* partial,
-               float* workspace);
+  // Queries [first, first + kAttendQueries); backward adds their dk to partial [S, padded(DI)].
+  void (*loss)(LossForwardParams const& p, Document const& document, int64_t first, float* workspace);
+  void (*loss_backward)(LossBackwardParams const& p, Document const& document, int64_t first, float* partial,
+                        float* workspace);
 };
 
 }  // namespace lt2::dsa

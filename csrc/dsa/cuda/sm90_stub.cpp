@@ -16,4 +16,10 @@ Status attention_backward_supports(AttentionBackwardParams const&) { return kNot
 int64_t attention_backward_workspace(AttentionBackwardParams const&) { return 0; }
 Status attention_backward(AttentionBackwardParams const&, float*, void*) { return kNotBuilt; }
 
+Status loss_supports(LossParams const&) { return kNotBuilt; }
+int64_t loss_workspace(LossForwardParams const&) { return 0; }
+Status indexer_loss(LossForwardParams const&, float*, void*) { return kNotBuilt; }
+int64_t loss_backward_workspace(LossBackwardParams const&) { return 0; }
+Status indexer_loss_backward(LossBackwardParams const&, float*, void*) { return kNotBuilt; }
+
 }  // namespace lt2::dsa::sm90

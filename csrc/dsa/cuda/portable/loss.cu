@@ -2,28 +2,20 @@
 
 namespace lt2::dsa::portable {
 
-extern template Status launch_loss<Dtype::kBFloat16>(LossParams const&, float*, float*, void*);
-extern template Status launch_loss<Dtype::kFloat16>(LossParams const&, float*, float*, void*);
-extern template Status launch_loss<Dtype::kFloat32>(LossParams const&, float*, float*, void*);
+extern template Status launch_loss<Dtype::kBFloat16>(LossForwardParams const&, void*, int const*);
+extern template Status launch_loss_backward<Dtype::kBFloat16>(LossBackwardParams const&, float*, void*,
+                                                              int const*);
+extern template Status launch_loss<Dtype::kFloat16>(LossForwardParams const&, void*, int const*);
+extern template Status launch_loss_backward<Dtype::kFloat16>(LossBackwardParams const&, float*, void*,
+                                                             int const*);
+extern template Status launch_loss<Dtype::kFloat32>(LossForwardParams const&, void*, int const*);
+extern template Status launch_loss_backward<Dtype::kFloat32>(LossBackwardParams const&, float*, void*,
+                                                             int const*);
 
 namespace {
 
 constexpr int64_t kMaxDim = 256, kMaxShared = 99 << 10;  // bytes that every GPU since sm_80 has for a block
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    scale_kernel(T const* x, float const* factor, T* out, int64_t count) {
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
-       i += int64_t{gridDim.x} * kThreads) {
-    out[i] = from_float<T>(to_float(x[i]) * *factor);
-  }
-}
-
-template <class T>
-Status launch_scale(void const* x, float const* factor, void* out, int64_t count, void* stream) {
-  return launch(scale_kernel<T>, std::min(ceil_div(count, kThreads), kBlocks), kThreads, 0, stream,
-                static_cast<T const*>(x), factor, static_cast<T*>(out), count);
-}
+constexpr int kMeanThreads = 1024;
 
 }  // namespace
 
@@ -35,28 +27,43 @@ Status loss_supports(LossParams const& p) {
   return kOk;
 }
 
-int64_t loss_workspace(LossParams const& p) { return loss_parts(p, nullptr).floats; }
+int64_t loss_workspace(LossForwardParams const&) { return 0; }
 
-Status indexer_loss(LossParams const& p, float* loss, float* workspace, void* stream) {
+Status loss_rows_if(LossForwardParams const& p, void* stream, int const* condition) {
   switch (p.dtype) {
     case Dtype::kBFloat16:
-      return launch_loss<Dtype::kBFloat16>(p, loss, workspace, stream);
+      return launch_loss<Dtype::kBFloat16>(p, stream, condition);
     case Dtype::kFloat16:
-      return launch_loss<Dtype::kFloat16>(p, loss, workspace, stream);
+      return launch_loss<Dtype::kFloat16>(p, stream, condition);
     default:
-      return launch_loss<Dtype::kFloat32>(p, loss, workspace, stream);
+      return launch_loss<Dtype::kFloat32>(p, stream, condition);
   }
 }
 
-Status scale(Dtype dtype, void const* x, float const* factor, void* out, int64_t count, void* stream) {
-  switch (dtype) {
+Status loss_mean(LossForwardParams const& p, void* stream) {
+  return launch(mean_kernel<kMeanThreads>, int64_t{1}, kMeanThreads, 0, stream, p);
+}
+
+Status indexer_loss(LossForwardParams const& p, float*, void* stream) {
+  Status const s = loss_rows_if(p, stream, nullptr);
+  return s != kOk ? s : loss_mean(p, stream);
+}
+
+int64_t loss_backward_workspace(LossBackwardParams const& p) { return loss_parts(p, nullptr).floats; }
+
+Status loss_backward_if(LossBackwardParams const& p, float* workspace, void* stream, int const* condition) {
+  switch (p.dtype) {
     case Dtype::kBFloat16:
-      return launch_scale<__nv_bfloat16>(x, factor, out, count, stream);
+      return launch_loss_backward<Dtype::kBFloat16>(p, workspace, stream, condition);
     case Dtype::kFloat16:
-      return launch_scale<__half>(x, factor, out, count, stream);
+      return launch_loss_backward<Dtype::kFloat16>(p, workspace, stream, condition);
     default:
-      return launch_scale<float>(x, factor, out, count, stream);
+      return launch_loss_backward<Dtype::kFloat32>(p, workspace, stream, condition);
   }
+}
+
+Status indexer_loss_backward(LossBackwardParams const& p, float* workspace, void* stream) {
+  return loss_backward_if(p, workspace, stream, nullptr);
 }
 
 }  // namespace lt2::dsa::portable

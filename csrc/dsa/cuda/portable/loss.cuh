@@ -17,11 +17,10 @@ namespace lt2::dsa::portable {
 
 inline constexpr int kScored = 512;  // pairs whose dI a block keeps at a time
 
+// Of the backward pass. A condition is that of rows.cuh: where it is zero nothing is computed.
 struct LossParts {
-  float *log_z, *mass;  // [B, T]; mass is -1 where a row has no key
-  float* rows;          // N
-  Lists lists;          // where there is a selection and gradients are wanted
-  float* gradients;     // [B, T, topk], of loss_gather.cuh
+  Lists lists;       // where there is a selection
+  float* gradients;  // [B, T, topk], of loss_gather.cuh
   int64_t floats;
 };
 
@@ -128,15 +127,17 @@ __device__ void load_query(LossParams const& p, SharedRows const& s, int64_t row
   __syncthreads();
 }
 
-// losses, log_z and mass of a query.
+// losses, log_sums and masses of a query.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads) loss_rows(LossParams const p, LossParts const parts) {
+__global__ void __launch_bounds__(kThreads, 4)
+    loss_rows(__grid_constant__ LossForwardParams const p, int const* condition) {
+  if (skipped(condition)) return;
   constexpr int kGroups = kThreads / kLanes;
   extern __shared__ float shared[];
   SharedRows const s = cut_shared(p, shared, p.query_heads, p.index_heads);
   int const group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  for (int64_t row = blockIdx.y; row < p.batch; row += gridDim.y) {
-    int64_t const token = blockIdx.x, query = row * p.tokens + token;
+  for (int64_t query = blockIdx.x; query < p.batch * p.tokens; query += gridDim.x) {
+    int64_t const row = query / p.tokens, token = query % p.tokens;
     load_query<T>(p, s, row, token);
     QueryKeys const keys(p, row, token);
     float most = -INFINITY, total = 0.f, mass = 0.f, loss = 0.f, count = 0.f;
@@ -169,24 +170,23 @@ __global__ void __launch_bounds__(kThreads) loss_rows(LossParams const p, LossPa
         for (int i = 1; i < 4; ++i) all[i] += sums[(i + 1) * kGroups + g];
       }
       bool const empty = all[3] == 0.f;
-      float const log_z = most + logf(all[0]);
-      p.losses[query] = empty ? 0.f : all[2] + all[1] * log_z;
-      parts.log_z[query] = log_z;
-      parts.mass[query] = empty ? -1.f : all[1];
+      float const log_sum = most + logf(all[0]);
+      p.losses[query] = empty ? 0.f : all[2] + all[1] * log_sum;
+      p.log_sums[query] = empty ? 0.f : log_sum;
+      p.masses[query] = empty ? -1.f : all[1];
     }
   }
 }
 
 // Of `losses`, and how many rows have a key; one block.
 template <int kMeanThreads>
-__global__ void __launch_bounds__(kMeanThreads)
-    mean_kernel(LossParams const p, LossParts const parts, float* mean) {
+__global__ void __launch_bounds__(kMeanThreads) mean_kernel(LossForwardParams const p) {
   __shared__ double sums[kMeanThreads];
   __shared__ int counts[kMeanThreads];
   double sum = 0;
   int count = 0;
   for (int64_t i = threadIdx.x; i < p.batch * p.tokens; i += kMeanThreads) {
-    if (parts.mass[i] == -1.f) continue;
+    if (p.masses[i] == -1.f) continue;
     sum += p.losses[i];
     ++count;
   }
@@ -201,18 +201,20 @@ __global__ void __launch_bounds__(kMeanThreads)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    *mean = counts[0] == 0 ? 0.f : static_cast<float>(sums[0] / counts[0]);
-    *parts.rows = static_cast<float>(counts[0]);
+    *p.mean = counts[0] == 0 ? 0.f : static_cast<float>(sums[0] / counts[0]);
+    *p.rows = static_cast<float>(counts[0]);
   }
 }
 
-__device__ inline float score_gradient(Pair const& pair, LossParts const& parts, int64_t query) {
-  return (parts.mass[query] * expf(pair.score - parts.log_z[query]) - pair.weight) / *parts.rows;
+__device__ inline float score_gradient(Pair const& pair, LossBackwardParams const& p, int64_t query) {
+  return (p.masses[query] * expf(pair.score - p.log_sums[query]) - pair.weight) * (*p.dmean / *p.rows);
 }
 
 // dq and dw of a query.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads) loss_query_gradients(LossParams const p, LossParts const parts) {
+__global__ void __launch_bounds__(kThreads, 4)
+    loss_query_gradients(__grid_constant__ LossBackwardParams const p, int const* condition) {
+  if (skipped(condition)) return;
   constexpr int kGroups = kThreads / kLanes;
   extern __shared__ float shared[];
   SharedRows const s = cut_shared(p, shared, p.query_heads, p.index_heads);
@@ -220,8 +222,8 @@ __global__ void __launch_bounds__(kThreads) loss_query_gradients(LossParams cons
   __shared__ float dw_parts[kThreads / 8];
   int const group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   int64_t const elements = p.index_heads * p.index_dim;
-  for (int64_t row = blockIdx.y; row < p.batch; row += gridDim.y) {
-    int64_t const token = blockIdx.x, query = row * p.tokens + token;
+  for (int64_t query = blockIdx.x; query < p.batch * p.tokens; query += gridDim.x) {
+    int64_t const row = query / p.tokens, token = query % p.tokens;
     load_query<T>(p, s, row, token);
     for (int64_t i = threadIdx.x; i < elements; i += kThreads) dq[i] = 0.f;
     if (p.dweights.data != nullptr) {
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) loss_query_gradients(LossParams cons
       for (int first = 0; first < count; first += kGroups) {
         int const i = first + group, key = i < count ? keys.key(p, begin + i) : -1;
         Pair const pair = pair_of_key<T, kLanes>(p, s, row, key, lane);
-        if (lane == 0 && i < count) s.scored[i] = key < 0 ? 0.f : score_gradient(pair, parts, query);
+        if (lane == 0 && i < count) s.scored[i] = key < 0 ? 0.f : score_gradient(pair, p, query);
       }
       __syncthreads();
       for (int64_t j = 0; j < p.index_heads; ++j) {
@@ -272,14 +274,17 @@ __global__ void __launch_bounds__(kThreads) loss_query_gradients(LossParams cons
 
 // dk of a key, over the queries that select it or, without a selection, see it.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads) loss_key_gradients(LossParams const p, LossParts const parts) {
+__global__ void __launch_bounds__(kThreads, 4)
+    loss_key_gradients(__grid_constant__ LossBackwardParams const p, __grid_constant__ LossParts const parts,
+                       int const* condition) {
+  if (skipped(condition)) return;
   constexpr int kGroups = kThreads / kLanes;
   extern __shared__ float shared[];
   SharedRows const s = cut_shared(p, shared, p.key_heads, 1);
   int const unit = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   int64_t const group = p.query_heads / p.key_heads;
-  for (int64_t row = blockIdx.y; row < p.batch; row += gridDim.y) {
-    int64_t const key = blockIdx.x;
+  for (int64_t unit_key = blockIdx.x; unit_key < p.batch * p.keys; unit_key += gridDim.x) {
+    int64_t const row = unit_key / p.keys, key = unit_key % p.keys;
     __syncthreads();
     for (int64_t h = 0; h < p.key_heads; ++h) {
       widen_row(row_of<T const>(p.k, row, key, h), p.dim, s.heads + h * p.dim);
@@ -323,7 +328,7 @@ __global__ void __launch_bounds__(kThreads) loss_key_gradients(LossParams const 
         float const x = index_head(j, q);
         pair.score += weight_of(p, row, token, j) * fmaxf(x, 0.f);
       }
-      float const gradient = there ? score_gradient(pair, parts, query) : 0.f;
+      float const gradient = there ? score_gradient(pair, p, query) : 0.f;
       for (int64_t j = 0; j < p.index_heads; ++j) {
         float const x = index_head(j, q);
         add_scaled(sum[0], x > 0.f ? gradient * weight_of(p, row, token, j) : 0.f, q);

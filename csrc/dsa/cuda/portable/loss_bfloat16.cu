@@ -2,6 +2,7 @@
 
 namespace lt2::dsa::portable {
 
-template Status launch_loss<Dtype::kBFloat16>(LossParams const&, float*, float*, void*);
+template Status launch_loss<Dtype::kBFloat16>(LossForwardParams const&, void*, int const*);
+template Status launch_loss_backward<Dtype::kBFloat16>(LossBackwardParams const&, float*, void*, int const*);
 
 }  // namespace lt2::dsa::portable

@@ -2,6 +2,7 @@
 
 namespace lt2::dsa::portable {
 
-template Status launch_loss<Dtype::kFloat32>(LossParams const&, float*, float*, void*);
+template Status launch_loss<Dtype::kFloat32>(LossForwardParams const&, void*, int const*);
+template Status launch_loss_backward<Dtype::kFloat32>(LossBackwardParams const&, float*, void*, int const*);
 
 }  // namespace lt2::dsa::portable

@@ -60,10 +60,11 @@ inline __device__ float block_max(float x, float* scratch) {
   return x;
 }
 
-// losses, log_z and mass of a query, and its dI where gradients are wanted.
-template <class T, int kDim, int kIndexDim>
+// Of LossForwardParams losses, log_sums and masses of a query, of LossBackwardParams its N dI.
+template <class T, int kDim, int kIndexDim, class Params>
 __global__ void __launch_bounds__(kThreads)
-    rows_kernel(__grid_constant__ LossParams const p, __grid_constant__ LossParts const parts) {
+    rows_kernel(__grid_constant__ Params const p, float* all_gradients, int const* condition) {
+  if (skipped(condition)) return;
   using Keys = RowTile<kDim>;
   using IndexKeys = RowTile<kIndexDim>;
   extern __shared__ __align__(16) char bytes[];
@@ -184,36 +185,39 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  float most = -INFINITY;
-  for (int i = thread; i < topk; i += kThreads) {
-    if (pair_p[i] != -1.f) most = fmaxf(most, pair_i[i]);
-  }
-  most = block_max(most, shared.sums);
-  float total = 0.f, mass = 0.f, loss = 0.f, count = 0.f;
-  for (int i = thread; i < topk; i += kThreads) {
-    float const weight = pair_p[i], score = pair_i[i];
-    if (weight == -1.f) continue;
-    if (most > -INFINITY) total += expf(score - most);
-    mass += weight;
-    if (weight != 0.f) loss += weight * (logf(weight) - score);
-    count += 1.f;
-  }
-  total = block_sum<kThreads>(total, shared.sums);
-  mass = block_sum<kThreads>(mass, shared.sums);
-  loss = block_sum<kThreads>(loss, shared.sums);
-  count = block_sum<kThreads>(count, shared.sums);
-  bool const empty = count == 0.f;
-  float const log_z = most + logf(total);
-  if (thread == 0) {
-    p.losses[query] = empty ? 0.f : loss + mass * log_z;
-    parts.log_z[query] = log_z;
-    parts.mass[query] = empty ? -1.f : mass;
-  }
-  if (!p.gradients) return;
-  float* const gradients = parts.gradients + query * p.topk;
-  for (int i = thread; i < topk; i += kThreads) {
-    float const weight = pair_p[i];
-    gradients[i] = weight == -1.f ? 0.f : mass * expf(pair_i[i] - log_z) - weight;
+  if constexpr (std::is_same_v<Params, LossBackwardParams>) {
+    float* const gradients = all_gradients + query * p.topk;
+    float const log_sum = p.log_sums[query], mass = p.masses[query];
+    for (int i = thread; i < topk; i += kThreads) {
+      float const weight = pair_p[i];
+      gradients[i] = weight == -1.f ? 0.f : mass * expf(pair_i[i] - log_sum) - weight;
+    }
+  } else {
+    float most = -INFINITY;
+    for (int i = thread; i < topk; i += kThreads) {
+      if (pair_p[i] != -1.f) most = fmaxf(most, pair_i[i]);
+    }
+    most = block_max(most, shared.sums);
+    float total = 0.f, mass = 0.f, loss = 0.f, count = 0.f;
+    for (int i = thread; i < topk; i += kThreads) {
+      float const weight = pair_p[i], score = pair_i[i];
+      if (weight == -1.f) continue;
+      if (most > -INFINITY) total += expf(score - most);
+      mass += weight;
+      if (weight != 0.f) loss += weight * (logf(weight) - score);
+      count += 1.f;
+    }
+    total = block_sum<kThreads>(total, shared.sums);
+    mass = block_sum<kThreads>(mass, shared.sums);
+    loss = block_sum<kThreads>(loss, shared.sums);
+    count = block_sum<kThreads>(count, shared.sums);
+    bool const empty = count == 0.f;
+    float const log_sum = most + logf(total);
+    if (thread == 0) {
+      p.losses[query] = empty ? 0.f : loss + mass * log_sum;
+      p.log_sums[query] = empty ? 0.f : log_sum;
+      p.masses[query] = empty ? -1.f : mass;
+    }
   }
 }
 
@@ -229,7 +233,9 @@ struct QueryShared {
 // dq and dw of a query.
 template <class T, int kIndexDim>
 __global__ void __launch_bounds__(kThreads)
-    query_kernel(__grid_constant__ LossParams const p, __grid_constant__ LossParts const parts) {
+    query_kernel(__grid_constant__ LossBackwardParams const p, __grid_constant__ LossParts const parts,
+                 int const* condition) {
+  if (skipped(condition)) return;
   using Keys = RowTile<kIndexDim>;
   extern __shared__ __align__(16) char bytes[];
   auto& shared = *reinterpret_cast<QueryShared<kIndexDim>*>(bytes);
@@ -298,8 +304,8 @@ __global__ void __launch_bounds__(kThreads)
     if (lane % 4 == 0) shared.dweights[warp][j] = dw[half];
   }
   __syncthreads();
-  float const factor = p.index_scale / *parts.rows;
-  bool const empty = parts.mass[query] == -1.f;  // then weights may be anything
+  float const factor = p.index_scale * (*p.dmean / *p.rows);
+  bool const empty = p.masses[query] == -1.f;  // then weights may be anything
   for (int e = thread; e < heads * kIndexDim; e += kThreads) {
     int const j = e / kIndexDim, d = e % kIndexDim;
     float sum = 0.f;
@@ -320,7 +326,9 @@ __global__ void __launch_bounds__(kThreads)
 // dk of a key, over the (query, slot) pairs that select it; kIndexDim / 8 lanes take a pair.
 template <class T, int kIndexDim>
 __global__ void __launch_bounds__(kThreads)
-    key_kernel(__grid_constant__ LossParams const p, __grid_constant__ LossParts const parts) {
+    key_kernel(__grid_constant__ LossBackwardParams const p, __grid_constant__ LossParts const parts,
+               int const* condition) {
+  if (skipped(condition)) return;
   constexpr int kLanes = kIndexDim / kElements, kGroups = kThreads / kLanes, kBatch = 4;
   __shared__ float scratch[kGroups * kLanes * kElements];
   int const group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -352,24 +360,28 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  float const factor = p.index_scale / *parts.rows;
+  float const factor = p.index_scale * (*p.dmean / *p.rows);
   sum_groups<kLanes>(sum, scratch, group, lane, [&](int, int d, float total) {
     row_of<T>(p.dk, row, key, 0)[d] = from_float<T>(count == 0 ? 0.f : factor * total);
   });
 }
 
+template <class T, int kDim, int kIndexDim, class Params>
+Status launch_rows(Params const& p, float* gradients, void* stream, int const* condition) {
+  return launch(rows_kernel<T, kDim, kIndexDim, Params>, p.batch * p.tokens, kThreads,
+                static_cast<int>(rows_bytes<kDim, kIndexDim>(p)), stream, p, gradients, condition);
+}
+
 template <class T, int kDim, int kIndexDim>
-Status launch_loss(LossParams const& p, LossParts const& parts, float* loss, void* stream) {
-  int64_t const queries = p.batch * p.tokens;
-  int const shared = static_cast<int>(rows_bytes<kDim, kIndexDim>(p));
-  Status status = launch(rows_kernel<T, kDim, kIndexDim>, queries, kThreads, shared, stream, p, parts);
-  if (status == kOk) status = launch(mean_kernel<1024>, int64_t{1}, 1024, 0, stream, p, parts, loss);
-  if (status != kOk || !p.gradients) return status;
-  status =
-      launch(query_kernel<T, kIndexDim>, queries, kThreads, sizeof(QueryShared<kIndexDim>), stream, p, parts);
-  if (status == kOk) status = list_queries(p, parts.lists, stream, nullptr);
+Status launch_gradients(LossBackwardParams const& p, LossParts const& parts, void* stream,
+                        int const* condition) {
+  Status status = launch_rows<T, kDim, kIndexDim>(p, parts.gradients, stream, condition);
   if (status != kOk) return status;
-  return launch(key_kernel<T, kIndexDim>, p.batch * p.keys, kThreads, 0, stream, p, parts);
+  status = launch(query_kernel<T, kIndexDim>, p.batch * p.tokens, kThreads, sizeof(QueryShared<kIndexDim>),
+                  stream, p, parts, condition);
+  if (status == kOk) status = list_queries(p, parts.lists, stream, condition);
+  if (status != kOk) return status;
+  return launch(key_kernel<T, kIndexDim>, p.batch * p.keys, kThreads, 0, stream, p, parts, condition);
 }
 
 }  // namespace lt2::dsa::portable::gather

@@ -5,57 +5,79 @@
 
 namespace lt2::dsa::portable {
 
-inline LossParts loss_parts(LossParams const& p, float* workspace) {
-  LossParts parts{nullptr, nullptr, nullptr, cut_lists(p), nullptr, 0};
+inline LossParts loss_parts(LossBackwardParams const& p, float* workspace) {
+  LossParts parts{cut_lists(p), nullptr, 0};
+  if (p.dense) return parts;
   auto const take = [&](int64_t floats) {
     float* const part = workspace + parts.floats;
     parts.floats += ceil_div(floats, 64) * 64;
     return part;
   };
-  parts.log_z = take(p.batch * p.tokens);
-  parts.mass = take(p.batch * p.tokens);
-  parts.rows = take(1);
-  if (p.gradients && !p.dense) {
-    parts.lists.counts = reinterpret_cast<int32_t*>(take(p.batch * parts.lists.blocks * p.keys));
-    parts.lists.starts = reinterpret_cast<int64_t*>(take(2 * p.batch * (p.keys + 1)));
-    parts.lists.queries = reinterpret_cast<int32_t*>(take(p.batch * p.tokens * p.topk));
-    parts.lists.slots = gather::takes(p);
-    if (parts.lists.slots) parts.gradients = take(p.batch * p.tokens * p.topk);
-  }
+  parts.lists.counts = reinterpret_cast<int32_t*>(take(p.batch * parts.lists.blocks * p.keys));
+  parts.lists.starts = reinterpret_cast<int64_t*>(take(2 * p.batch * (p.keys + 1)));
+  parts.lists.queries = reinterpret_cast<int32_t*>(take(p.batch * p.tokens * p.topk));
+  parts.lists.slots = gather::takes(p);
+  if (parts.lists.slots) parts.gradients = take(p.batch * p.tokens * p.topk);
   return parts;
 }
 
+// f(D, DI) as constants, of what gather::takes().
+template <class F>
+Status with_dims(LossParams const& p, F const& f) {
+  auto const with_index = [&](auto dim) {
+    return p.index_dim == 64 ? f(dim, std::integral_constant<int, 64>{})
+                             : f(dim, std::integral_constant<int, 128>{});
+  };
+  return p.dim == 64 ? with_index(std::integral_constant<int, 64>{})
+                     : with_index(std::integral_constant<int, 128>{});
+}
+
+// f(lanes of a group)
+template <class F>
+Status with_lanes(LossParams const& p, F const& f) {
+  return std::max(p.dim, p.index_dim) <= 128 ? f(std::integral_constant<int, 16>{})
+                                             : f(std::integral_constant<int, 32>{});
+}
+
 template <Dtype kDtype>
-Status launch_loss(LossParams const& p, float* loss, float* workspace, void* stream) {
+Status launch_loss(LossForwardParams const& p, void* stream, int const* condition) {
+  using T = Element<kDtype>;
+  if constexpr (kDtype != Dtype::kFloat32) {
+    if (gather::takes(p)) {
+      return with_dims(p, [&](auto dim, auto index_dim) {
+        return gather::launch_rows<T, dim, index_dim>(p, nullptr, stream, condition);
+      });
+    }
+  }
+  int const shared = static_cast<int>(shared_floats(p, p.query_heads, p.index_heads) * sizeof(float));
+  return with_lanes(p, [&](auto lanes) {
+    return launch(loss_rows<T, lanes>, grid(p.batch * p.tokens, condition), kThreads, shared, stream, p,
+                  condition);
+  });
+}
+
+template <Dtype kDtype>
+Status launch_loss_backward(LossBackwardParams const& p, float* workspace, void* stream,
+                            int const* condition) {
   using T = Element<kDtype>;
   LossParts const parts = loss_parts(p, workspace);
   if constexpr (kDtype != Dtype::kFloat32) {
     if (gather::takes(p)) {
-      auto const with_index = [&](auto dim) {
-        return p.index_dim == 64 ? gather::launch_loss<T, dim, 64>(p, parts, loss, stream)
-                                 : gather::launch_loss<T, dim, 128>(p, parts, loss, stream);
-      };
-      return p.dim == 64 ? with_index(std::integral_constant<int, 64>{})
-                         : with_index(std::integral_constant<int, 128>{});
+      return with_dims(p, [&](auto dim, auto index_dim) {
+        return gather::launch_gradients<T, dim, index_dim>(p, parts, stream, condition);
+      });
     }
   }
-  auto const grid_of = [&](int64_t columns) {
-    return dim3(static_cast<unsigned>(columns), static_cast<unsigned>(std::min<int64_t>(p.batch, 65535)));
-  };
-  auto const with_lanes = [&](auto lanes) {
-    int const shared = static_cast<int>(shared_floats(p, p.query_heads, p.index_heads) * sizeof(float));
-    Status status = launch(loss_rows<T, lanes>, grid_of(p.tokens), kThreads, shared, stream, p, parts);
-    if (status == kOk) status = launch(mean_kernel<1024>, int64_t{1}, 1024, 0, stream, p, parts, loss);
-    if (status != kOk || !p.gradients) return status;
-    status = launch(loss_query_gradients<T, lanes>, grid_of(p.tokens), kThreads, shared, stream, p, parts);
-    if (status == kOk && !p.dense) status = list_queries(p, parts.lists, stream, nullptr);
+  int const shared = static_cast<int>(shared_floats(p, p.query_heads, p.index_heads) * sizeof(float));
+  int const key_shared = static_cast<int>(shared_floats(p, p.key_heads, 1) * sizeof(float));
+  return with_lanes(p, [&](auto lanes) {
+    Status status = launch(loss_query_gradients<T, lanes>, grid(p.batch * p.tokens, condition), kThreads,
+                           shared, stream, p, condition);
+    if (status == kOk && !p.dense) status = list_queries(p, parts.lists, stream, condition);
     if (status != kOk) return status;
-    int const key_shared = static_cast<int>(shared_floats(p, p.key_heads, 1) * sizeof(float));
-    return launch(loss_key_gradients<T, lanes>, grid_of(p.keys), kThreads, key_shared, stream, p, parts);
-  };
-  int64_t const dim = std::max(p.dim, p.index_dim);
-  if (dim <= 128) return with_lanes(std::integral_constant<int, 16>{});
-  return with_lanes(std::integral_constant<int, 32>{});
+    return launch(loss_key_gradients<T, lanes>, grid(p.batch * p.keys, condition), kThreads, key_shared,
+                  stream, p, parts, condition);
+  });
 }
 
 }  // namespace lt2::dsa::portable
