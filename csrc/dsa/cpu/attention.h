@@ -44,38 +44,6 @@ inline Vec sums(Vec (&rows)[kLanes]) {
   return rows[0];
 }
 
-// x . tile[i] in lane i; x and the rows of the tile are `dim` floats, padded.
-inline Vec dots(float const* x, float const* tile, int64_t dim) {
-  Vec acc[kLanes] = {};
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    Vec const a = load(x + d);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) acc[i] += a * load(tile + i * dim + d);
-  }
-  return sums(acc);
-}
-
-// out[0, kVecs vectors) += sum_i factors[i * stride] rows[i], for rows `dim` apart.
-template <int kVecs>
-inline void add_columns(float const* factors, int64_t stride, float const* rows, int n, int64_t dim,
-                        float* out) {
-  Vec acc[kVecs];
-  for (int j = 0; j < kVecs; ++j) acc[j] = load(out + j * kLanes);
-  for (int i = 0; i < n; ++i) {
-    Vec const factor = splat(factors[i * stride]);
-    for (int j = 0; j < kVecs; ++j) acc[j] += factor * load(rows + i * dim + j * kLanes);
-  }
-  for (int j = 0; j < kVecs; ++j) store(out + j * kLanes, acc[j]);
-}
-
-inline void add_rows(float const* factors, int64_t stride, float const* rows, int n, int64_t dim,
-                     float* out) {
-  int64_t d = 0;
-  for (; d + 8 * kLanes <= dim; d += 8 * kLanes) add_columns<8>(factors, stride, rows + d, n, dim, out + d);
-  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_columns<4>(factors, stride, rows + d, n, dim, out + d);
-  for (; d < dim; d += kLanes) add_columns<1>(factors, stride, rows + d, n, dim, out + d);
-}
-
 // The first n lanes of x, `rest` in the others.
 inline Vec first_lanes(Vec x, int64_t n, float rest) {
   VecI lane{};
@@ -131,10 +99,6 @@ struct Selection {
       count += row[i] >= 0 && row[i] < limit;
     }
   }
-
-  int in_tile(int64_t first) const {
-    return static_cast<int>(count - first < kLanes ? count - first : kLanes);
-  }
 };
 
 // The rows of one key head that a document has.
@@ -152,15 +116,6 @@ struct Rows {
   void prefetch(int64_t key, int64_t d, int64_t n) const {
     auto const* const row = reinterpret_cast<char const*>(data + key * stride + d);
     for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(row + i);
-  }
-
-  // Rows of the selected keys [first, first + kLanes), zeros after the last.
-  void gather(Selection const& selected, int64_t first, float* tile) const {
-    int64_t const left = selected.count - first, size = padded(dim);
-    for (int64_t i = 0; i < kLanes && i < left; ++i) {
-      widen(data + selected.keys[first + i] * stride, dim, tile + i * size);
-    }
-    if (left < kLanes) __builtin_memset(tile + left * size, 0, (kLanes - left) * size * sizeof(float));
   }
 };
 
@@ -203,14 +158,6 @@ struct Block {
         if (next[i] > first) f(i, first, (next[i] < s.count ? next[i] : s.count) - first);
       }
     }
-  }
-
-  // f(query, first) for every kLanes of each run.
-  template <class F>
-  void tiles(int64_t keys, F const& f) const {
-    runs(keys, [&](int query, int64_t first, int64_t n) {
-      for (int64_t i = first; i < first + n; i += kLanes) f(query, i);
-    });
   }
 };
 

@@ -33,6 +33,27 @@ static void attend_backward(AttentionBackwardParams const& p, Document const& do
   body(p, document, first, head, partial, workspace);
 }
 
+template <class Params>
+static auto loss_body(Params const& p) {
+  using Rows = RowProducts<Bf16>;
+  using Tiles = Bf16Products;
+  bool const tiles = fits_tiles(p), index_tiles = fits_tiles(index_operands(p));
+  return p.dtype == Dtype::kFloat32 ? loss_block<float, RowProducts<float>, RowProducts<float>, Params>
+         : tiles && index_tiles     ? loss_block<Bf16, Tiles, Tiles, Params>
+         : tiles                    ? loss_block<Bf16, Tiles, Rows, Params>
+         : index_tiles              ? loss_block<Bf16, Rows, Tiles, Params>
+                                    : loss_block<Bf16, Rows, Rows, Params>;
+}
+
+static void loss(LossForwardParams const& p, Document const& document, int64_t first, float* workspace) {
+  loss_body(p)(p, document, first, nullptr, workspace);
+}
+
+static void loss_backward(LossBackwardParams const& p, Document const& document, int64_t first,
+                          float* partial, float* workspace) {
+  loss_body(p)(p, document, first, partial, workspace);
+}
+
 extern Kernels const kKernels;
 Kernels const kKernels = {&pack,   &pack_means, &select,       &attend, &attend_backward,
                           &reduce, &loss,       &loss_backward};

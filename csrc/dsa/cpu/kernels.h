@@ -49,12 +49,20 @@ static inline int64_t attend_workspace(AttentionParams const& p) {
   return kAttendQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk));
 }
 
-// Floats of one thread: for each query q, index q dq dw, target and score of each key, indices; a tile,
-// factors.
+// Of a query in the loss: floats of its operands of one key head or of the index, and rows of products with
+// keys.
+static inline int64_t loss_row(LossParams const& p) {
+  int64_t const q = p.query_heads / p.key_heads * padded(p.dim),
+                index_q = p.index_heads * padded(p.index_dim);
+  return q > index_q ? q : index_q;
+}
+static inline int64_t loss_heads(LossParams const& p) {
+  int64_t const heads = p.query_heads / p.key_heads;
+  return heads > p.index_heads ? heads : p.index_heads;
+}
+// Floats of one thread: for each query operands, products, target and score of each key, indices.
 static inline int64_t loss_lane(LossParams const& p) {
-  int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DI = padded(p.index_dim);
-  return kAttendQueries * (G * D + p.index_heads * (2 * DI + 2) + 3 * padded(p.topk)) +
-         kRowMultiple * (D + DI + p.index_heads);
+  return kAttendQueries * (loss_row(p) + (loss_heads(p) + 3) * padded(p.topk));
 }
 
 struct Kernels {

@@ -1,6 +1,6 @@
 // Divergence of the indexer's scores from the attention weights, over the keys that each query of a block
-// selects, and its gradient. The keys are gathered as for the attention itself; a query's sums run in the
-// order of its indices.
+// selects, and its gradient: products with the selected keys as for the attention itself, of which the index
+// has one key head.
 #pragma once
 
 #include <type_traits>
@@ -12,57 +12,74 @@ namespace {
 
 using namespace lt2::LT2_ISA;
 
+inline AttentionParams index_operands(LossParams const& p) {
+  AttentionParams index{p};
+  index.query_heads = p.index_heads;
+  index.key_heads = 1;
+  index.dim = p.index_dim;
+  return index;
+}
+
+// target[query][i] = mean over heads of e^(scale q.k - lse); `x` is of the size of a key head's scores.
+template <class Products>
+void weigh(LossParams const& p, Document const& document, Block const& block, int64_t first, float* q,
+           float* x, float* target) {
+  int64_t const G = p.query_heads / p.key_heads, width = padded(p.topk);
+  float const* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads;
+  for (int64_t head = 0; head < p.key_heads; ++head) {
+    Products(p, document, block, first, head).score(p.q, p.k, p.dim, p.scale, q, x);
+    for (int query = 0; query < block.count; ++query) {
+      float const* const own = lse + query * p.query_heads + head * G;
+      for (int64_t i = 0; i < block.selected[query].count; i += kLanes) {
+        Vec weight{};
+        for (int64_t g = 0; g < G; ++g) weight += exp(load(x + (query * G + g) * width + i) - own[g]);
+        float* const out = target + query * width + i;
+        store(out, head == 0 ? weight : load(out) + weight);
+      }
+    }
+  }
+  for (int query = 0; query < block.count; ++query) {
+    int64_t const count = block.selected[query].count;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      float* const out = target + query * width + i;
+      store(out, first_lanes(load(out) * (1.f / static_cast<float>(p.query_heads)), count - i, 0.f));
+    }
+  }
+}
+
 // LossForwardParams: the losses. LossBackwardParams: their gradients, dk added to partial.
-template <class T, class Params>
+template <class T, class Products, class IndexProducts, class Params>
 void loss_block(Params const& p, Document const& document, int64_t first, float* partial, float* workspace) {
   constexpr bool kBackward = std::is_same_v<Params, LossBackwardParams>;
-  int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim);
   int64_t const HI = p.index_heads, DI = padded(p.index_dim), width = padded(p.topk);
   Arena arena{workspace};
-  float* const q = arena.take(kAttendQueries * G * D);
-  float* const index_q = arena.take(kAttendQueries * HI * DI);
-  float* const dq = arena.take(kAttendQueries * HI * DI);
-  float* const weights = arena.take(kAttendQueries * HI);
-  float* const dweights = arena.take(kAttendQueries * HI);
+  float* const q = arena.take(kAttendQueries * loss_row(p));
+  float* const x = arena.take(kAttendQueries * loss_heads(p) * width);
   float* const target = arena.take(kAttendQueries * width);
   float* const scores = arena.take(kAttendQueries * width);  // then their gradient
-  float* const tile = arena.take(kLanes * (D > DI ? D : DI));
-  float* const factors = arena.take(kLanes * HI);
   Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
-
   int64_t const row = document.row * p.tokens + document.query + first;
-  for (int64_t head = 0; head < p.key_heads; ++head) {
-    Rows<T> const k(p.k, p.dim, document, head);
-    for (int64_t r = 0; r < block.count * G; ++r) {
-      widen(row_of<T>(p.q, document, first + r / G, head * G + r % G), p.dim, q + r * D);
-    }
-    block.tiles(document.keys, [&](int query, int64_t i) {
-      k.gather(block.selected[query], i, tile);
-      float const* const lse = p.lse + (row + query) * p.query_heads + head * G;
-      Vec mean{};
-      for (int64_t g = 0; g < G; ++g) mean += exp(dots(q + (query * G + g) * D, tile, D) * p.scale - lse[g]);
-      mean =
-          first_lanes(mean * (1.f / static_cast<float>(p.query_heads)), block.selected[query].count - i, 0.f);
-      float* const out = target + query * width + i;
-      store(out, head == 0 ? mean : load(out) + mean);
-    });
-  }
+  weigh<Products>(p, document, block, first, q, x, target);
 
-  Rows<T> const k(p.index_k, p.index_dim, document, 0);
-  for (int64_t r = 0; r < block.count * HI; ++r) {
-    widen(row_of<T>(p.index_q, document, first + r / HI, r % HI), p.index_dim, index_q + r * DI);
-    weights[r] =
-        p.weights.data == nullptr ? 1.f : *row_of<float>(p.weights, document, first + r / HI, r % HI);
-  }
-  block.tiles(document.keys, [&](int query, int64_t i) {
-    k.gather(block.selected[query], i, tile);
-    Vec score{};
-    for (int64_t r = query * HI; r < (query + 1) * HI; ++r) {
-      Vec const x = dots(index_q + r * DI, tile, DI) * p.index_scale;
-      score += (x < 0.f ? Vec{} : x) * weights[r];
+  AttentionParams const operands = index_operands(p);
+  IndexProducts const index(operands, document, block, first, 0);
+  index.score(p.index_q, p.index_k, p.index_dim, p.index_scale, q, x);
+  auto const weight = [&](int64_t r) {
+    return p.weights.data == nullptr ? 1.f : *row_of<float>(p.weights, document, first + r / HI, r % HI);
+  };
+  for (int query = 0; query < block.count; ++query) {
+    int64_t const count = block.selected[query].count;
+    float* const score = scores + query * width;
+    for (int64_t j = 0; j < HI; ++j) {
+      int64_t const r = query * HI + j;
+      float const w = weight(r);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        Vec const dot = load(x + r * width + i), part = (dot < 0.f ? Vec{} : dot) * w;
+        store(score + i, j == 0 ? part : load(score + i) + part);
+      }
     }
-    store(scores + query * width + i, first_lanes(score, block.selected[query].count - i, -__builtin_inff()));
-  });
+    end_row(score, count, -__builtin_inff());
+  }
 
   for (int query = 0; query < block.count; ++query) {
     int64_t const count = block.selected[query].count;
@@ -73,12 +90,13 @@ void loss_block(Params const& p, Document const& document, int64_t first, float*
       for (int64_t i = 0; i < count; i += kLanes) {
         store(score + i, (exp(load(score + i) - base) * mass - load(p_row + i)) * mean);
       }
+      end_row(score, count, 0.f);
     } else {
       double loss = 0, mass = 0;
       for (int64_t i = 0; i < count; ++i) {
-        float const x = p_row[i];
-        mass += x;
-        if (x != 0.f) loss += static_cast<double>(x) * (__builtin_logf(x) - score[i]);
+        float const x_i = p_row[i];
+        mass += x_i;
+        if (x_i != 0.f) loss += static_cast<double>(x_i) * (__builtin_logf(x_i) - score[i]);
       }
       auto const [base, total] = Exponentials(score, count);
       double const log_sum = base + static_cast<double>(__builtin_logf(total));
@@ -89,45 +107,32 @@ void loss_block(Params const& p, Document const& document, int64_t first, float*
     }
   }
   if constexpr (kBackward) {
-    __builtin_memset(dq, 0, block.count * HI * DI * sizeof(float));
-    __builtin_memset(dweights, 0, block.count * HI * sizeof(float));
-    block.tiles(document.keys, [&](int query, int64_t i) {
-      auto const& selected = block.selected[query];
-      int const n = selected.in_tile(i);
-      k.gather(selected, i, tile);
-      Vec const dscore = load(scores + query * width + i);
-      for (int64_t j = 0; j < HI; ++j) {
-        int64_t const r = query * HI + j;
-        Vec const x = dots(index_q + r * DI, tile, DI) * p.index_scale;
-        Vec const dx = x > 0.f ? dscore : Vec{};
-        dweights[r] += sum(dx * x);
-        store(factors + j * kLanes, dx * (weights[r] * p.index_scale));
-        add_rows(factors + j * kLanes, 1, tile, n, DI, dq + r * DI);
-      }
-      for (int s = 0; s < n; ++s) {
-        add_rows(factors + s, kLanes, index_q + query * HI * DI, static_cast<int>(HI), DI,
-                 partial + (document.key + selected.keys[i + s]) * DI);
-      }
-    });
     for (int64_t r = 0; r < block.count * HI; ++r) {
-      narrow(dq + r * DI, p.index_dim, row_of<T>(p.dq, document, first + r / HI, r % HI));
+      int64_t const count = block.selected[r / HI].count;
+      float* const dots = x + r * width;
+      float const factor = weight(r) * p.index_scale;
+      end_row(dots, count, 0.f);
+      Vec parts{};
+      for (int64_t i = 0; i < count; i += kLanes) {
+        Vec const dot = load(dots + i), slope = dot > 0.f ? load(scores + r / HI * width + i) : Vec{};
+        parts += slope * dot;
+        store(dots + i, slope * factor);
+      }
       if (p.dweights.data != nullptr)
-        *row_of<float>(p.dweights, document, first + r / HI, r % HI) = dweights[r];
+        *row_of<float>(p.dweights, document, first + r / HI, r % HI) = sum(parts);
     }
+    index.add(x, p.index_k, p.index_dim, q);
+    index.template narrow_rows<T>(q, p.index_dim, p.dq);
+    index.template widen_rows<T>(p.index_q, p.index_dim, q);
+    float* const dk = partial + document.key * DI;
+    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+      each_heads(HI, [&]<int kHeads>(int64_t h) {
+        int64_t const r = query * HI + h;
+        add_outer<kHeads>(x + r * width + i, width, q + r * DI, DI, block.selected[query].keys + i, n, dk,
+                          DI);
+      });
+    });
   }
-}
-
-void loss(LossForwardParams const& p, Document const& document, int64_t first, float* workspace) {
-  auto const body = p.dtype == Dtype::kBFloat16 ? loss_block<Bf16, LossForwardParams>
-                                                : loss_block<float, LossForwardParams>;
-  body(p, document, first, nullptr, workspace);
-}
-
-void loss_backward(LossBackwardParams const& p, Document const& document, int64_t first, float* partial,
-                   float* workspace) {
-  auto const body = p.dtype == Dtype::kBFloat16 ? loss_block<Bf16, LossBackwardParams>
-                                                : loss_block<float, LossBackwardParams>;
-  body(p, document, first, partial, workspace);
 }
 
 }  // namespace
