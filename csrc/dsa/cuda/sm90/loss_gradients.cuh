@@ -143,19 +143,18 @@ __device__ void apply_slopes(typename Traits::Shared& shared, SlopeLaunch const&
   int const warp = thread / kWarp, lane = thread % kWarp, own = group * kTileSide + 16 * warp + lane / 4;
   float sums[Traits::kSums][kDim / 2] = {}, dw[kHeads][2] = {};
   float s[kTile / 2];
-  uint32_t d[kTile / 4], factors[kTile / 4];
+  uint32_t d[kTile / 4], factors[kTile / 4] = {};
   shared.loaded.wait(0);
   int use = 0;
   for (int i = 0; i < shared.count; ++i) {
     read_slopes<kKeys>(d, shared.slopes.wait(i), group, warp, lane);
-    __syncwarp();
-    if (lane == 0) shared.slopes.release(i);
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       bool const next = kKeys || h == 0;  // another tile passes
       char const* const passing = shared.passing.wait(use);
       float const* const weights = shared.weights[use % Traits::kPassing];
       multiply_rows<T, kDim>(s, shared.stay[kKeys ? 0 : h] + group * kTileBytes, passing);
+      pin(factors);
       pin(sums[kKeys ? 0 : (h + kHeads - 1) % kHeads]);
       if (next && use > 0 && lane == 0) shared.passing.release(use - 1);
 #pragma unroll
@@ -184,6 +183,8 @@ __device__ void apply_slopes(typename Traits::Shared& shared, SlopeLaunch const&
         wgmma<T, kDim, Major::MN>(sum, factors + 4 * j, rows + j * kRowStep, true);
       }
       wgmma_commit();
+      // Not before the slopes are in use: an arrival may overtake loads that are under way.
+      if (h == 0 && lane == 0) shared.slopes.release(i);
       if (kKeys || h + 1 == kHeads) ++use;
     }
   }
