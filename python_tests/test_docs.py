@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lt2_ext import ops
 from lt2_ext.cli import COMMANDS
-from lt2_ext.models import mixers
+from lt2_ext.models import LT2, LT2Config, mixers
 from lt2_ext.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -158,3 +159,16 @@ def test_errors_are_those_of_the_page(case):
     for cell, error in zip(cells, errors, strict=True):
         assert error.ours <= 2 * float(cell.split()[0])
         assert error.ours <= error.tolerance
+
+
+def test_the_engine_of_loop_state():
+    """Its code, with two prompts of a small model."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    scope = {
+        "model": LT2(LT2Config(**shape, layer_pattern="gdn,full")),
+        "prompt": torch.arange(9),
+        "other": torch.arange(3),
+    }
+    (use,) = re.findall(r"```python\n(.*?)```", page("loop_state"), re.S)
+    exec(use, scope)
+    assert not scope["engine"].running

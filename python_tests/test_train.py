@@ -109,6 +109,8 @@ class TestRun:
         assert set(records[0]["grad_norms"]) == {"gdn", "full", "mlp", "norm", "embed_tokens", "rho"}
         assert len(records[0]["residual_rms"]) == 2
         assert all(r["tokens/s"] > 0 for r in records)
+        page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+        assert all(f"`{field}`" in page for field in records[-1])
         model = LT2.load(checkpoint.find(Path("run/checkpoints"))[-1])
         assert model.config.vocab_size == 258
 
