@@ -470,6 +470,18 @@ def test_double_backward_is_an_error(name):
         outputs[0].float().sum().backward()
 
 
+def test_what_cannot_be_allocated_is_said(device):
+    """In the words of torch, which callers look for; afterwards a smaller call is as before."""
+    row = torch.randn(1, 20, 1, 16, device=device)
+    want = ops.chunk_gated_delta_rule(row, row, row)[0]
+    vast = row.expand(2**38, -1, -1, -1)
+    said = r"(?s)cannot allocate a tensor \[274877906944, .*(can't allocate memory|out of memory)"
+    for op in (ops.chunk_gated_delta_rule, ops.window_attention, ops.swiglu):
+        with pytest.raises(RuntimeError, match=said):
+            op(*[vast] * (2 if op is ops.swiglu else 3))
+    assert torch.equal(ops.chunk_gated_delta_rule(row, row, row)[0], want)
+
+
 @pytest.mark.parametrize("name", ops.__all__)
 def test_docstrings_name_every_argument_and_the_result(name):
     """Or the operator that has the same ones."""

@@ -89,7 +89,7 @@ Tensor swiglu_with(Run const& run, Tensor const& gate, Tensor const& up) {
   CHECK_FIRST("lt2::swiglu", gate);
   CHECK_LIKE("lt2::swiglu", up, gate);
   RowsOf const gates(gate), ups(up);
-  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  Tensor out = empty_as(gate);
   auto p = with_shape<SwigluParams>(shape_of(gate));
   p.gate = gates.rows;
   p.up = ups.rows;
@@ -105,8 +105,7 @@ std::tuple<Tensor, Tensor> swiglu_backward_with(Run const& run, Tensor const& do
   CHECK_LIKE("lt2::swiglu", up, gate);
   CHECK_LIKE("lt2::swiglu", dout, gate);
   RowsOf const douts(dout), gates(gate), ups(up);
-  Tensor dgate = torch::stable::new_empty(gate, gate.sizes()),
-         dup = torch::stable::new_empty(gate, gate.sizes());
+  Tensor dgate = empty_as(gate), dup = empty_as(gate);
   auto p = with_shape<SwigluBackwardParams>(shape_of(gate));
   p.dout = douts.rows;
   p.gate = gates.rows;
@@ -125,7 +124,7 @@ std::tuple<Tensor, Tensor> gated_norm_with(Run const& run, Tensor const& o, Tens
   auto p = with_shape<GatedNormParams>(shape_of(o));
   CHECK_VECTOR("lt2::gated_rmsnorm", weight, p.channels, "[D]", o);
   RowsOf const os(o), zs(z);
-  Tensor out = torch::stable::new_empty(o, o.sizes()), rstd = empty(o, {p.rows}, ScalarType::Float);
+  Tensor out = empty_as(o), rstd = empty(o, {p.rows}, ScalarType::Float);
   p.o = os.rows;
   p.z = zs.rows;
   p.weight = floats(weight);
@@ -147,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward_with(Run const& run, Tens
   CHECK_VECTOR("lt2::gated_rmsnorm", weight, p.channels, "[D]", o);
   CHECK_VECTOR("lt2::gated_rmsnorm", rstd, p.rows, "[rows]", o);
   RowsOf const douts(dout), os(o), zs(z);
-  Tensor d_o = torch::stable::new_empty(o, o.sizes()), dz = torch::stable::new_empty(o, o.sizes());
+  Tensor d_o = empty_as(o), dz = empty_as(o);
   Tensor dweight = empty(o, {p.channels}, ScalarType::Float);
   p.dout = douts.rows;
   p.o = os.rows;

@@ -52,7 +52,7 @@ template <class Run>
 Tensor residual_with(Run const& run, Tensor const& h_any, Tensor const& h_in_any, Tensor const& rho) {
   Shape const shape = shape_of(h_any);
   Tensor const h = torch::stable::contiguous(h_any), h_in = checked_like(h_in_any, h_any, "h_in");
-  Tensor out = torch::stable::new_empty(h, h.sizes());
+  Tensor out = empty_as(h);
   run(ResidualParams{shape, h.const_data_ptr(), h_in.const_data_ptr(),
                      checked_vector(rho, h, shape.channels, "rho"), out.mutable_data_ptr()});
   return out;
@@ -63,8 +63,7 @@ std::tuple<Tensor, Tensor> residual_backward_with(Run const& run, Tensor const& 
                                                   Tensor const& h_in_any, Tensor const& rho) {
   Shape const shape = shape_of(h_in_any);
   Tensor const h_in = torch::stable::contiguous(h_in_any), dout = checked_like(dout_any, h_in_any, "dout");
-  Tensor dh_in = torch::stable::new_empty(h_in, h_in.sizes()),
-         drho = empty(h_in, {shape.channels}, ScalarType::Float);
+  Tensor dh_in = empty_as(h_in), drho = empty(h_in, {shape.channels}, ScalarType::Float);
   run(ResidualBackwardParams{shape, dout.const_data_ptr(), h_in.const_data_ptr(),
                              checked_vector(rho, h_in, shape.channels, "rho"), dh_in.mutable_data_ptr(),
                              mutable_floats(drho)},
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_with(Run const& run, Tensor con
                                                       Tensor const& weight, double eps) {
   Shape const shape = shape_of(h_any);
   Tensor const h = torch::stable::contiguous(h_any), h_in = checked_like(h_in_any, h_any, "h_in");
-  Tensor out = torch::stable::new_empty(h, h.sizes()), normed = torch::stable::new_empty(h, h.sizes());
+  Tensor out = empty_as(h), normed = empty_as(h);
   Tensor rstd = empty(h, {shape.rows}, ScalarType::Float);
   ResidualNormParams p{};
   static_cast<Shape&>(p) = shape;
@@ -105,9 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_backward_with(
   Tensor const dh_out = checked_like(dh_out_any, h_out_any, "dh_out");
   Tensor const dnormed = checked_like(dnormed_any, h_out_any, "dnormed");
   OptionalTensor const h_in = rho ? OptionalTensor(checked_like(*h_in_any, h_out_any, "h_in")) : std::nullopt;
-  Tensor dh = torch::stable::new_empty(h_out, h_out.sizes());
-  Tensor dh_in =
-      rho ? torch::stable::new_empty(h_out, h_out.sizes()) : empty(h_out, {0}, h_out.scalar_type());
+  Tensor dh = empty_as(h_out);
+  Tensor dh_in = rho ? empty_as(h_out) : empty(h_out, {0}, h_out.scalar_type());
   Tensor drho = empty(h_out, {rho ? shape.channels : 0}, ScalarType::Float);
   Tensor dweight = empty(h_out, {shape.channels}, ScalarType::Float);
   ResidualNormBackwardParams p{};

@@ -20,6 +20,8 @@
 // CPU-only libtorch. (TORCH_TARGET_VERSION >= 2.13 has accelerator::Stream::nativeHandle() instead.)
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** stream);
+// Since torch 2.13: what was wrong in the last call of libtorch.
+extern "C" __attribute__((weak)) char const* torch_exception_get_what_without_backtrace();
 
 namespace lt2 {
 
@@ -86,10 +88,26 @@ inline Dtype kernel_dtype(Tensor const& t) {
   }
 }
 
-// Uninitialised tensor on the device of `like`.
-inline Tensor empty(Tensor const& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+// Uninitialised tensor on the device of `like`. An error says how much was asked for, in words that are known
+// of an allocator without memory: libtorch's own names a call of its interface.
+inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (std::exception const&) {
+    std::string shape;
+    for (int64_t n : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
+    char const* const reason = torch_exception_get_what_without_backtrace != nullptr
+                                   ? torch_exception_get_what_without_backtrace()
+                               : like.is_cuda() ? "CUDA out of memory."
+                                                : "DefaultCPUAllocator: can't allocate memory";
+    STD_TORCH_CHECK(false, "lt2_ext: cannot allocate a tensor [", shape, "] of ", dtype_name(dtype), ": ",
+                    reason);
+  }
 }
+inline Tensor empty(Tensor const& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+inline Tensor empty_as(Tensor const& t) { return empty(t, t.sizes(), t.scalar_type()); }
 
 inline Tensor with_unit_last_stride(Tensor const& t) {
   return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1

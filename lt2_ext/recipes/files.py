@@ -32,8 +32,9 @@ def run_command(name: str, main: Callable[[], int]) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says so: a class of its own on a GPU, a RuntimeError on a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether an error of torch says so by its class, or one of torch or of an operator by its words."""
+    said = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    return said or type(error).__name__ == "OutOfMemoryError"
 
 
 def short(value: object) -> str:
