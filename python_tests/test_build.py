@@ -1,5 +1,6 @@
 """What was built: the facts, every instruction set, and that their objects do not leak into each other."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -87,3 +88,19 @@ def test_objects_of_an_instruction_set_export_only_their_own(isa):
         for kind, symbol in exported:
             assert kind not in "WVuvw", f"{path}: weak symbol {symbol}"
             assert f"::{isa}::" in symbol, f"{path}: {symbol} is outside of {isa}"
+
+
+def load_script(path):
+    """The module that a script outside of the package is."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_mutant_has_its_place():
+    """In the sources as they are; ``make mutants`` takes minutes."""
+    for mutant in load_script(ROOT / ".ci" / "mutants.py").MUTANTS:
+        assert (ROOT / mutant.path).read_text().count(mutant.old) == 1, mutant.name
+        assert all((ROOT / "python_tests" / test).exists() for test in mutant.tests.split()), mutant.name

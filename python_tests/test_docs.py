@@ -3,11 +3,11 @@
 import fnmatch
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_build import load_script
 
 from lt2_ext import ops
 from lt2_ext.cli import COMMANDS
@@ -137,15 +137,7 @@ def test_examples_of_the_readme_run(capsys):
     assert "tensor" in capsys.readouterr().out
 
 
-def load_numerics():
-    spec = importlib.util.spec_from_file_location("numerics", ROOT / "bench" / "numerics.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["numerics"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-numerics = load_numerics()
+numerics = load_script(ROOT / "bench" / "numerics.py")
 
 
 @pytest.mark.parametrize("case", numerics.cases(), ids=lambda c: f"{c.op}-{c.regime}-{numerics.NAMES[c.dtype]}")

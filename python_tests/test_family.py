@@ -13,7 +13,7 @@ def corpus():
     return stdlib_bytes.load(windows=2)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "gdn-dsa"])
 def test_learns(mixer, corpus, threads, monkeypatch):
     threads(1)
     monkeypatch.setattr(stdlib_bytes, "LENGTH", 128)

@@ -55,6 +55,8 @@ _SPARSE = {"index_topk": 32, "nsa_block_size": 16, "nsa_block_count": 2, "nsa_wi
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {**_TINY, "layer_pattern": "interleaved:2:1:gdn:full"},
     "small": {**_SMALL, "layer_pattern": "interleaved:4:1:gdn:full"},
+    "tiny-gdn-dsa": {**_TINY, **_SPARSE, "layer_pattern": "interleaved:2:1:gdn:dsa"},
+    "small-gdn-dsa": {**_SMALL, **_SPARSE, "layer_pattern": "interleaved:4:1:gdn:dsa"},
     **{f"tiny-{mixer}": {**_TINY, **_SPARSE, "layer_pattern": mixer} for mixer in MIXERS},
     **{f"small-{mixer}": {**_SMALL, **_SPARSE, "layer_pattern": mixer} for mixer in MIXERS},
     **{f"lt2-0.6b-{mixer}": _of(mixer, 1024, layers, 256) for mixer, (layers, _) in _LAYERS.items()},

@@ -16,7 +16,7 @@ from lt2_ext.models.presets import PRESETS, preset
 
 from . import stdlib_bytes
 
-HYBRIDS = ("tiny",)
+HYBRIDS = ("tiny", "tiny-gdn-dsa")
 
 
 @dataclass
