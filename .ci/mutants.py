@@ -36,7 +36,10 @@ class Mutant:
 
 GDN, STEP, CONV = "test_gdn.py", "test_gdn_step.py", "test_causal_conv1d.py"
 LOOP, CACHE, MODELS = "test_loop_state.py", "test_loop_cache.py", "test_models.py"
+KDA, INDEXER, LOSS = "test_kda.py", "test_dsa_indexer.py", "test_dsa_loss.py"
+BLOCK, LINEAR = "test_block_ops.py", "test_linear_step.py"
 GDN_CPU, CONV_CPU, LOOP_CPU = "csrc/gdn/cpu/", "csrc/causal_conv1d/cpu/", "csrc/loop_state/cpu/"
+KDA_CPU, DSA_CPU, BLOCK_CPU = "csrc/kda/cpu/", "csrc/dsa/cpu/", "csrc/block_ops/cpu/"
 MUTANTS = [
     Mutant("causal mask dropped inside a vector", GDN_CPU + "chunk.h",
            "lane + static_cast<float>(column) <= splat(static_cast<float>(i)) ? exp(d) : Vec{}", "exp(d)", GDN),
@@ -71,6 +74,26 @@ MUTANTS = [
            "p.slot_ids == nullptr ? row : p.slot_ids[row] < 0 ? 0 : p.slot_ids[row];", STEP),
     Mutant("value columns beyond the vectors forgotten", GDN_CPU + "step.h",
            "for (; column < value_dim; ++column) {", "for (; column < value_dim - kLanes; ++column) {", STEP),
+    Mutant("a channel's decay over the first block forgotten", KDA_CPU + "chunk.h",
+           "store(head, near * behind[0]);", "store(head, near);", KDA),
+    Mutant("a token's own score not scaled", KDA_CPU + "chunk.h",
+           "c.attention.at(i, i) = scale * self[i];", "c.attention.at(i, i) = self[i];", KDA),
+    Mutant("a reset channel has a gradient", KDA_CPU + "backward.h",
+           "log_decay <= splat(kNoDecay) ? Vec{} : load(b.dG.row(i, panel) + j)", "load(b.dG.row(i, panel) + j)", KDA),
+    Mutant("one of the equal scores lost", DSA_CPU + "indexer.h",
+           "key == threshold && equals > 0", "key == threshold && equals > 1", INDEXER),
+    Mutant("-0 below 0", DSA_CPU + "indexer.h",
+           "reinterpret_cast<VecI>(score + 0.f)", "reinterpret_cast<VecI>(score)", INDEXER),
+    Mutant("a query sees the next key", DSA_CPU + "kernels.h", "d.position + t + 1;", "d.position + t + 2;", INDEXER),
+    Mutant("attention weights added up over heads", DSA_CPU + "loss.h",
+           "mean * (1.f / static_cast<float>(p.query_heads))", "mean", LOSS),
+    Mutant("derivative of the ReLU forgotten", DSA_CPU + "loss.h", "x > 0.f ? dscore : Vec{}", "dscore", LOSS),
+    Mutant("derivative of SwiGLU's gate without its second term", BLOCK_CPU + "rows.h",
+           "load_some(up + c, n) * s * (g * (1.f - s) + 1.f)", "load_some(up + c, n) * s", BLOCK),
+    Mutant("rotation with the wrong sign", BLOCK_CPU + "rope.h", "b * u + a * v", "b * u - a * v", BLOCK),
+    Mutant("norm before a projection without its mean square", BLOCK_CPU + "linear.h",
+           "load_some(to + c, n) * rstd * load_some(weight + c, n)", "load_some(to + c, n) * load_some(weight + c, n)",
+           LINEAR),
     Mutant("convolution sees the next token", CONV_CPU + "causal_conv1d_kernels.h",
            "  for (int i = 0; i < kTokens + taps.width - 1; ++i) rows[i] = window.row(t - taps.width + 1 + i);",
            "  for (int i = 0; i < kTokens + taps.width - 1; ++i) rows[i] = window.row(t - taps.width + 2 + i);", CONV),

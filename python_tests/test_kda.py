@@ -149,6 +149,18 @@ def test_gates(device, gate, op, dtype):
     check_against_oracle(op, x, hard=gate in (*testing.STRONG_GATES, "opposite", "channels"))
 
 
+@pytest.mark.parametrize("gate", ["reset", "opposite"])
+@all_ops
+def test_a_decay_of_nothing_has_no_gradient(device, op, gate):
+    """Whatever e^g was, below e^-200 it is 0: exactly."""
+    for dtype in (FP32, BF16):
+        x = inputs(op, gate, T=70, K=64, V=64, dtype=dtype, device=device)
+        x["g"] *= 10 if gate == "opposite" else 1
+        reset = x["g"] <= -200
+        assert reset.any()
+        assert with_gradients(op, x, cotangents_for(op, x))["dg"][reset].count_nonzero() == 0
+
+
 @both_dtypes
 @pytest.mark.parametrize("beta", ["0", "1", "0.835", "2", "negative"])
 def test_betas(device, beta, dtype):
