@@ -20,7 +20,7 @@ test-all: ## Every test: all instruction sets, long shapes, repeats
 	@.ci/setup test recipes hf
 	@.venv/bin/python -m pytest $(parallel) $(ARGS)
 
-mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 9 minutes)
+mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 12 minutes)
 	@.ci/setup test recipes hf
 	@echo "[3/3] mutants"
 	@.venv/bin/python .ci/mutants.py $(ARGS)
