@@ -179,7 +179,8 @@ def test_equal_keys(device, op, dtype):
 @pytest.mark.parametrize("keys", ["onehot", "rank2", "zero_rows", "long"])
 def test_keys(device, keys, op, dtype):
     x = inputs(op, "small", T=130, dtype=dtype, keys=keys, beta=BETA_OF.get(keys, "sigmoid"), device=device)
-    check_against_oracle(op, x, hard=keys == "rank2")
+    # What long keys erase is as large as the state: the rounding of both to 16 bits counts twice.
+    check_against_oracle(op, x, hard=keys in ("rank2", "long"))
 
 
 @pytest.mark.parametrize("T", LENGTHS)
