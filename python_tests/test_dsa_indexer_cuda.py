@@ -52,12 +52,13 @@ def test_a_step_over_many_keys(indexer, HI, DI, S, topk):
 
 
 @pytest.mark.parametrize("T", [1, 130, 2200])
-@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "sawtooth"])
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "sawtooth", "steep"])
 def test_orders_of_scores(indexer, order, T):
-    """Each key better than all before it; the best first; all alike."""
+    """Each key better than all before it; the best first; all alike; far better at the end."""
     S = 6000
     rank = torch.arange(S)
-    rank = {"ascending": rank, "descending": -rank, "equal": 0 * rank, "sawtooth": rank % 97}[order]
+    steep = rank // 8 + 300 * (rank - 5200).clamp(min=0)
+    rank = {"ascending": rank, "descending": -rank, "equal": 0 * rank, "sawtooth": rank % 97, "steep": steep}[order]
     q = torch.zeros(1, T, 1, 64)
     q[..., :3] = 1
     k = torch.zeros(1, S, 64)

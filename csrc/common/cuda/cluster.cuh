@@ -43,4 +43,11 @@ __device__ T* of_rank(T* p, int rank) {
 #endif
 }
 
+// As cluster_arrive(), without making anything visible.
+__device__ inline void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 }  // namespace lt2::cuda

@@ -52,6 +52,33 @@ struct Barrier {
   }
 };
 
+// Where `p` of this block's shared memory is in that of block `rank` of the cluster.
+__device__ inline uint32_t address_of_rank(void const* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+// x on its way to `to` in the shared memory of block `rank`, as bytes that its barrier expects. Only of
+// kernels that were launched in clusters of more than one block, after all blocks have initialised their
+// barriers.
+template <class T>
+__device__ inline void send(T* to, T const& x, Barrier& arrived, int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  auto const* const words = reinterpret_cast<uint32_t const*>(&x);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     address_of_rank(to, rank)),
+                 "r"(words[0]), "r"(address_of_rank(&arrived, rank))
+                 : "memory");
+  } else {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+            address_of_rank(to, rank)),
+        "r"(words[0]), "r"(words[1]), "r"(address_of_rank(&arrived, rank))
+        : "memory");
+  }
+}
+
 // Makes initialised barriers visible to the copy engine; before the block's first synchronisation.
 __device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -6,13 +6,14 @@
 
 namespace lt2::dsa::portable {
 
-template <int kDim_>
+// 16-byte chunk c of row r is at chunk c ^ (r % 8); where kPadded at chunk c, and rows are 16 bytes longer.
+template <int kDim_, bool kPadded = false>
 struct RowTile {
-  static constexpr int kDim = kDim_, kRows = 16, kRowBytes = 2 * kDim, kBytes = kRows * kRowBytes;
+  static constexpr int kDim = kDim_, kRows = 16, kRowBytes = 2 * kDim + (kPadded ? 16 : 0),
+                       kBytes = kRows * kRowBytes;
 
-  // 16-byte chunk c of row r is at chunk c ^ (r % 8).
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    return row * kRowBytes + ((chunk ^ (row % 8)) << 4);
+    return row * kRowBytes + ((kPadded ? chunk : chunk ^ (row % 8)) << 4);
   }
 
   // Copies by a warp: lane r has the number of row r of `rows`; negative: zeros.

@@ -1,5 +1,7 @@
 #include "dsa/cuda/sm90/attention_step.cuh"
 
+#include <algorithm>
+
 #include "dsa/cuda/sm90/attention_launch.cuh"
 
 namespace lt2::dsa::sm90 {
@@ -9,7 +11,7 @@ namespace lt2::dsa::sm90 {
 // multiprocessors is free.
 Status attention_step(AttentionForwardParams const& p, void* stream) {
   constexpr int64_t kMultiprocessors = 132;
-  int64_t const head_blocks = portable::ceil_div(p.query_heads / p.key_heads, step::kHeads);
+  int64_t const group = p.query_heads / p.key_heads, head_blocks = portable::ceil_div(group, step::kHeads);
   int64_t const units = p.batch * p.tokens * p.key_heads * head_blocks;
   int blocks = 1;
   while (blocks < step::kMostBlocks && 2 * blocks * units <= 2 * kMultiprocessors &&
@@ -17,14 +19,19 @@ Status attention_step(AttentionForwardParams const& p, void* stream) {
     blocks *= 2;
   if (units * blocks > INT32_MAX) return "too many queries for one launch (2^31 - 1 blocks)";
   return with_shape(p, [&](auto dtype, auto dim) {
-    auto const run = [&](auto stages) {
-      return cuda::launch_overlapped(step::step_kernel<Element<dtype>, dim, stages>,
-                                     dim3(static_cast<unsigned>(units * blocks)), step::kThreads,
-                                     sizeof(step::Shared<dim, stages>), blocks, stream, p, blocks,
-                                     static_cast<int>(head_blocks));
+    auto const run = [&](auto stages, auto in_clusters) {
+      constexpr int kFloats = in_clusters ? dim : 0;  // of what a block is sent, for each head
+      int64_t const heads = std::min<int64_t>(group, step::kHeads);
+      return cuda::launch_overlapped(
+          step::step_kernel<Element<dtype>, dim, stages, in_clusters>,
+          dim3(static_cast<unsigned>(units * blocks)), step::kThreads,
+          static_cast<int>(sizeof(step::Shared<dim, stages, in_clusters>) + heads * kFloats * sizeof(float)),
+          blocks, stream, p, blocks, static_cast<int>(head_blocks));
     };
-    return blocks > 1 && units * blocks > kMultiprocessors ? run(std::integral_constant<int, 2>{})
-                                                           : run(std::integral_constant<int, 3>{});
+    std::integral_constant<int, 2> const two;
+    std::integral_constant<int, 3> const three;
+    if (blocks == 1) return run(three, std::false_type{});
+    return units * blocks > kMultiprocessors ? run(two, std::true_type{}) : run(three, std::true_type{});
   });
 }
 

@@ -1,43 +1,59 @@
 // Attention of few queries over their selections. A cluster of blocks has a query and up to 16 heads of a key
 // head; each warp takes 16 of the selected keys at a time, heads on the rows of its products, with a softmax
-// of its own and copies of the next keys under way. What warps and blocks have is joined over distributed
-// shared memory: one launch.
+// of its own and copies of the next keys under way. What warps have is joined in their block, what blocks
+// have is sent to those that write it: one launch. In clusters rows are copied by the copy engine, a lane a
+// row; where all multiprocessors have enough to do, by all lanes together.
 #pragma once
 
 #include <cstdint>
 
 #include "common/cuda/cluster.cuh"
 #include "common/cuda/overlap.cuh"
+#include "common/cuda/sm90/tma.cuh"
 #include "dsa/cuda/portable/gather.cuh"
 
 namespace lt2::dsa::sm90::step {
 
 using namespace cuda;
+using namespace cuda::sm90;
 
 inline constexpr int kWarps = 4, kThreads = kWarps * kWarp, kHeads = 16, kKeys = 16;
 inline constexpr int kMostBlocks = 8;  // of a cluster
 
-template <int kDim, int kStages>
+template <int kDim, int kStages, bool kCluster>
 struct Shared {
   union {
-    alignas(16) char rows[kWarps][kStages][2][portable::RowTile<kDim>::kBytes];  // of K, V
+    alignas(16) char rows[kWarps][kStages][2][portable::RowTile<kDim, kCluster>::kBytes];  // of K, V
     float parts[kWarps][kHeads][kDim];
   };
-  float tops[kWarps][kHeads], sums[kWarps][kHeads];
-  float joined[kHeads][kDim], top[kHeads], sum[kHeads];  // of the block
+  float2 totals[kWarps][kHeads];           // top, sum
+  float2 all_totals[kMostBlocks][kHeads];  // of blocks
+  Barrier full[kWarps][kStages], joining;
+  // then where kCluster the parts of outputs of all blocks, [blocks, heads kDim / blocks]
 };
 
 __device__ __forceinline__ float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
 
-template <class T, int kDim, int kStages>
-__global__ void __launch_bounds__(kThreads)
+// kCluster: of more than one block.
+template <class T, int kDim, int kStages, bool kCluster>
+__global__ void __launch_bounds__(kThreads, kStages == 2 ? 3 : 2)
     step_kernel(__grid_constant__ AttentionForwardParams const p, int blocks, int head_blocks) {
-  using Tile = portable::RowTile<kDim>;
+  using Tile = portable::RowTile<kDim, kCluster>;
   constexpr int kChunks = kDim / 8;
   extern __shared__ __align__(128) char bytes[];
-  auto& shared = *reinterpret_cast<Shared<kDim, kStages>*>(bytes);
+  auto& shared = *reinterpret_cast<Shared<kDim, kStages, kCluster>*>(bytes);
+  int const thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  int const rank = kCluster ? cluster_rank() : 0;
+  if constexpr (kCluster) {
+    if (lane == 0) {
+      for (int i = 0; i < kStages; ++i) shared.full[warp][i].init(1);
+      if (warp == 0) shared.joining.init(1);
+      fence_barrier_init();
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
+  }
   wait_for_previous_kernel();
-  int const thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, rank = cluster_rank();
   int64_t unit = blockIdx.x / blocks;
   int64_t const group = p.query_heads / p.key_heads, begin_head = unit % head_blocks * kHeads;
   unit /= head_blocks;
@@ -50,28 +66,44 @@ __global__ void __launch_bounds__(kThreads)
   auto const* const v = portable::row_of<T const>(p.v, row, 0, key_head);
 
   // Step i of this warp has keys [16 at(i), + 16) of the selection.
-  int64_t const steps = portable::ceil_div(p.topk, kKeys), stride = int64_t{blocks} * kWarps;
-  int64_t const own = rank * kWarps + warp;
-  auto const key_of = [&](int64_t i) {
+  int const steps = static_cast<int>(portable::ceil_div(p.topk, kKeys)), stride = blocks * kWarps;
+  int const own = rank * kWarps + warp;
+  auto const key_of = [&](int i) {
     return portable::selected_key(p, indices, seen,
-                                  lane < kKeys ? (own + i * stride) * kKeys + lane : p.topk);
+                                  lane < kKeys ? int64_t{own + i * stride} * kKeys + lane : p.topk);
   };
   // Returns which keys there are.
   auto const load = [&](int stage, int key) {
+    unsigned const present = __ballot_sync(0xffffffffu, key >= 0);
+    if constexpr (kCluster) {
+      Barrier& full = shared.full[warp][stage];
+      if (lane == 0) full.arrive_expecting(__popc(present) * 4 * kDim);
+      int const r = lane % kKeys, which = lane / kKeys, number = __shfl_sync(0xffffffffu, key, r);
+      char* const to = shared.rows[warp][stage][which] + Tile::offset(r, 0);
+      __syncwarp();
+      if (number >= 0) {
+        load_bytes(to, which == 0 ? k + number * p.k.token : v + number * p.v.token, 2 * kDim, full);
+      } else {
+        for (int c = 0; c < kChunks; ++c) *reinterpret_cast<uint4*>(to + 16 * c) = uint4{};
+        fence_async_shared();
+      }
+    } else {
 #pragma unroll 1
-    for (int which = 0; which < 2; ++which) {
-      Tile::copy(shared.rows[warp][stage][which], which == 0 ? k : v, which == 0 ? p.k.token : p.v.token, key,
-                 lane);
+      for (int which = 0; which < 2; ++which) {
+        Tile::copy(shared.rows[warp][stage][which], which == 0 ? k : v, which == 0 ? p.k.token : p.v.token,
+                   key, lane);
+      }
+      portable::commit_copies();
     }
-    portable::commit_copies();
-    return __ballot_sync(0xffffffffu, key >= 0);
+    return present;
   };
   int ahead[kStages + 1];
   unsigned present[kStages];
 #pragma unroll
   for (int i = 0; i <= kStages; ++i) ahead[i] = key_of(i);
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) present[i] = load(i, ahead[i]);
+  for (int i = 0; i < kStages; ++i)
+    present[i] = own + i * stride < steps || !kCluster ? load(i, ahead[i]) : 0;
   int next = ahead[kStages];
 
   uint32_t q[kDim / 16][4];  // rows are heads
@@ -119,17 +151,23 @@ __global__ void __launch_bounds__(kThreads)
     });
   };
   int stage = 0;
+  [[maybe_unused]] uint32_t parity = 0;
 #pragma unroll 1
-  for (int64_t i = 0; own + i * stride < steps; ++i) {
-    portable::wait_copies_but<kStages - 1>();
+  for (int i = 0; own + i * stride < steps; ++i) {
+    if constexpr (kCluster) {
+      shared.full[warp][stage].wait(parity);
+    } else {
+      portable::wait_copies_but<kStages - 1>();
+    }
     __syncwarp();
     attend(stage, present[0]);
     __syncwarp();
 #pragma unroll
     for (int j = 1; j < kStages; ++j) present[j - 1] = present[j];
-    present[kStages - 1] = load(stage, next);
+    if (!kCluster || own + (i + kStages) * stride < steps) present[kStages - 1] = load(stage, next);
     next = key_of(i + kStages + 1);
     stage = stage + 1 < kStages ? stage + 1 : 0;
+    parity ^= stage == 0;
   }
   wait_copies();
   __syncthreads();
@@ -145,48 +183,55 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<float2*>(&shared.parts[warp][h][8 * c + 2 * (lane % 4)]) = {o[c][2 * half],
                                                                                     o[c][2 * half + 1]};
     }
-    if (lane % 4 == 0) shared.tops[warp][h] = top[half], shared.sums[warp][h] = sum[half];
+    if (lane % 4 == 0) shared.totals[warp][h] = {top[half], sum[half]};
   }
   __syncthreads();
-  // f(value, top, sum) of element d of head h, out of `count` parts.
-  auto const join = [&](int count, auto const& part_top, auto const& part_sum, auto const& part,
-                        auto const& f) {
+  // Out of `count` parts: the value, top and sum.
+  auto const join = [&](int count, auto const& part_total, auto const& part) {
     float highest = -INFINITY, total = 0.f, value = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) highest = fmaxf(highest, part_top(i));
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) highest = fmaxf(highest, part_total(i).x);
     float const base = finite_or_zero(highest) * scale;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < count; ++i) {
-      float const weight = exp2f(part_top(i) * scale - base);
-      total += weight * part_sum(i);
+      float2 const x = part_total(i);
+      float const weight = exp2f(x.x * scale - base);
+      total += weight * x.y;
       value += weight * part(i);
     }
-    f(value, highest, total);
+    return float3{value, highest, total};
   };
-  for (int e = thread; e < heads * kDim; e += kThreads) {
+  auto const join_warps = [&](int h, int d) {
+    return join(
+        kWarps, [&](int w) { return shared.totals[w][h]; }, [&](int w) { return shared.parts[w][h][d]; });
+  };
+  auto const write = [&](int e, float3 x) {
     int const h = e / kDim, d = e % kDim;
-    join(
-        kWarps, [&](int w) { return shared.tops[w][h]; }, [&](int w) { return shared.sums[w][h]; },
-        [&](int w) { return shared.parts[w][h][d]; },
-        [&](float value, float highest, float total) {
-          shared.joined[h][d] = value;
-          if (d == 0) shared.top[h] = highest, shared.sum[h] = total;
-        });
+    portable::row_of<T>(p.o, row, token, first_head + h)[d] = from_float<T>(x.z == 0.f ? 0.f : x.x / x.z);
+    if (d == 0) p.lse[query * p.query_heads + first_head + h] = x.y * p.scale + logf(x.z);
+  };
+  if constexpr (!kCluster) {
+    for (int e = thread; e < heads * kDim; e += kThreads) write(e, join_warps(e / kDim, e % kDim));
+    return;
   }
-  cluster_sync();
-  for (int e = rank * kThreads + thread; e < heads * kDim; e += blocks * kThreads) {
-    int const h = e / kDim, d = e % kDim;
-    join(
-        blocks, [&](int r) { return *of_rank(&shared.top[h], r); },
-        [&](int r) { return *of_rank(&shared.sum[h], r); },
-        [&](int r) { return *of_rank(&shared.joined[h][d], r); },
-        [&](float value, float highest, float total) {
-          portable::row_of<T>(p.o, row, token, first_head + h)[d] =
-              from_float<T>(total == 0.f ? 0.f : value / total);
-          if (d == 0) p.lse[query * p.query_heads + first_head + h] = highest * p.scale + logf(total);
-        });
+  // Each block has its share of the outputs' elements, and is sent what the others have of them.
+  auto* const arrived = reinterpret_cast<float*>(&shared + 1);
+  int const share = heads * kDim / blocks;
+  if (thread == 0) shared.joining.arrive_expecting(blocks * (share * sizeof(float) + heads * sizeof(float2)));
+  cluster_wait();  // all blocks have barriers
+  for (int e = thread; e < heads * kDim; e += kThreads)
+    send(arrived + rank * share + e % share, join_warps(e / kDim, e % kDim).x, shared.joining, e / share);
+  if (thread < heads * blocks) {
+    float3 const x = join_warps(thread / blocks, 0);
+    send(&shared.all_totals[rank][thread / blocks], float2{x.y, x.z}, shared.joining, thread % blocks);
   }
-  cluster_sync();
+  shared.joining.wait(0);
+  for (int i = thread; i < share; i += kThreads) {
+    int const e = rank * share + i;
+    write(e, join(
+                 blocks, [&](int r) { return shared.all_totals[r][e / kDim]; },
+                 [&](int r) { return arrived[r * share + i]; }));
+  }
 }
 
 }  // namespace lt2::dsa::sm90::step
