@@ -8,7 +8,7 @@
 namespace lt2::dsa::sm90::indexer {
 
 inline constexpr unsigned kAll = 0xffffffffu;
-inline constexpr int kBins = 256;
+inline constexpr int kBins = 256;  // and one that counts what belongs to none: no branch around a count
 
 struct alignas(8) Candidate {
   float score;
@@ -26,15 +26,8 @@ __device__ __forceinline__ void store_if(bool condition, Candidate* to, Candidat
       : "memory");
 }
 
-__device__ __forceinline__ void count_if(bool condition, uint32_t counter) {
-  asm volatile(
-      "{\n"
-      ".reg .pred wanted;\n"
-      "setp.ne.b32 wanted, %0, 0;\n"
-      "@wanted red.shared.add.u32 [%1], 1;\n"
-      "}\n" ::"r"(int{condition}),
-      "r"(counter)
-      : "memory");
+__device__ __forceinline__ void increment(uint32_t counter) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(counter) : "memory");
 }
 
 // portable::order() of numbers other than -0 and NaN; kNothing gives 0, which no number does.
@@ -117,8 +110,9 @@ __device__ inline Bound find_bound(Candidate const* list, int count, int k, int 
     int const shift = max(0, 24 - __clz(high - low));
     for (int i = lane; i < kBins; i += 32) bins[i] = 0;
     __syncwarp();
-    for_each(list, count,
-             [&](uint32_t key) { count_if(key - low <= high - low, counters + ((key - low) >> shift) * 4); });
+    for_each(list, count, [&](uint32_t key) {
+      increment(counters + (key - low <= high - low ? (key - low) >> shift : kBins) * 4);
+    });
     __syncwarp();
     // Lane l has bins kBins - 1 - 8 l and the 7 below.
     int local[kBins / 32], sum = 0;

@@ -36,14 +36,15 @@ struct Traits {
   static constexpr int kThreads = 32 * (kScoreWarps + (kSelect ? kSelectWarps : 0));
   static constexpr int kStages = kSelect ? 2 : 4;  // steps
   static constexpr int kSlots = kQueries > 16 ? 2 : 3;
-  static constexpr int kScoreRegisters = kHeads == 2 ? 112 : 152;
+  static constexpr int kScoreRegisters = kHeads == 2 ? 120 : kHeads == 4 ? 152 : 160;
   static constexpr int kHalves = kDim / kTileSide;
+  static constexpr int kTogether = kHeads == 4 ? 1 : kDim == kTileSide ? 4 : 2;  // steps, by registers
 
   struct alignas(1024) Shared {
     unsigned char keys[kStages][2][kHalves][kTileBytes];
     unsigned char queries[kHalves][kColumns * 128];
     float scores[kSelect ? kSlots : 1][kSelect ? kQueries : 1][kScoreStride];
-    uint32_t bins[kSelect ? kSelectWarps : 1][kBins];
+    uint32_t bins[kSelect ? kSelectWarps : 1][kBins + 1];
     Sight sights[kQueries];
     int firsts[kQueries];  // first keys, for the warps that select
     Barrier key_full[kStages][2], key_empty[kStages][2], score_full[kSlots], score_empty[kSlots];
@@ -59,6 +60,10 @@ struct IndexLaunch {
   int capacity, kept;     // of a query's candidates; min(topk, S)
   Candidate* candidates;  // [blocks, kQueries, capacity], null: in shared memory after Shared
   int stride;             // of samples
+  // A cut takes so long that all others wait. So all warps cut their lists in the same steps, before they are
+  // full: to `most`, in step `due` where all keys are candidates, later `growth` times as late.
+  int most;
+  float due, growth;
 };
 
 // One item of work: queries [query, ..) of a batch row, kKeys keys a step from `begin` on.
@@ -142,6 +147,18 @@ __device__ inline Item find_item(IndexLaunch const& a, int64_t number, Sight& ow
   return item;
 }
 
+// Whose turn it is of kCount, and the parity of the round.
+template <int kCount>
+struct Turn {
+  uint32_t at = 0, phase = 0;
+
+  __device__ void advance() {
+    bool const last = at == kCount - 1;
+    at = last ? 0 : at + 1;
+    phase ^= last;
+  }
+};
+
 // max(x, low), NaN if x is.
 __device__ __forceinline__ float at_least(float x, float low) {
   float y;
@@ -194,6 +211,8 @@ __device__ void score(IndexLaunch const& a, KeyMaps const& maps, typename Traits
   float const least = a.p.relu ? 0.f : -INFINITY;
   bool const loads = thread % kWarpgroup == 0;
   uint32_t met = 0;  // steps of earlier items
+  Turn<Traits::kStages> keys;
+  Turn<Traits::kSlots> slots;
   [[maybe_unused]] uint32_t samples = 0;
   int64_t const items = a.rows.tiles * a.spans;
   for (int64_t round = 0; round * gridDim.x < items; ++round) {
@@ -250,7 +269,8 @@ __device__ void score(IndexLaunch const& a, KeyMaps const& maps, typename Traits
       }
       wgmma_commit();
     };
-    auto const finish = [&](int part, Step const& step, uint32_t slot) {
+    // Keys first, first + stride, ..
+    auto const finish = [&](int part, int first, int stride, uint32_t slot) {
       // Twice relu(x) is x + |x|, which takes no turn of the pipe for comparisons.
       float scores[kGroups][2] = {}, sum = 0.f;
 #pragma unroll
@@ -275,7 +295,9 @@ __device__ void score(IndexLaunch const& a, KeyMaps const& maps, typename Traits
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
               float const x = dots[part][4 * (g * kHeads / 2 + h / 2) + 2 * r + h % 2];
-              if (h < heads) scores[g][r] = fmaf(2.f * weights[part][g][h], at_least(x, least), scores[g][r]);
+              float weight = weights[part][g][h];
+              asm volatile("" : "+f"(weight));  // not to be doubled before the loop
+              if (h < heads) scores[g][r] = fmaf(2.f * weight, at_least(x, least), scores[g][r]);
             }
           }
         }
@@ -285,9 +307,9 @@ __device__ void score(IndexLaunch const& a, KeyMaps const& maps, typename Traits
         scores[g][0] += 0.f;  // no -0
         scores[g][1] += 0.f;
       }
-      int const key = step.key + row * step.stride, next = key + 8 * step.stride;
+      int const key = first + row * stride, next = key + 8 * stride;
       if constexpr (Traits::kSelect) {
-        if (step.key < item.inner_begin || step.key + kKeys * step.stride > item.inner_end) {
+        if (first < item.inner_begin || first + kKeys * stride > item.inner_end) {
 #pragma unroll
           for (int g = 0; g < kGroups; ++g) {
             Sight const s = shared.sights[4 * (part * kGroups + g) + q4];
@@ -314,37 +336,71 @@ __device__ void score(IndexLaunch const& a, KeyMaps const& maps, typename Traits
       }
     };
 
-    for (int i = 0; i < passes; ++i) {
-      Step const step = step_of(i);
-      uint32_t const now = met + i, stage = now % Traits::kStages, slot = now % Traits::kSlots;
-      shared.key_full[stage][warpgroup].wait((now / Traits::kStages) & 1);
-      multiply(0, stage);
-      multiply(1, stage);
-      if constexpr (Traits::kSelect) shared.score_empty[slot].wait((now / Traits::kSlots + 1) & 1);
-      wgmma_wait<1>();
-      pin(dots[0]);
-      finish(0, step, slot);
-      wgmma_wait<0>();
-      pin(dots[1]);
-      if (lane == 0) shared.key_empty[stage][warpgroup].arrive();
-      finish(1, step, slot);
-      if constexpr (Traits::kSelect) {
+    // Products of the next part are under way while those of one are added up, but not beyond `count` steps:
+    // around a loop ptxas would wait for them.
+    int i = 0;
+    auto const take = [&](auto count, int first, int stride) {
+      shared.key_full[keys.at][warpgroup].wait(keys.phase);
+      multiply(0, keys.at);
+      multiply(1, keys.at);
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        auto next = keys;
+        next.advance();
+        if constexpr (Traits::kSelect) shared.score_empty[slots.at].wait(slots.phase ^ 1);
+        wgmma_wait<1>();
+        pin(dots[0]);
+        finish(0, first, stride, slots.at);
+        if (j + 1 < count) {
+          shared.key_full[next.at][warpgroup].wait(next.phase);
+          multiply(0, next.at);
+          wgmma_wait<1>();
+        } else {
+          wgmma_wait<0>();
+        }
+        pin(dots[1]);
+        if (lane == 0) shared.key_empty[keys.at][warpgroup].arrive();
+        finish(1, first, stride, slots.at);
+        if constexpr (Traits::kSelect) {
+          __syncwarp();
+          if (lane == 0) shared.score_full[slots.at].arrive();
+        }
+        if (j + 1 < count) multiply(1, next.at);
+        load(i + Traits::kStages);
         __syncwarp();
-        if (lane == 0) shared.score_full[slot].arrive();
+        keys = next;
+        slots.advance();
+        ++i;
+        first += kKeys * stride;
       }
-      load(i + Traits::kStages);
-      __syncwarp();
-      if constexpr (Traits::kSelect) {
-        if (i + 1 < passes || sample.steps == 0 || passes > sample.steps + item.steps) continue;
+    };
+    // A sample, all keys, all keys again.
+#pragma unroll 1
+    for (int pass = sample.steps > 0 ? 0 : 1; pass < 3; ++pass) {
+      int const end = i + (pass == 0 ? sample.steps : item.steps), stride = pass == 0 ? sample.stride : 1;
+      int first = pass == 0 ? sample.first * sample.stride : item.begin;
+      if (pass == 2) {
+        if (!Traits::kSelect || sample.steps == 0) break;
         shared.judged.wait(samples++ & 1);
-        if (*static_cast<uint32_t volatile*>(&shared.again) != samples) continue;
+        if (*static_cast<uint32_t volatile*>(&shared.again) != samples) break;
         passes += item.steps;
-        for (int j = 1; j <= Traits::kStages; ++j) load(i + j);
+        for (int j = 0; j < Traits::kStages; ++j) load(i + j);
         __syncwarp();
       }
+      constexpr int kTogether = Traits::kTogether;
+#pragma unroll 1
+      for (; i + kTogether <= end; first += kTogether * kKeys * stride)
+        take(std::integral_constant<int, kTogether>{}, first, stride);
+#pragma unroll 1
+      for (; i < end; first += kKeys * stride) take(std::integral_constant<int, 1>{}, first, stride);
     }
     met += passes;
   }
+}
+
+// Of a sample that has `expected` of the topk best, so many may be among them.
+__device__ __forceinline__ float guessed_rank(float expected) {
+  return expected + 4.f * sqrtf(expected) + 4.f;
 }
 
 // Each warp has kQueries / kSelectWarps queries of its own.
@@ -425,7 +481,7 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
         // As many of the sample are expected among the topk best, and more for safety.
         int const seen = __shfl_sync(kAll, sight.count, warp * kOwn + turn);
         float const expected = static_cast<float>(a.kept) * c.count / max(seen, 1);
-        int const rank = static_cast<int>(expected + 4.f * sqrtf(expected) + 4.f), most = rank + rank / 4;
+        int const rank = static_cast<int>(guessed_rank(expected)), most = rank + rank / 4;
         __syncwarp();
         if (most < c.count) {
           c.least = portable::score_of(find_bound(c.list, c.count, rank, most, shared.bins[warp]).low);
@@ -437,10 +493,17 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
         }
       }
     }
+    float due = a.due;
+    if (sample.steps > 0) {
+      float const stride = static_cast<float>(sample.stride);
+      due *= kKeys * item.steps / (stride * guessed_rank(a.kept / stride));
+    }
     for (bool is_last = sample.steps == 0;; is_last = true) {
       for (int step = 0; step < item.steps; ++step) {
         append(item.begin + step * kKeys);
-        cut_to(a.capacity - kKeys, a.kept + (a.capacity - a.kept) / 4);
+        bool const is_due = step >= due;
+        if (is_due) due *= a.growth;
+        cut_to(is_due ? a.most : a.capacity - kKeys, a.most);
       }
       if (is_last) break;
       uint32_t failed = 0;
@@ -454,6 +517,8 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       __syncwarp();
       shared.judged.wait((samples - 1) & 1);
       if (*static_cast<uint32_t volatile*>(&shared.again) != samples) break;
+      cut_to(a.most, a.most);  // a later cut would raise their bounds from NaN
+      due = a.due;
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
         bool const anew = failed >> j & 1;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/cuda/launch.cuh"
 #include "dsa/cuda/sm90/indexer.cuh"
@@ -27,8 +28,12 @@ inline bool streams(IndexerParams const& p, int tile_queries) {
 // Lists have room for as many again as are kept.
 template <class Traits>
 IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int* shared_bytes) {
-  IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr, 0};
+  IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr, 0, 0, 0.f, 0.f};
   a.capacity = static_cast<int>(portable::ceil_div(a.kept + std::max(a.kept, 256), kKeys) + 1) * kKeys;
+  a.most = a.kept + (a.capacity - a.kept) / 4;
+  float const fill = .75f * static_cast<float>(a.capacity - kKeys);  // of lists that are cut
+  a.due = fill / kKeys;
+  a.growth = std::exp(fill / static_cast<float>(a.kept) - 1.f);
   int64_t const lists = Traits::kQueries * a.capacity * static_cast<int64_t>(sizeof(Candidate));
   bool const shared = static_cast<int64_t>(sizeof(typename Traits::Shared)) + lists <= kSharedBytes;
   a.rows.tile_rows = Traits::kQueries;
@@ -123,7 +128,7 @@ struct Indexer {
       int64_t const spans = portable::ceil_div(4 * kMultiprocessors, rows.tiles);
       int64_t const span =
           std::max(portable::ceil_div(portable::ceil_div(p.keys, spans), kKeys) * kKeys, int64_t{8 * kKeys});
-      IndexLaunch const a{p, rows, portable::ceil_div(p.keys, span), span, 0, 0, nullptr, 0};
+      IndexLaunch const a{p, rows, portable::ceil_div(p.keys, span), span, 0, 0, nullptr, 0, 0, 0.f, 0.f};
       return launch_items<Scores>(a, sizeof(typename Scores::Shared), kDtype, stream);
     });
   }
