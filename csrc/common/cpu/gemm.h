@@ -23,6 +23,11 @@ struct Panels {
   int64_t size() const { return static_cast<int64_t>(rows) * cols; }
 };
 
+constexpr int kBetween = 4;  // products of a register tile after which something else may happen
+struct Nothing {
+  void operator()() const {}
+};
+
 // A register tile is kTileRows x (2 vectors): 16 accumulators where there are 32 registers, else 8.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 8;
@@ -35,9 +40,10 @@ static_assert(kPanel % kTileCols == 0);
 // c[r][:] = beta c[r][:] + sum over k in [begin, end) of A(r, k) b[k][:], b and c rows kPanel apart.
 // A(r, k) is a[r * kPanel + k], continued one panel (a_panel floats) further on every 32 k; transposed,
 // it is a[k * kPanel + r].
-template <bool kTransposed>
+template <bool kTransposed, class F = Nothing>
 inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t a_panel, float const* b,
-                                                         float* c, int begin, int end, float beta) {
+                                                         float* c, int begin, int end, float beta,
+                                                         F&& between = F{}) {
   Vec acc[kTileRows][2];
   for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = Vec{};
   auto const step = [&](float const* a_k, int64_t a_stride, float const* b_k) __attribute__((always_inline)) {
@@ -50,12 +56,18 @@ inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t
     }
   };
   if constexpr (kTransposed) {
-    for (int k = begin; k < end; ++k) step(a + k * kPanel, 1, b + k * kPanel);
+    for (int k = begin; k < end; k += kBetween) {
+      for (int i = k; i < k + kBetween; ++i) step(a + i * kPanel, 1, b + i * kPanel);
+      between();
+    }
   } else {
     for (int k = begin; k < end;) {
       float const* const a_block = a + k / kPanel * a_panel - k / kPanel * kPanel;
       int const stop = (k / kPanel + 1) * kPanel < end ? (k / kPanel + 1) * kPanel : end;
-      for (; k < stop; ++k) step(a_block + k, kPanel, b + k * kPanel);
+      for (; k < stop; k += kBetween) {
+        for (int i = k; i < k + kBetween; ++i) step(a_block + i, kPanel, b + i * kPanel);
+        between();
+      }
     }
   }
   for (int r = 0; r < kTileRows; ++r) {
@@ -78,9 +90,11 @@ enum class Triangle {
 };
 
 // C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
-// kTransposed. With beta = 0, C is not read.
-template <bool kTransposed, Triangle kTriangle = Triangle::kNone>
-void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int depth, float beta) {
+// kTransposed. With beta = 0, C is not read. between() is called after every kBetween products of a register
+// tile.
+template <bool kTransposed, Triangle kTriangle = Triangle::kNone, class F = Nothing>
+void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int depth, float beta,
+              F&& between = F{}) {
   for (int panel = 0; panel < c.panels(); ++panel) {
     for (int i = 0; i < m; i += kTileRows) {
       if (kTriangle == Triangle::kLowerOut && panel * kPanel > i + kTileRows - 1) continue;
@@ -89,7 +103,7 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
       float const* const a_rows = kTransposed ? a.row(0, i / kPanel) + i % kPanel : a.row(i, 0);
       for (int j = 0; j < kPanel; j += kTileCols) {
         multiply_tile<kTransposed>(a_rows, static_cast<int64_t>(a.rows) * kPanel, b.row(0, panel) + j,
-                                   c.row(i, panel) + j, begin, end, beta);
+                                   c.row(i, panel) + j, begin, end, beta, between);
       }
     }
   }

@@ -153,10 +153,10 @@ inline void copy_rows(Strided const& x, int64_t row, int head, Chunk const& c, i
       continue;
     }
     Bf16 const* const from = token_row<Bf16 const>(x, row, c.begin + i, head);
-    for (int j = 0; j < dim; j += 32) __builtin_prefetch(from + c.size * x.token + j, 0, 2);
     __builtin_memcpy(to, from, dim * sizeof(Bf16));
     if (dim < out.stride) __builtin_memset(to + dim, 0, (out.stride - dim) * sizeof(Bf16));
   }
+  expect_rows<Bf16>(x, row, head, c, c.begin + c.size, 0, dim);
 }
 
 // K^T in both forms. A pair of keys is one 32-bit element, which the transposition of floats moves as it is.
@@ -310,6 +310,7 @@ inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice 
       zero_tiles();
       multiply_tiles(b.q, i, b.state, block, key_dim);
       store_tiles(b.qs.row(i, block));
+      for (int k = 0; k < key_dim; k += kBetween) c.ahead();
     }
   }
   load_rows<Bf16>(p.v, row, head, c, slice.begin, n, b.u);
@@ -325,6 +326,7 @@ inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice 
       zero_tiles();
       multiply_tiles(b.attention, i, b.writes, block, i + kBlock);
       store_tiles(b.y.row(i, block));
+      for (int k = 0; k < key_dim; k += kBetween) c.ahead();
     }
   }
   for (int i = 0; i < c.rows; ++i) factor[i] = p.scale * c.gamma[i] * c.q_norm[i];
@@ -337,6 +339,7 @@ inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice 
     }
   }
   store_rows<Bf16>(b.y, p.o, row, head, c, slice.begin, n);
+  expect_rows<Bf16>(p.o, row, head, c, c.begin + c.size, slice.begin, n);
   for (int i = 0; i < c.rows; ++i) factor[i] = c.delta[i] * c.k_norm[i];
   split_rows(b.u, factor, c.rows, b.writes);
 }
@@ -361,6 +364,7 @@ inline void update_state(AmxBuffers const& b, int k, int panel, float decay, flo
 
 inline void forward_amx(ForwardParams const& p, Span span, int head, ValueSlice slice, AmxBuffers& b) {
   Chunk const& c = b.chunk;
+  c.ahead.spread = true;
   alignas(64) float added[kBlock * kPanel];
   configure_tiles();
   for (int panel = 0; panel < b.s.panels(); ++panel) {
@@ -369,13 +373,13 @@ inline void forward_amx(ForwardParams const& p, Span span, int head, ValueSlice 
   for (int64_t t = span.begin; t < span.end; t += kAmxChunk) {
     int const tokens = static_cast<int>(span.end - t < kAmxChunk ? span.end - t : kAmxChunk);
     prepare_amx_chunk(p, span.row, head, t, tokens, b);
-    expect_rows<Bf16>(p.o, span.row, head, c, slice.begin, slice.end - slice.begin);
     amx_chunk(p, span.row, head, slice, b);
     for (int k = 0; k < b.s.rows; k += kBlock) {  // S' = e^{G_last} S + K^T (delta o U)
       for (int panel = 0; panel < b.s.panels(); ++panel) {
         zero_tiles();
         multiply_tiles(b.k_t, k, b.writes, panel, c.rows);
         store_tiles(added);
+        for (int i = 0; i < b.s.rows; i += kBetween) c.ahead();
         update_state(b, k, panel, c.last_decay, added);
       }
     }

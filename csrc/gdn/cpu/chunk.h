@@ -122,14 +122,14 @@ void prepare_chunk(Inputs const& p, int64_t row, int head, int64_t begin, int to
   transpose(c.k, c.k_t, c.rows);
   prepare_gates(p, row, head, c);
   if (p.delta) {
-    multiply<false, Triangle::kLowerOut>(c.k, c.k_t, c.kk, c.rows, c.k_t.rows, 0.f);
+    multiply<false, Triangle::kLowerOut>(c.k, c.k_t, c.kk, c.rows, c.k_t.rows, 0.f, c.ahead);
     if (!inverse_given) invert(c.kk, c.beta, c.inverse, c.rows);
     hadamard(c.inverse, c.decay, 1.f, c.transfer, c.rows);
   }
   if (!with_queries) return;
   load_rows<T>(p.q, row, qk_head, c, 0, p.key_dim, c.q);
   normalise_rows(c.q, c.q_norm, c.rows, p.qk_l2norm);
-  multiply<false, Triangle::kLowerOut>(c.q, c.k_t, c.qk, c.rows, c.k_t.rows, 0.f);
+  multiply<false, Triangle::kLowerOut>(c.q, c.k_t, c.qk, c.rows, c.k_t.rows, 0.f, c.ahead);
   hadamard(c.qk, c.decay, p.scale, c.attention, c.rows);
 }
 
@@ -140,7 +140,7 @@ void compute_writes(Inputs const& p, int64_t row, int head, Chunk const& c, Pane
                     int n, Panels const& y, Panels const& u) {
   load_rows<T>(p.v, row, head, c, column, n, u);
   if (!p.delta) return scale_rows(u, c.beta, c.rows);
-  multiply<false>(c.k, s, y, c.rows, s.rows, 0.f);
+  multiply<false>(c.k, s, y, c.rows, s.rows, 0.f, c.ahead);
   for (int panel = 0; panel < y.panels(); ++panel) {
     for (int i = 0; i < c.rows; ++i) {
       for (int j = 0; j < kPanel; j += kLanes) {

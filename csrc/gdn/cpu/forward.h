@@ -26,18 +26,19 @@ template <class T>
 void forward_chunks(ForwardParams const& p, Span span, int head, ValueSlice slice, ForwardBuffers& b) {
   Chunk& c = b.chunk;
   int const n = slice.end - slice.begin;
+  c.ahead.spread = true;
   for (int64_t t = span.begin; t < span.end; t += kForwardChunk) {
     int const tokens = static_cast<int>(span.end - t < kForwardChunk ? span.end - t : kForwardChunk);
     prepare_chunk<T>(p, span.row, head, t, tokens, true, false, c);
-    expect_rows<T>(p.o, span.row, head, c, slice.begin, n);
     compute_writes<T>(p, span.row, head, c, b.s, slice.begin, n, b.y, b.u);
     for (int i = 0; i < c.rows; ++i) b.y.data[i] = p.scale * c.gamma[i];
-    multiply<false>(c.q, b.s, b.o, c.rows, b.s.rows, 0.f);
+    multiply<false>(c.q, b.s, b.o, c.rows, b.s.rows, 0.f, c.ahead);
     scale_rows(b.o, b.y.data, c.rows);
-    multiply<false, Triangle::kLowerA>(c.attention, b.u, b.o, c.rows, c.rows, 1.f);
+    multiply<false, Triangle::kLowerA>(c.attention, b.u, b.o, c.rows, c.rows, 1.f, c.ahead);
     store_rows<T>(b.o, p.o, span.row, head, c, slice.begin, n);
+    expect_rows<T>(p.o, span.row, head, c, c.begin + c.size, slice.begin, n);
     scale_rows(b.u, c.delta, c.rows);
-    multiply<true>(c.k, b.u, b.s, b.s.rows, c.rows, c.last_decay);
+    multiply<true>(c.k, b.u, b.s, b.s.rows, c.rows, c.last_decay, c.ahead);
   }
 }
 

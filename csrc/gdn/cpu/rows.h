@@ -36,12 +36,46 @@ struct Arena {
   Panels panels(int rows, int cols) { return {floats(static_cast<int64_t>(rows) * cols), rows, cols}; }
 };
 
+// Lines of rows that will be needed or written, which are too far apart for the hardware to foresee. Fetched
+// all at once they wait for each other; with `spread`, between() of products fetches one at a time.
+struct Ahead {
+  static constexpr int kMost = 8, kLine = 64;
+  struct Rows {
+    char const* next;
+    int64_t stride, bytes;
+    int left;
+  } queue[kMost] = {};
+  int first = 0, count = 0;
+  int64_t at = 0;  // bytes of the first row in the queue that are on their way
+  bool spread = false;
+
+  void add(void const* rows, int64_t stride, int64_t bytes, int n) {
+    if (n == 0 || bytes == 0) return;
+    queue[(first + count++) % kMost] = {static_cast<char const*>(rows), stride, bytes, n};
+    while (count > (spread ? kMost - 1 : 0)) fetch();
+  }
+  void fetch() {
+    Rows& rows = queue[first];
+    __builtin_prefetch(rows.next + at, 0, 2);
+    if ((at += kLine) < rows.bytes) return;
+    at = 0;
+    rows.next += rows.stride;
+    if (--rows.left > 0) return;
+    first = (first + 1) % kMost;
+    --count;
+  }
+  void operator()() {
+    if (count > 0) fetch();
+  }
+};
+
 // The tokens of a chunk.
 struct TokenRows {
   int size;                  // of all chunks but the last
   int64_t begin = 0;         // first token in the batch row
   int tokens = 0, rows = 0;  // valid, and padded with zeros
   int direction = 1;         // the chunks are walked forward (1) or backward (-1)
+  mutable Ahead ahead{};
 };
 
 template <class T>
@@ -85,27 +119,23 @@ void store_row(Panels const& x, int i, int n, T* dst) {
   }
 }
 
-// The chunk's rows of one head, columns [column, column + n); asks for those of the chunk that comes next,
-// whose rows are too far apart for the hardware to foresee.
+// Columns [column, column + n) of as many rows as the chunk has, from token `begin` on, go ahead.
+template <class T>
+void expect_rows(Strided const& x, int64_t row, int head, TokenRows const& c, int64_t begin, int column,
+                 int n) {
+  auto const bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); };
+  c.ahead.add(token_row<T const>(x, row, begin, head) + column, bytes(x.token), bytes(n), c.tokens);
+}
+
+// The chunk's rows of one head, columns [column, column + n); those of the chunk that comes next go ahead.
 template <class T>
 void load_rows(Strided const& x, int64_t row, int head, TokenRows const& c, int column, int n,
                Panels const& out) {
   for (int i = 0; i < c.tokens; ++i) {
-    T const* const src = token_row<T const>(x, row, c.begin + i, head) + column;
-    T const* const next = src + c.direction * c.size * x.token;
-    for (int j = 0; j < n; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(next + j, 0, 2);
-    load_row(src, n, out, i);
+    load_row(token_row<T const>(x, row, c.begin + i, head) + column, n, out, i);
   }
+  expect_rows<T>(x, row, head, c, c.begin + c.direction * c.size, column, n);
   for (int i = c.tokens; i < c.rows; ++i) load_row(static_cast<T const*>(nullptr), 0, out, i);
-}
-
-// Asks for the lines that store_rows will write, early enough to arrive while the chunk is computed.
-template <class T>
-void expect_rows(Strided const& out, int64_t row, int head, TokenRows const& c, int column, int n) {
-  for (int i = 0; i < c.tokens; ++i) {
-    T* const dst = token_row<T>(out, row, c.begin + i, head) + column;
-    for (int j = 0; j < n; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(dst + j, 1, 2);
-  }
 }
 
 template <class T>

@@ -219,10 +219,10 @@ void chunk_backward(BackwardParams const& p, Span span, int head, Kept const& ke
   Panels const &ds = b.s, &z = p.delta ? b.u : b.y, &u = kept.r;
   int const qk_head = head / (p.value_heads / p.heads);
   load_rows<T>(p.dout, span.row, head, c, 0, p.value_dim, b.d_o);
-  expect_rows<T>(p.dv, span.row, head, c, 0, p.value_dim);
-  expect_rows<T>(p.dq, span.row, qk_head, c, 0, p.key_dim);
-  expect_rows<T>(p.dk, span.row, qk_head, c, 0, p.key_dim);
-  expect_rows<float>(p.dg, span.row, head, c, 0, p.key_dim);
+  expect_rows<T>(p.dv, span.row, head, c, c.begin, 0, p.value_dim);
+  expect_rows<T>(p.dq, span.row, qk_head, c, c.begin, 0, p.key_dim);
+  expect_rows<T>(p.dk, span.row, qk_head, c, c.begin, 0, p.key_dim);
+  expect_rows<float>(p.dg, span.row, head, c, c.begin, 0, p.key_dim);
   multiply<false>(c.k_tail, ds, b.y, c.rows, ds.rows, 0.f);
   multiply<true, Triangle::kUpperA>(c.attention, b.d_o, b.y, c.rows, c.rows, 1.f);
   if (p.delta) multiply<true, Triangle::kUpperA>(c.inverse, b.y, z, c.rows, c.rows, 0.f);

@@ -26,7 +26,7 @@ void forward_chunks(ForwardParams const& p, Span span, int head, ValueSlice slic
   for (int64_t t = span.begin; t < span.end; t += kChunk) {
     int const tokens = static_cast<int>(span.end - t < kChunk ? span.end - t : kChunk);
     prepare_chunk<T>(p, span.row, head, t, tokens, true, false, c);
-    expect_rows<T>(p.o, span.row, head, c, slice.begin, n);
+    expect_rows<T>(p.o, span.row, head, c, c.begin, slice.begin, n);
     load_rows<T>(p.v, span.row, head, c, slice.begin, n, b.u);
     if (p.delta) {
       multiply<false>(c.k_head, b.s, b.y, c.rows, b.s.rows, 0.f);
