@@ -231,6 +231,27 @@ def test_the_future_and_other_documents_change_nothing(device, dtype):
         assert torch.equal(a[:, 40:], b[:, 40:])
 
 
+def good_part(B, T, S, topk):
+    """Ascending indices of any ``topk`` keys that a query sees."""
+    return lightning_indexer(torch.randn(B, T, 1, 8), torch.randn(B, S, 8), topk=topk)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 150, 150, 4, 4, 64, 64, 60),
+        (2, 140, 310, 4, 2, 128, 64, 100),
+        (1, 40, 290, 16, 4, 64, 128, 120),
+        (1, 33, 70, 8, 1, 128, 128, 40),
+        (1, 20, 50, 32, 2, 64, 64, 30),
+    ],
+    ids=str,
+)
+def test_selections_of_a_good_part_of_the_keys(shape):
+    B, T, S, HQ, H, D, DV, topk = shape
+    check_against_oracle(inputs(B, T, S, HQ, H, D, DV, BF16), good_part(B, T, S, topk))
+
+
 def test_keys_that_nobody_selects_are_not_read(device):
     x = on(device, inputs(1, 30, 30, 2, 1, 16, 16))
     indices = any_indices(1, 30, 30, 10).to(device)
@@ -239,6 +260,28 @@ def test_keys_that_nobody_selects_are_not_read(device):
     x["k"][:, 3] = torch.nan
     x["v"][:, 3] = torch.inf
     assert torch.equal(dsa_attention(**x, indices=indices), expected)
+
+
+@pytest.mark.parametrize("dtype, D", [(FP32, 16), (BF16, 64)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("broken", ["k", "v", "q", "grad"])
+def test_what_is_not_finite_reaches_only_who_selects_it(dtype, D, broken):
+    x, indices = inputs(1, 30, 30, 2, 1, D, D, dtype), good_part(1, 30, 30, 10)
+    cotangents = {"o": torch.ones_like(x["q"]), "lse": torch.ones(1, 30, 2)}
+    expected = with_gradients(dsa_attention, x, indices, cotangents)
+    (cotangents["o"] if broken == "grad" else x[broken])[:, 12] = torch.nan
+    got = with_gradients(dsa_attention, x, indices, cotangents)
+    hit = (indices[0] == 12).any(1)
+    if broken in ("q", "grad"):
+        hit = torch.arange(30) == 12
+    keys = torch.zeros(31, dtype=torch.bool)
+    keys[indices[0, hit].long().flatten()] = True  # -1 is the last
+    touched = {"dq": hit, "dk": keys[:30], "dv": keys[:30], "o": hit, "lse": hit}
+    reached = {"k": {"o", "lse", "dq", "dk", "dv"}, "q": {"o", "lse", "dq", "dk", "dv"}, "v": {"o", "dq", "dk"},
+               "grad": {"dq", "dk", "dv"}}[broken]  # fmt: skip
+    for name, t in got.items():
+        bad, clean = touched[name], ~touched[name]
+        assert torch.equal(t[0, clean], expected[name][0, clean]), name
+        assert bool(t[0, bad].isnan().any()) == (name in reached), name
 
 
 def test_extreme_logits(device):

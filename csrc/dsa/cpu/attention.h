@@ -94,7 +94,16 @@ struct Selection {
       return;
     }
     int32_t const* const row = p.indices + (document.row * p.tokens + document.query + t) * p.topk;
-    for (int64_t i = 0; i < p.topk; ++i) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + kLanes <= p.topk; i += kLanes) {
+      __m512i const x = _mm512_loadu_si512(row + i);
+      auto const seen = _mm512_cmplt_epu32_mask(x, _mm512_set1_epi32(static_cast<int>(limit)));
+      _mm512_storeu_si512(keys + count, _mm512_maskz_compress_epi32(seen, x));
+      count += __builtin_popcount(seen);
+    }
+#endif
+    for (; i < p.topk; ++i) {
       keys[count] = row[i];
       count += row[i] >= 0 && row[i] < limit;
     }
@@ -273,8 +282,8 @@ inline void add_heads(float const* factors, int64_t stride, Rows<T> const& rows,
 
 // to[keys[j] * row] += sum_h factors[h * stride + j] x[h], j < n; x: kHeads rows of `size` floats, padded.
 template <int kHeads>
-inline void add_outer(float const* factors, int64_t stride, float const* x, int64_t size, int32_t const* keys,
-                      int64_t n, float* to, int64_t row) {
+inline void outer_heads(float const* factors, int64_t stride, float const* x, int64_t size,
+                        int32_t const* keys, int64_t n, float* to, int64_t row) {
   each_vectors<kAccumulators / 4>(size, [&]<int kVecs>(int64_t d) {
     Vec b[kHeads][kVecs];
     for (int h = 0; h < kHeads; ++h) {
@@ -356,6 +365,20 @@ struct RowProducts : BlockHeads {
       });
     });
   }
+
+  // to[s] += sum_r weights[r][i] left[r] for the i-th selected key s; rows of `to` are `size` floats, `rows`
+  // is of the size of the left ones.
+  void add_outer(float const* weights, Heads const& left, int64_t dim, float* rows, float* to,
+                 int64_t size) const {
+    this->template widen_rows<T>(left, dim, rows);
+    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
+      each_heads(G, [&]<int kHeads>(int64_t h) {
+        int64_t const r = query * G + h;
+        outer_heads<kHeads>(weights + r * width + i, width, rows + r * padded(dim), padded(dim),
+                            block.selected[query].keys + i, n, to, size);
+      });
+    });
+  }
 };
 
 template <class T, class Products = RowProducts<T>>
@@ -423,17 +446,9 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   }
   products.add(gradient, p.k, p.dim, dq);
   products.template narrow_rows<T>(dq, p.dim, p.dq);
-  products.template widen_rows<T>(p.q, p.dim, q);
-  products.template widen_rows<T>(p.dout, p.value_dim, dout);
   float* const dk = partial + document.key * (D + DV);
-  block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-    int32_t const* const keys = block.selected[query].keys + i;
-    each_heads(G, [&]<int kHeads>(int64_t h) {
-      int64_t const r = query * G + h, at = r * width + i;
-      add_outer<kHeads>(gradient + at, width, q + r * D, D, keys, n, dk, D + DV);
-      add_outer<kHeads>(probability + at, width, dout + r * DV, DV, keys, n, dk + D, D + DV);
-    });
-  });
+  products.add_outer(gradient, p.q, p.dim, q, dk, D + DV);
+  products.add_outer(probability, p.dout, p.value_dim, dout, dk + D, D + DV);
 }
 
 // dk and dv of key s out of `splits` partials [S, D + DV], added in order.

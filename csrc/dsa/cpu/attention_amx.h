@@ -210,8 +210,8 @@ inline void add_run(float const* weights, int64_t width, int64_t G, Rows<Bf16> c
   }
 }
 
-struct TileProducts : BlockHeads {
-  using BlockHeads::BlockHeads;
+struct TileProducts : RowProducts<Bf16> {
+  using RowProducts::RowProducts;
 
   template <int kLog>
   void score_heads(Heads const& left, Heads const& right, int64_t dim, float scale, float* rows,

@@ -3,7 +3,7 @@
 
 #include "dsa/cpu/attention.h"
 #if defined(__AMX_BF16__)
-#include "dsa/cpu/attention_amx.h"
+#include "dsa/cpu/attention_range_amx.h"
 #endif
 #include "dsa/cpu/indexer.h"
 #include "dsa/cpu/loss.h"
@@ -11,7 +11,7 @@
 namespace lt2::dsa::LT2_ISA {
 
 #if defined(__AMX_BF16__)
-using Bf16Products = TileProducts;
+using Bf16Products = AmxProducts;
 #else
 using Bf16Products = RowProducts<Bf16>;
 static bool fits_tiles(AttentionParams const&) { return false; }

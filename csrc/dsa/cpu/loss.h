@@ -123,15 +123,7 @@ void loss_block(Params const& p, Document const& document, int64_t first, float*
     }
     index.add(x, p.index_k, p.index_dim, q);
     index.template narrow_rows<T>(q, p.index_dim, p.dq);
-    index.template widen_rows<T>(p.index_q, p.index_dim, q);
-    float* const dk = partial + document.key * DI;
-    block.runs(document.keys, [&](int query, int64_t i, int64_t n) {
-      each_heads(HI, [&]<int kHeads>(int64_t h) {
-        int64_t const r = query * HI + h;
-        add_outer<kHeads>(x + r * width + i, width, q + r * DI, DI, block.selected[query].keys + i, n, dk,
-                          DI);
-      });
-    });
+    index.add_outer(x, p.index_q, p.index_dim, q, partial + document.key * DI, DI);
   }
 }
 
