@@ -54,6 +54,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {  # of standard normal noise [B,
 
 
 MAIN = Shape()
+WIDE = Shape(T=4096, H=16, HV=16)
 CPU = [  # (shape, dtype, with gradients, part of --quick)
     (MAIN, F32, False, True),
     (MAIN, F32, True, True),
@@ -61,6 +62,8 @@ CPU = [  # (shape, dtype, with gradients, part of --quick)
     (MAIN, BF16, True, True),
     (Shape(T=512, H=16, HV=16), BF16, False, True),
     (Shape(H=4, HV=4), BF16, False, False),
+    (WIDE, F32, False, False),
+    (WIDE, BF16, False, False),
     (Shape(T=512, H=16, HV=16), F32, True, False),
     (Shape(K=96, V=192), F32, True, False),
     (Shape(K=96, V=192), BF16, True, True),
@@ -104,7 +107,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     chosen = [step[:4] for step in steps if step[4] or not quick]
     decode = [case(B, H, HV, 128, dtype, device) for case in (step_case, layer_case) for B, H, HV, dtype in chosen]
     if not quick or device.type == "cpu":
-        shapes = (MAIN, F32), (MAIN, BF16)
+        shapes = tuple((s, dtype) for s in (MAIN, WIDE)[: 1 if quick else 2] for dtype in (F32, BF16))
         if device.type == "cuda":
             many = [LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096), replace(LONG, B=4)]
             many += [replace(LONG, T=131072), replace(LONG, T=32768, HV=64)]

@@ -14,7 +14,7 @@ from lt2_ext import ops
 from lt2_ext.reference import kda as reference
 
 from . import NAMES, Call, Case, Tensors, generator, oracle, timed
-from .gdn import Shape
+from .gdn import WIDE, Shape
 
 F32, BF16 = torch.float32, torch.bfloat16
 TRAINED = ("q", "k", "v", "g", "beta")
@@ -27,8 +27,10 @@ CPU = [  # (shape, dtype, with gradients, with the delta rule, part of --quick)
     (MAIN, F32, False, False, True),
     (MAIN, BF16, False, False, False),
     (MAIN, BF16, True, False, False),
-    (replace(MAIN, T=4096, H=16, HV=16), F32, False, True, False),
-    (replace(MAIN, T=4096, H=16, HV=16), F32, False, False, False),
+    (WIDE, F32, False, True, False),
+    (WIDE, BF16, False, True, False),
+    (WIDE, F32, False, False, False),
+    (WIDE, BF16, False, False, False),
 ]
 LONG = Shape(T=8192, H=16, HV=16)
 CHECKED = 1024  # tokens of a longer sequence that float64 is run on
