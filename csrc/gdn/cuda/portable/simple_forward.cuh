@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kSimpleThreads, 2)
             *reinterpret_cast<uint4 const*>(stage.v.at(row, value));
       }
     }
-    if (threadIdx.x < kWarp && c + 1 < unit.chunks) prepare(c + 1);
+    if (thread < kWarp && c + 1 < unit.chunks) prepare(c + 1);
   }
   if (whole && p.final_state != nullptr) state.store(p, of_sequence(p.final_state), first_column, lane);
 }
