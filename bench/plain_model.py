@@ -74,6 +74,8 @@ class PlainModel:
 
     def __init__(self, model: LT2, delta_rule: DeltaRule, checkpointed: bool = False) -> None:
         self.model, self.config, self.delta_rule, self.checkpointed = model, model.config, delta_rule, checkpointed
+        reuse = model.config.reuse  # what later loops take from the first
+        self.reused = ["k", "v"] * (reuse.kv == "first") + ["chosen"] * (reuse.index == "share")
 
     def __call__(
         self, ids: Tensor, caches: Iterable[Iterable[Cache]] | None = None, past: int = 0, keep: int = 0
@@ -82,14 +84,17 @@ class PlainModel:
         model, config = self.model, self.config
         if caches is None:
             caches = (({} for _ in model.layers) for _ in range(config.loop_count))
-        h = model.embed_tokens(ids)
+        h, first = model.embed_tokens(ids), [Cache() for _ in model.layers]
         for loop, row in enumerate(caches):
             start = h
-            for block, cache in zip(model.layers, row, strict=True):
+            for block, cache, kept in zip(model.layers, row, first, strict=True):
+                cache |= kept
                 if self.checkpointed:
                     h = checkpoint(lambda h, b=block: self.block(b, h, {}, 0), h, use_reentrant=False)
                 else:
                     h = self.block(block, h, cache, past)
+                if loop == 0:
+                    kept |= {f"first_{name}": cache[name] for name in self.reused if name in cache}
             if model.rho is not None:
                 h = h + model.rho[loop].to(h.dtype) * start
             if config.inter_loop_norm or loop == config.loop_count - 1:
@@ -120,6 +125,8 @@ class PlainModel:
 
     def heads(self, mixer: Attention, x: Tensor, cache: Cache, past: int) -> tuple[Tensor, Tensor, Tensor]:
         q = self.rotate(mixer.q_proj(x).unflatten(-1, (mixer.heads, -1)), past)
+        if "first_k" in cache:
+            return q, cache["first_k"], cache["first_v"]
         k = self.rotate(mixer.k_proj(x).unflatten(-1, (mixer.kv_heads, -1)), past)
         v = mixer.v_proj(x).unflatten(-1, (mixer.kv_heads, -1))
         return q, grow(cache, "k", k), grow(cache, "v", v)
@@ -135,22 +142,12 @@ class PlainModel:
         return self.output(mixer, o.transpose(1, 2), x)
 
     def sparse(self, mixer: SparseAttention, x: Tensor, cache: Cache, past: int) -> Tensor:
-        """Index scores of all keys, the highest of them, attention to what is gathered; of many tokens with a mask."""
+        """Attention to what is gathered; of many tokens with a mask."""
         q, k, v = self.heads(mixer, x, cache, past)
-        index_q = self.rotate(mixer.index_q_proj(x).unflatten(-1, (mixer.index_heads, -1)), past)
-        index_k = grow(cache, "index_k", self.rotate(mixer.index_k_proj(x)[:, :, None], past)[:, :, 0])
-        weights = mixer.index_weights_proj(x) * (mixer.index_heads * mixer.index_dim) ** -0.5
-        scores = torch.zeros((), device=x.device)
-        for j in range(mixer.index_heads):  # heads x T x S does not fit in memory
-            products = torch.einsum("btd,bsd->bts", index_q[:, :, j], index_k).relu()
-            scores = scores + products * weights[:, :, j, None]
-        grouped = mixer.heads != mixer.kv_heads
+        chosen, grouped = self.choose(mixer, x, cache, past), mixer.heads != mixer.kv_heads
         if past == 0:
-            visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril()
-            scores = scores.masked_fill(~visible, -torch.inf)
-        chosen = scores.topk(min(mixer.topk, scores.shape[-1]), dim=-1).indices
-        if past == 0:
-            mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True) & visible
+            visible = torch.ones(2 * x.shape[1:2], dtype=torch.bool, device=x.device).tril()
+            mask = torch.zeros_like(visible).expand(len(x), -1, -1).scatter(-1, chosen, True) & visible
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
         else:
@@ -158,6 +155,23 @@ class PlainModel:
             k, v = (t.gather(1, places.expand(-1, -1, *t.shape[2:])).transpose(1, 2) for t in (k, v))
             o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=grouped)
         return self.output(mixer, o.transpose(1, 2), x)
+
+    def choose(self, mixer: SparseAttention, x: Tensor, cache: Cache, past: int) -> Tensor:
+        """Keys with the highest index scores, of all keys, [B, T, topk]."""
+        if "first_chosen" in cache:
+            return cache["first_chosen"]
+        index_q = self.rotate(mixer.index_q_proj(x).unflatten(-1, (mixer.index_heads, -1)), past)
+        index_k = grow(cache, "index_k", self.rotate(mixer.index_k_proj(x)[:, :, None], past)[:, :, 0])
+        weights = mixer.index_weights_proj(x) * (mixer.index_heads * mixer.index_dim) ** -0.5
+        scores = torch.zeros((), device=x.device)
+        for j in range(mixer.index_heads):  # heads x T x S does not fit in memory
+            products = torch.einsum("btd,bsd->bts", index_q[:, :, j], index_k).relu()
+            scores = scores + products * weights[:, :, j, None]
+        if past == 0:
+            visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril()
+            scores = scores.masked_fill(~visible, -torch.inf)
+        cache["chosen"] = scores.topk(min(mixer.topk, scores.shape[-1]), dim=-1).indices
+        return cache["chosen"]
 
     def gdn(self, mixer: GatedDeltaNet, x: Tensor, cache: Cache, past: int) -> Tensor:
         wide, width = torch.promote_types(x.dtype, torch.float32), mixer.conv_weight.shape[1]

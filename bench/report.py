@@ -13,6 +13,7 @@ from timing import Ceilings, Times
 
 HEADER = ["op", "shape", "ours", "torch", "best peer (version)", "ratio", "% of floor", "error"]
 DETAILS = ["op", "shape", "implementation", "min", "median", "p10..p90", "runs", "/ ours", "% of floor", "error"]
+WHOLE = ["tokens/s", "peak GiB"]  # of whole models
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Result:
     error_of: str = ""
     tolerance: float | None = None
     times: Times | None = None
+    tokens: int = 0  # of a call
+    peak: int = 0  # bytes of the GPU in a call, all that is there included
 
 
 @dataclass
@@ -115,7 +118,9 @@ def main_table(run: Run) -> list[list[str]]:
 
 
 def details_table(run: Run) -> list[list[str]]:
-    rows = []
+    """With its header."""
+    whole = any(r.tokens for r in run.results)
+    rows = [DETAILS + WHOLE * whole]
     for results in run.cases():
         for r in results:
             times = [r.note, "", "", ""]
@@ -123,7 +128,10 @@ def details_table(run: Run) -> list[list[str]]:
                 times = [duration(t.min), duration(t.median), f"{duration(t.p10)}..{duration(t.p90)}", str(t.runs)]
             name = f"{r.name} {r.version}".strip()
             ratio = over(run, r, results[0])
-            rows.append([r.op, r.shape, name, *times, f"{ratio:.2f}" if ratio else "", *quality(run, r)])
+            cells = [r.op, r.shape, name, *times, f"{ratio:.2f}" if ratio else "", *quality(run, r)]
+            seconds = run.seconds(r) if r.tokens else None
+            rates = [f"{r.tokens / seconds:.4g}" if seconds else "", f"{r.peak / 2**30:.1f}" if r.peak else ""]
+            rows.append(cells + rates * whole)
     return rows
 
 
@@ -188,7 +196,7 @@ def plot(run: Run, path: Path) -> str:
 def write(run: Run, directory: Path) -> Path:
     """Render ``<machine>.md`` and ``<machine>.png``; return the path of the former."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{run.machine}.md"
+    path, details = directory / f"{run.machine}.md", details_table(run)
     parts = [
         f"`{run.command}`",
         f"# {run.machine}",
@@ -196,7 +204,7 @@ def write(run: Run, directory: Path) -> Path:
         markdown(HEADER, main_table(run)),
         plot(run, path.with_suffix(".png")),
         "## Every implementation",
-        markdown(DETAILS, details_table(run)),
+        markdown(details[0], details[1:]),
     ]
     path.write_text("\n\n".join(parts) + "\n")
     return path

@@ -97,6 +97,15 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3 / (launches * calls)
 
 
+def peak_bytes(call: Call) -> int:
+    """Most that is allocated on the GPU at a time during a call, by anybody."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 def make_clock(device: torch.device, graph: bool = False) -> CpuClock | CudaClock:
     return CudaClock(graph) if device.type == "cuda" else CpuClock()
 

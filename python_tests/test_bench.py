@@ -58,6 +58,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         loop_state.selected_case(2, 33, 9, 4, 2, 64, F32, CPU),
         model.decode_case("demo", 2, 40, F32, CPU),
         model.decode_case("sparse", 1, 40, BF16, CPU),
+        model.decode_case("sparse-reuse", 2, 40, F32, CPU),
         model.decode_case("demo-full-gdn T=4", 1, 40, F32, CPU),
         model.prefill_case("demo", 20, F32, CPU),
         model.prefill_case("sparse", 20, F32, CPU),

@@ -56,10 +56,10 @@ def test_the_index_loss_is_that_of_its_definition(dense):
     tokens = Tokens(model.config, ids().shape, x.device)
     q, (k, v, _) = block.mixer.project(x, tokens, None, None)
     index = block.mixer.index(x, tokens)
-    topk = ids().shape[1] if dense else 6
-    indices = reference.lightning_indexer(index.q, index.k, index.weights, topk=topk)
+    topk, scale = ids().shape[1] if dense else 6, block.mixer.index_scale
+    indices = reference.lightning_indexer(index.q, index.k, index.weights, topk=topk, scale=scale)
     _, lse = reference.dsa_attention(q, k, v, indices, return_lse=True)
-    want = reference.indexer_loss(index.q, index.k, index.weights, q, k, lse, indices)
+    want = reference.indexer_loss(index.q, index.k, index.weights, q, k, lse, indices, index_scale=scale)
     assert out.index_loss.item() == pytest.approx(want.item(), rel=1e-4)
     with torch.no_grad():
         language = model(ids(), labels=ids())

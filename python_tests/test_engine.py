@@ -47,7 +47,8 @@ class Alone:
 
 @pytest.mark.parametrize(
     "kind, buckets, operations",
-    [("interleaved", None, 2000), ("interleaved", (1, 4, 6), 2000), ("window", (1, 3), 500), ("dsa", None, 300),
+    [pytest.param("interleaved", None, 10_000, marks=pytest.mark.slow),
+     ("interleaved", (1, 4, 6), 1000), ("window", (1, 3), 500), ("dsa", None, 300),
      ("all_first", (1, 2, 4), 300), ("read_and_first", None, 300),
      ("segment_first", (1, 4, 6), 300)],
 )  # fmt: skip

@@ -118,6 +118,21 @@ def test_between_segments_a_snapshot_has_one_matrix(kind, segment):
         assert whole.memory.shape == start.memory.shape
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["segment", "interleaved"])
+@torch.no_grad()
+def test_memory_of_a_gpu_is_that_of_the_arena(kind):
+    """From the state to the end of a text of many segments: nothing of a state is kept elsewhere."""
+    model, x = make(kind, 3).cuda(), ids(4, 40).cuda()
+    model(x[:, :5], state=model.new_state(4, ROOM))  # what libraries take at first
+    before = torch.cuda.memory_allocated()
+    state = model.new_state(4, 1 << 16)
+    assert 0 <= torch.cuda.memory_allocated() - before - state.arena.nbytes < 4096
+    for piece in x.split(3, dim=1):
+        model(piece, state=state)
+    assert torch.cuda.memory_allocated() - before - state.arena.nbytes < 4096
+
+
 @torch.no_grad()
 def test_a_full_state_refuses_and_loses_nothing():
     model = make("interleaved", 2)

@@ -132,10 +132,15 @@ def test_decoding_compiles_once():
 @pytest.mark.parametrize("kind", ["interleaved", "grouped", "window"])
 @torch.no_grad()
 def test_streaming_in_bfloat16(kind):
-    """As near to the same weights in fp32 as a full forward is: the two do not round in the same places."""
-    model, x = make(kind, 2).bfloat16(), ids(2)
-    exact = copy.deepcopy(model).float()(x)
-    assert error(stream(model, x, [12, 3, 1, 11]).float(), exact) < 1.1 * error(model(x).float(), exact)
+    """As near to the same weights in fp32 as a full forward is. The two do not round in the same places, so either may
+    be nearer in one model, but not over several."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for seed in range(10):
+        model, x = make(kind, 2, seed).bfloat16(), ids(2, seed=seed)
+        exact = copy.deepcopy(model).float()(x)
+        outputs = stream(model, x, [12, 3, 1, 11]), model(x)
+        squares += torch.tensor([error(o.float(), exact) ** 2 for o in outputs])
+    assert squares[0] < 1.05**2 * squares[1]
 
 
 @torch.no_grad()

@@ -146,6 +146,11 @@ def test_output(capsys):
     assert "  gdn           1-4         17               1.23 MB     83.6 MB\n" in out
     assert "  full          1-4          4                268 MB     4.29 GB\n" in out
     assert "  one allocation, 4.38 GB a sequence: matrix 80.2 MB, conv 3.34 MB, k 2.15 GB, v 2.15 GB\n" in out
+    assert "segments" not in out
+    assert plan.main(["lt2-1.3b-gdn", "model.state_reuse=gdn:segment:512"]) == 0  # no keys: a quarter of the matrices
+    out = capsys.readouterr().out
+    assert "  one allocation, 212 MB a sequence: matrix 208 MB, conv 4.33 MB\n" in out
+    assert "  a snapshot between segments has 56.2 MB of it: one matrix for all loops\n" in out
 
 
 def test_sources_of_a_plan(tmp_path, monkeypatch, capsys):

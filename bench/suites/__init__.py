@@ -37,6 +37,7 @@ class Case:
     beside_torch: bool = False  # in 16 bits: at most so much worse than plain torch as the table allows, instead
     headline: bool = False  # ours and the peers get every round, whatever it takes
     compared: Callable[[Tensors, Tensors], Tensors] | None = None  # what to check of (inputs, outputs); None: outputs
+    tokens: int = 0  # that a call reads or makes, where that is a model's
     checked: Callable[[], Tensors] | None = None  # smaller inputs for the oracle, where ``inputs`` are too large for it
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lt2_ext.models import LT2, LoopState, LT2Config
-from lt2_ext.models.presets import preset
+from lt2_ext.models.presets import PRESETS, preset
 from lt2_ext.recipes.plan import decode_bytes, forward_flops, train_flops
 
 from . import NAMES, Call, Case, Tensors
@@ -31,7 +32,13 @@ MODELS: dict[str, dict[str, Any]] = {
 # Every output, in fp32: ten operators' worth. In bf16 a hundred blocks round the residual stream until plain torch is
 # off by some percent (of a long recurrence from nothing: by a third); ours is then held against that.
 TOLERANCE = 1e-4
+# For more tokens than a GPU of 80 GB holds without reuse; and what four loops cost beside one.
+REUSED = {"lt2-1.3b-full-gdn": "kv:first", "lt2-1.3b-gdn-dsa": "kv:first,index:share"}
+MODELS["sparse-reuse"] = MODELS["sparse"] | {"state_reuse": "kv:first,index:share"}
+MODELS |= {f"{n} {modes}": PRESETS[n] | {"state_reuse": modes} for n, modes in REUSED.items()}
+MODELS |= {f"{n} T=1": PRESETS[n] | {"loop_count": 1} for n in REUSED}
 CHECKED, CHECKED_SEQUENCE = 96, 24  # tokens of context, and of a sequence, where the outputs are compared
+ROOM = 6 << 30  # bytes of a GPU for weights, and what a step of ours needs beside its state
 STD = 0.1  # of the random memory of a context that nobody read
 
 
@@ -39,15 +46,19 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cpu":
         rows = [("demo", F32), ("100m", F32)] if quick else [("demo", F32), ("100m", F32), ("100m", BF16)]
         return [decode_case(name, 1, 2048, dtype, device) for name, dtype in rows]
-    names = ("lt2-1.3b-full-gdn", "lt2-1.3b-gdn-dsa", "lt2-1.3b-full")
-    shapes = [(1, 8192), (8, 32768)] if quick else [(1, 8192), (1, 32768), (8, 8192), (8, 32768)]
-    fits = {"lt2-1.3b-full": 8 * 8192}  # tokens: 26 GB each 32k
-    steps = {
-        name: [decode_case(name, *s, BF16, device) for s in shapes if s[0] * s[1] <= fits.get(name, 2**20)]
-        for name in names
-    }
-    whole = {n: [prefill_case(n, 8192, BF16, device), train_case(n, 4096, BF16, device)] for n in names[:2]}
-    return [case for name in names for case in steps[name] + whole.get(name, [])]
+    shapes = [(1, 8192), (8, 32768)] if quick else [(1, 8192), (1, 32768), (8, 8192), (8, 32768), (8, 131072)]
+    room = torch.cuda.get_device_properties(device).total_memory - ROOM
+
+    def steps(name: str) -> list[Case]:
+        sketch = meta(name).to(BF16)
+        fit = [(B, context) for B, context in shapes if sketch.new_state(B, context + 1).nbytes < room]
+        return [decode_case(name, B, context, BF16, device) for B, context in fit]
+
+    rows = []
+    for name, modes in REUSED.items():
+        rows += [*steps(name), prefill_case(name, 8192, BF16, device), train_case(name, 4096, BF16, device)]
+        rows += [train_case(f"{name} T=1", 4096, BF16, device), *steps(f"{name} {modes}")[-1:]]
+    return rows + steps("lt2-1.3b-full")
 
 
 # The model and the memory of the case that runs: there is no room for those of two.
@@ -58,10 +69,18 @@ memories: dict[tuple[int, int], LoopState] = {}
 def build(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
     """The cases of a model follow each other."""
     if (name, dtype, device) not in models:
-        models.clear()
-        memories.clear()
+        forget(models, memories)
         models[name, dtype, device] = new_model(name, dtype, device)
     return models[name, dtype, device]
+
+
+def forget(*caches: dict[Any, Any]) -> None:
+    """Give their memory back, or the allocator would put other tensors into a part of it and keep the rest."""
+    for cache in caches:
+        cache.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def new_model(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
@@ -98,6 +117,7 @@ def decode_case(name: str, B: int, context: int, dtype: torch.dtype, device: tor
         dtype=dtype,
         flops=B * forward_flops(sketch, context + 1),
         moved=weights + B * memory,
+        tokens=B,
         inputs=inputs,
         ours=lambda x: step_ours(build(name, dtype, device), x),
         torch=lambda x: step_plain(build(name, dtype, device), x, torch_step),
@@ -121,7 +141,7 @@ def memory(model: LT2, B: int, past: int) -> LoopState:
     """One for all that are timed: it can be half of a GPU."""
     if (B, past) not in memories:
         if past > CHECKED:  # that of the case before
-            memories.clear()
+            forget(memories)
         memories[B, past] = model.new_state(B, past + 1)
         memories[B, past].advance(past)
     return memories[B, past]
@@ -193,7 +213,7 @@ def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) ->
 
     def ours(x: Tensors) -> Call:
         model = build(name, dtype, device)
-        memories.clear()
+        forget(memories)
         state = model.new_state(1, x["ids"].shape[1])
 
         @torch.no_grad()
@@ -213,6 +233,7 @@ def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) ->
         dtype=dtype,
         flops=T * (train_flops(sketch, T) // 3 - head) + head,
         moved=decode_bytes(sketch.to(dtype), T)[0],
+        tokens=T,
         inputs=lambda: sequence_inputs(T, device),
         ours=ours,
         torch=lambda x: plain(x, reference_rule),
@@ -232,7 +253,7 @@ def train_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> C
 
     def ours(x: Tensors) -> Call:
         model = build(name, dtype, device)
-        memories.clear()
+        forget(memories)
         model.gradient_checkpointing = True
 
         def call() -> Tensors:
@@ -263,6 +284,7 @@ def train_case(name: str, T: int, dtype: torch.dtype, device: torch.device) -> C
         dtype=dtype,
         flops=T * train_flops(sketch, T),
         moved=3 * decode_bytes(sketch.to(dtype), T)[0],
+        tokens=T,
         inputs=lambda: sequence_inputs(T, device),
         ours=ours,
         torch=lambda x: plain(x, reference_rule),

@@ -339,6 +339,18 @@ class Tokens:
             self._results[key] = compute()
         return self._results[key]  # type: ignore[return-value]
 
+    def as_float(self, t: Tensor) -> Tensor:
+        """t in fp32, cast once for all loops."""
+        return self.once(("fp32", id(t)), t.float)
+
+    def cast(self, tensors: Sequence[Tensor]) -> None:
+        """What :meth:`as_float` will be asked for: many casts at a time."""
+        narrow = [t for t in tensors if t.dtype != torch.float32]
+        if narrow and not torch.compiler.is_compiling():
+            wide = [torch.empty_like(t, dtype=torch.float32) for t in narrow]
+            torch._foreach_copy_(wide, narrow)
+            self._results |= {("fp32", id(t)): copy for t, copy in zip(narrow, wide, strict=True)}
+
     def of(self, t: Tensor) -> Tensor:
         """The rows of these sequences in t ``[slots, ..]``, a tensor of the state."""
         return t if self.slots is None else t[self.slots]

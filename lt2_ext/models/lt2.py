@@ -255,6 +255,8 @@ class LT2(nn.Module):
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         shared: list[Shared | None] = [None] * len(self.layers)
         losses: list[Tensor] = []
+        if tokens.step:
+            tokens.cast([p for m in self.modules() if isinstance(m, Mixer) for p in m.step_floats()])
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):

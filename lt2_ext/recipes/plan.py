@@ -65,6 +65,8 @@ def plan(name: str, changes: Sequence[str], context: int | None) -> int:
     print(f"  {'all':<50}{in_units(state.nbytes, 'B'):>12}")
     kinds = ", ".join(f"{name} {in_units(nbytes, 'B')}" for name, nbytes in state.kind_nbytes.items())
     print(f"  one allocation, {in_units(state.arena.nbytes, 'B')} a sequence: {kinds}")
+    if state.kept_nbytes < state.arena.nbytes:
+        print(f"  a snapshot between segments has {in_units(state.kept_nbytes, 'B')} of it: one matrix for all loops")
     gigabytes = f"{in_units(BYTES_PER_PARAMETER * total, 'B')} in training (fp32, gradients, AdamW)"
     weights, memory = decode_bytes(model.to(torch.bfloat16), length)
     print(f"a step of decoding moves at least {in_units(weights, 'B')} of weights, which every loop reads,", end=" ")

@@ -81,6 +81,10 @@ class Mixer(nn.Module):
         """The projections of x, if :meth:`step` takes what they give for these tokens."""
         return None
 
+    def step_floats(self) -> list[nn.Parameter]:
+        """What :meth:`step` reads in float32, whatever the dtype of the weights."""
+        return []
+
     def step(
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
     ) -> tuple[Tensor, Shared | None]:

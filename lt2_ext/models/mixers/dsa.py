@@ -33,6 +33,7 @@ class SparseAttention(Attention):
         self.share_selection = config.reuse.index == "share"
         self.reused += ("index_k",) if self.share_selection else ()
         self.index_heads, self.index_dim = config.index_n_heads, config.index_head_dim
+        self.index_scale = (self.index_heads * self.index_dim) ** -0.5
         self.index_q_proj = nn.Linear(d, self.index_heads * self.index_dim, bias=False)
         self.index_k_proj = nn.Linear(d, self.index_dim, bias=False)
         self.index_weights_proj = nn.Linear(d, self.index_heads, bias=False)
@@ -93,7 +94,7 @@ class SparseAttention(Attention):
         q, k = q.unflatten(-1, (self.index_heads, self.index_dim)), k[:, :, None]
         places = tokens.once(("places", cache.shape[1]), lambda: tokens.index % cache.shape[1])
         q = ops.rope_cache_(cache, cache[..., :0], q, k, k[..., :0], cos, sin, places, slots=tokens.slots)
-        return Selection(q, state["index_k"], weights * self.index_heads**-0.5, None)
+        return Selection(q, state["index_k"], weights, None)
 
     def selected(self, selection: Selection, tokens: Tokens, state: State | None) -> Selection:
         """With its indices."""
@@ -113,13 +114,14 @@ class SparseAttention(Attention):
         angles = tokens.rope(self.index_dim)
         q = rotate(self.index_q_proj(x).unflatten(-1, (self.index_heads, self.index_dim)), *angles)
         k = rotate(self.index_k_proj(x)[:, :, None], *angles)[:, :, 0]
-        return Selection(q, k, self.index_weights_proj(x) * self.index_heads**-0.5, None)
+        return Selection(q, k, self.index_weights_proj(x), None)
 
     def select(self, index: Selection, k: Tensor, tokens: Tokens) -> Tensor:
         """int32 ``[B, T, topk]``, out of the index keys k ``[B, S, DI]``; nothing for padding."""
         indices = ops.lightning_indexer(
             *(tokens.pack(t) for t in (index.q, k, index.weights)),
             topk=min(self.topk, tokens.visible),
+            scale=self.index_scale,
             pool=self.pool,
             cu_seqlens=tokens.bounds,
             q_offset=tokens.offset,
@@ -136,6 +138,7 @@ class SparseAttention(Attention):
             pack(k),
             pack(denominators(q, k, tokens) if lse is None else lse),
             None if indices is None else pack(indices),
+            index_scale=self.index_scale,
             cu_seqlens=tokens.bounds,
         )
         if indices is not None or tokens.pads is None:

@@ -71,6 +71,9 @@ class GatedDeltaNet(LinearMixer):
             return None
         return [self.qkv_proj, self.z_proj, self.a_proj, self.b_proj]
 
+    def step_floats(self) -> list[nn.Parameter]:
+        return [self.conv_weight, self.norm_weight]
+
     def decode(
         self, x: Tensor, qkv: Tensor, z: Tensor | None, tokens: Tokens, state: State, shared: Shared | None
     ) -> tuple[Tensor, Shared | None]:
@@ -83,8 +86,7 @@ class GatedDeltaNet(LinearMixer):
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
     ) -> tuple[Tensor, Shared | None]:
         qkv, z, a, b = projected
-        # The op wants fp32: cast once for all loops.
-        conv, norm = tokens.once(("fp32", id(self)), lambda: (self.conv_weight.float(), self.norm_weight.float()))
+        conv, norm = map(tokens.as_float, self.step_floats())
         pools, weights = (state["matrix"], state["conv"]), (conv, self.A_log, self.dt_bias, norm)
         z = z.unflatten(-1, (self.value_heads, self.value_dim))
         o = ops.gdn_decode_fused_(*pools, qkv, z, a, b, *weights, slots=tokens.slots, eps=self.eps)
