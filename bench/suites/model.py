@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from typing import Any
 
@@ -64,12 +65,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 # The model and the memory of the case that runs: there is no room for those of two.
 models: dict[tuple[str, torch.dtype, torch.device], LT2] = {}
 memories: dict[tuple[int, int], LoopState] = {}
+expected: dict[tuple[int, int], Tensors] = {}  # of the oracle, which contexts of all lengths share
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device) -> LT2:
     """The cases of a model follow each other."""
     if (name, dtype, device) not in models:
-        forget(models, memories)
+        forget(models, memories, expected)
         models[name, dtype, device] = new_model(name, dtype, device)
     return models[name, dtype, device]
 
@@ -98,6 +100,7 @@ def in_dtype(model: LT2, dtype: torch.dtype) -> LT2:
     return model if model.embed_tokens.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
+@functools.cache
 def meta(name: str) -> LT2:
     with torch.device("meta"):
         return LT2(LT2Config(**MODELS[name]) if name in MODELS else preset(name))
@@ -108,6 +111,12 @@ def decode_case(name: str, B: int, context: int, dtype: torch.dtype, device: tor
 
     def inputs(context: int = context) -> Tensors:
         return {"ids": torch.arange(B, device=device)[:, None], "past": torch.empty(context, device="meta")}
+
+    def oracle(x: Tensors) -> Tensors:
+        model, key = build(name, dtype, device), (B, len(x["past"]))
+        if key not in expected:
+            expected[key] = step_plain(model, x, torch_step, torch.float64)()
+        return expected[key]
 
     sketch = meta(name)
     weights, memory = decode_bytes(sketch.to(dtype), context)
@@ -122,7 +131,7 @@ def decode_case(name: str, B: int, context: int, dtype: torch.dtype, device: tor
         ours=lambda x: step_ours(build(name, dtype, device), x),
         torch=lambda x: step_plain(build(name, dtype, device), x, torch_step),
         peers={"fla": lambda x: step_plain(build(name, dtype, device), x, fla_rule)},
-        oracle=lambda x: step_plain(build(name, dtype, device), x, torch_step, torch.float64)(),
+        oracle=oracle,
         checked=lambda: inputs(min(CHECKED, context)),
         tolerance=TOLERANCE,
         beside_torch=True,

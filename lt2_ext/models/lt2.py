@@ -154,14 +154,17 @@ class LT2(nn.Module):
     def __init__(self, config: LT2Config) -> None:
         super().__init__()
         self.config, self.schedule = config, config.schedule()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        meta = torch.get_default_device().type == "meta"  # there torch takes seconds to initialise nothing
+        weight = torch.empty(config.vocab_size, config.hidden_size) if meta else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Block(config, layer.mixer) for layer in self.schedule[0])
         shape = (config.loop_count, config.hidden_size)
         self.rho = nn.Parameter(torch.empty(shape)) if config.use_loop_residual else None
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
+        if not meta:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The paper's initialisation: normal, std = hidden_size^-1/2, cut at 3 std; no scaling with depth or loops."""
