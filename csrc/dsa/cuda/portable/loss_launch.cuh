@@ -21,17 +21,6 @@ inline LossParts loss_parts(LossBackwardParams const& p, float* workspace) {
   return parts;
 }
 
-// f(D, DI) as constants, of what gather::takes().
-template <class F>
-Status with_dims(LossParams const& p, F const& f) {
-  auto const with_index = [&](auto dim) {
-    return p.index_dim == 64 ? f(dim, std::integral_constant<int, 64>{})
-                             : f(dim, std::integral_constant<int, 128>{});
-  };
-  return p.dim == 64 ? with_index(std::integral_constant<int, 64>{})
-                     : with_index(std::integral_constant<int, 128>{});
-}
-
 // f(lanes of a group)
 template <class F>
 Status with_lanes(LossParams const& p, F const& f) {

@@ -5,17 +5,6 @@
 
 namespace lt2::dsa::sm90 {
 
-// f(D, DI) as constants.
-template <class F>
-Status with_dims(LossParams const& p, F const& f) {
-  auto const with_index = [&](auto dim) {
-    return p.index_dim == 64 ? f(dim, std::integral_constant<int, 64>{})
-                             : f(dim, std::integral_constant<int, 128>{});
-  };
-  return p.dim == 64 ? with_index(std::integral_constant<int, 64>{})
-                     : with_index(std::integral_constant<int, 128>{});
-}
-
 // Of `tiles` query tiles.
 template <Dtype kDtype, bool kSlopes>
 Status launch_pairs(PairLaunch const& a, int64_t tiles, void* stream) {

@@ -1,6 +1,7 @@
 // One translation unit per element type.
 #pragma once
 
+#include "dsa/cuda/portable/loss_launch.h"
 #include "dsa/cuda/sm90/loss_gradients.cuh"
 
 namespace lt2::dsa::sm90 {

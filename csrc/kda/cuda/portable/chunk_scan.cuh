@@ -432,8 +432,12 @@ __global__ void __launch_bounds__(kGroups * kParts * kWarp, 1)
     uint32_t v[kTokenTiles][2];
     state.load_values(v, &stage.v[0][scan.column], kGroups * kWarpValues + 8);
     float x[kTokenTiles][4] = {}, out[kTokenTiles][4] = {};
-    state.template each_step<T>([&](int k, uint32_t const(&a)[4], auto const&) {
-      if (p.delta) state.multiply(x, a, record.k_in, k);
+    // What long keys erase is as large as what is there: the state as pairs.
+    state.template each_step<T>([&](int k, uint32_t const(&a)[4], uint32_t const(&low)[4]) {
+      if (p.delta) {
+        state.multiply(x, low, record.k_in, k);
+        state.multiply(x, a, record.k_in, k);
+      }
       if constexpr (!kBackward) state.multiply(out, a, record.q_in, k);
     });
     state.template add_parts<!kBackward>(x, out, shared.sums[kParts == 1 ? 0 : group], 1 + group);
