@@ -43,7 +43,7 @@ class _CrossEntropy(torch.autograd.Function):
                 p -= p.amax(dim=1, keepdim=True)
                 own = p.gather(1, target)
                 total = p.exp_().sum(dim=1, keepdim=True)
-                loss += ((total.log() - own) * part).sum()
+                loss = loss + ((total.log() - own) * part).sum()  # in place torch 2.11 compiles it to no gradient
                 if need_h or need_weight:
                     p *= part / total
                     dlogits = p.scatter_add_(1, target, -part).to(dtype)
