@@ -682,9 +682,12 @@ def test_compiles_into_one_graph_also(case):
 def test_meta_models_give_shapes(mixer):
     with torch.device("meta"):
         model = LT2(LT2Config(**SIZES | {"layer_pattern": mixer}))
-        logits = model(torch.zeros(2, 13, dtype=torch.int64))
+        x = torch.zeros(2, 13, dtype=torch.int64)
+        loss, logits, _ = model(x, labels=x, logits_to_keep=0)
+    loss.backward()
     assert logits.is_meta
     assert logits.shape == (2, 13, VOCAB)
+    assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ def cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> Tensor:
-        device = h.device.type
+        device = "cpu" if h.is_meta else h.device.type  # autocast knows no meta
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         exact = torch.promote_types(dtype, torch.float32)
         need_h, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
