@@ -87,6 +87,19 @@ def test_shapes(dtype, device):
     assert linear_step(**x | {"x": x["x"][:0]})[0].shape == (0, 40)
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_outputs_in_float32_are_those_that_are_rounded_else(rows, dtype, device):
+    for K in (72, 20000):
+        x = inputs(rows, K, (33, 5, 16), dtype, dtype=dtype, device=device)
+        rounded = linear_step(**x)
+        for floats in (1, 3):
+            outputs = linear_step(**x, floats=floats)
+            assert [o.dtype for o in outputs] == [dtype] * (3 - floats) + [FP32] * floats
+            assert all(torch.equal(a.to(dtype), b) for a, b in zip(outputs, rounded, strict=True))
+            if dtype != FP32:
+                assert not torch.equal(outputs[-1], rounded[-1].float())
+
+
 def test_a_row_does_not_depend_on_the_others(dtype, device):
     """Also when they are NaN."""
     for K in (72, 2048):
@@ -96,6 +109,15 @@ def test_a_row_does_not_depend_on_the_others(dtype, device):
         (out,) = linear_step(**x)
         assert torch.equal(out[::2], expected[::2])
         assert out[1::2].isnan().all()
+
+
+def test_a_row_does_not_depend_on_how_many_there_are(dtype, device):
+    for K in (72, 3072, 5632):
+        x = inputs(16, K, (300,), dtype, residual=True, dtype=dtype, device=device)
+        (expected,) = linear_step(**x)
+        for rows in (1, 2, 4, 5, 8, 9):
+            (out,) = linear_step(**x | {"x": x["x"][:rows], "residual": x["residual"][:rows]})
+            assert torch.equal(out, expected[:rows]), (K, rows)
 
 
 def test_threads_change_no_bit(threads):
@@ -122,19 +144,19 @@ def test_weights_written_just_before():
 
 @pytest.mark.cuda
 def test_a_chain_in_a_graph():
-    """Each call reads what the one before it wrote, with launches that overlap."""
+    """Each call reads what the two before it wrote, with launches that overlap."""
     layers = [inputs(4, 1024, (1024,), BF16, residual=True, device="cuda") for _ in range(20)]
 
-    def run(h):
+    def run(h, settled=True, after=lambda: None):
+        before = h
         for layer in layers:
-            (h,) = linear_step(**layer | {"x": h, "residual": h}, settled=True)
+            (out,) = linear_step(**layer | {"x": h, "residual": before}, settled=settled)
+            before, h = h, out
+            after()
         return h
 
     h = torch.randn(4, 1024, device="cuda").to(BF16)
-    expected = h.clone()
-    for layer in layers:
-        (expected,) = linear_step(**layer | {"x": expected, "residual": expected})
-        torch.cuda.synchronize()
+    expected = run(h, False, torch.cuda.synchronize)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(h)
@@ -163,6 +185,8 @@ def test_is_inference_only():
         ({"swiglu": True}, "weights must be 2 tensors, got 1"),
         ({"norm_weight": torch.zeros(7)}, r"norm_weight must have shape \[K\] = \[72\], got \[7\]"),
         ({"norm_weight": torch.zeros(72, dtype=torch.float64)}, "norm_weight must be float32 or have the dtype of x"),
+        ({"floats": 2}, r"floats must be in 0\.\.1, got 2"),
+        ({"floats": 1, "residual": torch.zeros(3, 40, dtype=BF16)}, "residual must be None with .* float32 outputs"),
         ({"residual": torch.zeros(3, 7, dtype=BF16)}, r"residual must have the shape of the output \[3, 40\], got"),
     ],
 )

@@ -241,11 +241,11 @@ def rope_cache() -> list[dict[str, Any]]:
 
 
 def linear_step() -> list[dict[str, Any]]:
-    absent = {"norm_weight": None, "residual": None, "eps": 1e-5, "swiglu": False, "settled": False}
+    absent = {"norm_weight": None, "residual": None, "eps": 1e-5, "swiglu": False, "settled": False, "floats": 1}
     plain = {"x": torch.randn(2, 1, 24).to(BF16), "weights": [torch.randn(n, 24).to(BF16) for n in (5, 32)]} | absent
     full = {"x": torch.randn(1, 3, 24).to(BF16), "weights": [torch.randn(20, 24).to(BF16) for _ in range(2)]}
     return [plain, full | {"norm_weight": torch.randn(24), "residual": torch.randn(1, 3, 20).to(BF16), "eps": 1e-5,
-                           "swiglu": True, "settled": True}]  # fmt: skip
+                           "swiglu": True, "settled": True, "floats": 0}]  # fmt: skip
 
 
 def decode_attention() -> list[dict[str, Any]]:

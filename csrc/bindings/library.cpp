@@ -79,7 +79,7 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "Tensor sin, Tensor places, Tensor? slots) -> Tensor");
   m.def(
       "linear_step(Tensor x, Tensor[] weights, Tensor? norm_weight, Tensor? residual, float eps, "
-      "bool swiglu, bool settled) -> Tensor[]");
+      "bool swiglu, bool settled, int floats) -> Tensor[]");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");

@@ -12,7 +12,7 @@ using namespace block_ops;
 
 std::vector<Tensor> linear_step(Tensor const& x_any, std::vector<Tensor> const& weights,
                                 OptionalTensor const& norm, OptionalTensor const& added, double eps,
-                                bool swiglu, bool settled) {
+                                bool swiglu, bool settled, int64_t floats) {
   STD_TORCH_CHECK(x_any.dim() >= 1, OP ": x must have shape [.., K], got ", shape_string(x_any));
   LT2_CHECK_ACTIVATION(OP, x_any, "x");
   Tensor const x = torch::stable::contiguous(x_any);
@@ -23,6 +23,9 @@ std::vector<Tensor> linear_step(Tensor const& x_any, std::vector<Tensor> const& 
   size_t const most = swiglu ? 2 : kMostLinears;
   STD_TORCH_CHECK(weights.size() >= (swiglu ? 2 : 1) && weights.size() <= most, OP ": weights must be ",
                   swiglu ? "2" : "1 to 8", " tensors, got ", weights.size());
+  int64_t const most_floats = swiglu ? 0 : static_cast<int64_t>(weights.size());
+  STD_TORCH_CHECK(floats >= 0 && floats <= most_floats, OP ": floats must be in 0..", most_floats, ", got ",
+                  floats);
   LinearStepParams p{};
   p.dtype = kernel_dtype(x);
   p.rows = static_cast<int>(rows);
@@ -44,7 +47,7 @@ std::vector<Tensor> linear_step(Tensor const& x_any, std::vector<Tensor> const& 
     STD_TORCH_CHECK(weight.device() == x.device(), OP ": weights[", i, "] and x must be on one device");
     STD_TORCH_CHECK(weight.is_contiguous(), OP ": weights[", i, "] must be contiguous, got shape ",
                     shape_string(weight));
-    p.parts[i] = {weight.const_data_ptr(), nullptr, static_cast<int>(weight.size(0))};
+    p.parts[i] = {weight.const_data_ptr(), nullptr, static_cast<int>(weight.size(0)), false};
     if (swiglu && i == 1) {
       STD_TORCH_CHECK(weight.size(0) == p.parts[0].outputs,
                       OP ": weights[1] must have the shape of weights[0] ", shape_string(weights[0]),
@@ -52,7 +55,8 @@ std::vector<Tensor> linear_step(Tensor const& x_any, std::vector<Tensor> const& 
       continue;
     }
     shape.back() = weight.size(0);
-    outputs.push_back(torch::stable::new_empty(x, shape));
+    p.parts[i].float_out = i >= p.count - floats;
+    outputs.push_back(torch::stable::new_empty(x, shape, p.parts[i].float_out ? ScalarType::Float : dtype));
     p.parts[i].out = outputs.back().mutable_data_ptr();
   }
   if (norm) {
@@ -68,7 +72,8 @@ std::vector<Tensor> linear_step(Tensor const& x_any, std::vector<Tensor> const& 
   }
   Tensor const residual = added ? torch::stable::contiguous(*added) : x;
   if (added) {
-    STD_TORCH_CHECK(outputs.size() == 1, OP ": residual must be None with several outputs, got ",
+    STD_TORCH_CHECK(outputs.size() == 1 && floats == 0,
+                    OP ": residual must be None with several or float32 outputs, got ",
                     shape_string(residual));
     bool same = residual.dim() == x.dim();
     for (int64_t i = 0; same && i < x.dim(); ++i) same = residual.size(i) == shape[i];

@@ -60,6 +60,7 @@ struct LinearStepParams {
     void const* weight;  // [outputs, channels]
     void* out;           // [rows, outputs]
     int outputs;
+    bool float_out;  // else of dtype
   };
   Dtype dtype;
   int rows, channels, count;
@@ -69,7 +70,7 @@ struct LinearStepParams {
   void const* residual;     // [rows, outputs] or null; of one output
   float eps;
   bool float_norm_weight, swiglu;
-  bool settled;  // no kernel that still runs writes weights
+  bool settled;  // no kernel that still runs writes weights or residual
 };
 
 // [B, t, H, D], a cache [slots, S, H, D], with a contiguous last axis; strides in elements.

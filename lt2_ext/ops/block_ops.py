@@ -103,6 +103,7 @@ def linear_step(
     eps: float = 1e-6,
     swiglu: bool = False,
     settled: bool = False,
+    floats: int = 0,
 ) -> list[Tensor]:
     """``x W^T`` for a few rows and each of some weights that share them, which are read once: the projections of a
     decode step, with what comes before and after them.
@@ -118,27 +119,33 @@ def linear_step(
         residual: ``[.., N]`` in the dtype of x, added to the only output.
         eps: added to the mean square by the norm.
         swiglu: of two weights of one shape the output is ``silu(x W_0^T) * (x W_1^T)``.
-        settled: the operation right before this one on its stream did not write the weights: on CUDA they are then read
-            while it still runs.
+        settled: the operation right before this one on its stream wrote neither the weights nor the residual: on CUDA
+            they are then read while it still runs.
+        floats: the last so many outputs are float32, not rounded; 0 with swiglu or a residual.
 
     Returns:
-        For each weight ``[.., N]`` in the dtype of x; with swiglu one.
+        For each weight ``[.., N]`` in the dtype of x, or float32; with swiglu one.
 
     Raises:
         RuntimeError: a wrong shape, dtype or number of rows; inputs that require a gradient.
     """
     inference_only("linear_step", x, *weights, norm_weight, residual)
-    return run(_linear_step, x, weights, norm_weight, residual, eps, swiglu, settled)
+    return run(_linear_step, x, weights, norm_weight, residual, eps, swiglu, settled, floats)
 
 
 fake("swiglu_fwd")(lambda gate, up: gate.new_empty(gate.shape))
 fake("swiglu_bwd")(lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
-fake("linear_step")(
-    lambda x, weights, norm_weight, residual, eps, swiglu, settled: [
-        x.new_empty((*x.shape[:-1], w.shape[0])) for w in (weights[:1] if swiglu else weights)
-    ]
-)
 fake("rope_cache_")(lambda k_cache, v_cache, q, *_: q.new_empty(q.shape))
+
+
+@fake("linear_step")
+def _(
+    x: Tensor, weights: list[Tensor], norm_weight: Tensor | None, residual: Tensor | None, eps: float, swiglu: bool,
+    settled: bool, floats: int,
+) -> list[Tensor]:  # fmt: skip
+    outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in (weights[:1] if swiglu else weights)]
+    kept = len(outputs) - floats
+    return [o if i < kept else torch.empty_like(o, dtype=torch.float32) for i, o in enumerate(outputs)]
 
 
 @fake("gated_rmsnorm_fwd")

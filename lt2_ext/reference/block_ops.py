@@ -28,6 +28,7 @@ def linear_step(
     eps: float = 1e-6,
     swiglu: bool = False,
     settled: bool = False,
+    floats: int = 0,
 ) -> list[Tensor]:
     """As :func:`lt2_ext.ops.linear_step`."""
     if norm_weight is not None:
@@ -35,7 +36,10 @@ def linear_step(
     outputs = [F.linear(x, w) for w in weights]
     if swiglu:
         outputs = [F.silu(outputs[0]) * outputs[1]]
-    return outputs if residual is None else [outputs[0] + residual]
+    if residual is not None:
+        return [outputs[0] + residual]
+    kept = len(outputs) - floats
+    return [o if i < kept or o.dtype == torch.float64 else o.float() for i, o in enumerate(outputs)]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

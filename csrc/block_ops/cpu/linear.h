@@ -86,7 +86,11 @@ void linear_outputs(LinearStepParams const& p, float const* x, int i, int begin,
         float out = y[r][m];
         if (p.swiglu) out *= ::lt2::LT2_ISA::sigmoid(out) * y[step + r][m];
         if (p.residual != nullptr) out += to_float(static_cast<T const*>(p.residual)[at]);
-        store_one(static_cast<T*>(part.out) + at, out);
+        if (part.float_out) {
+          static_cast<float*>(part.out)[at] = out;
+        } else {
+          store_one(static_cast<T*>(part.out) + at, out);
+        }
       }
     }
   }

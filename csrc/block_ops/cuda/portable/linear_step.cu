@@ -1,9 +1,11 @@
 // y = x W^T for a few rows x, bound by reading W once.
 //
-// A tile is 16 rows of W, or 8 of the gate's and 8 of the up projection's. The warps of a block share its
-// channels: warp w has piece w, w + kWarps, .. of kPiece channels. Rows of W are the A operand of the tensor
-// cores and rows of x the B operand. Which channel stands where in a product does not matter as long as both
-// agree, so a lane loads 16 adjacent bytes of its row of W, and of its row of x, for two products.
+// A tile is 16 rows of W, or 8 of the gate's and 8 of the up projection's; a narrow tile is 8 rows, which
+// have two pieces of channels at a time instead, so that a small W is on two blocks of every multiprocessor.
+// The warps of a block share its channels: warp w has piece w, w + kWarps, .. of kPiece channels, and adds
+// their products in this order whatever the tile. Rows of W are the A operand of the tensor cores and rows of
+// x the B operand. Which channel stands where in a product does not matter as long as both agree, so a lane
+// loads 16 adjacent bytes of its row of W, and of its row of x, for two products.
 #include <algorithm>
 
 #include "block_ops/cuda/portable/rows.cuh"
@@ -19,7 +21,8 @@ constexpr int kStages = 2;    // pieces on their way to a warp
 constexpr int kSkew = 32;     // elements after each row of x: two rows have no bank in common
 constexpr int kResident = 2;  // blocks on a multiprocessor
 constexpr int kMostShared = 132 << 10;
-constexpr int kSumRows = 8;  // rows of x in one product
+constexpr int kSumRows = 8;     // rows of x in one product
+constexpr int kNarrowRows = 4;  // most rows of x with narrow tiles: more blocks have more of x to prepare
 
 struct Tiles {
   int count, of[kMostLinears];  // in all, and of each weight
@@ -49,8 +52,14 @@ __device__ __forceinline__ uint4 read_once(void const* p, uint64_t policy) {
 struct Place {
   int part, second_part, first, second, rows, second_rows;
 
-  __device__ Place(LinearStepParams const& p, Tiles const& tiles, int tile) {
+  __device__ Place(LinearStepParams const& p, Tiles const& tiles, int tile, bool narrow) {
     part = 0, second_part = 1;
+    if (narrow) {
+      first = second = tile * kHalf;
+      rows = second_rows = min(kHalf, p.parts[0].outputs - first);
+      second_part = 0;
+      return;
+    }
     if (p.swiglu) {
       first = second = tile * kHalf;
       rows = second_rows = min(kHalf, p.parts[0].outputs - first);
@@ -127,43 +136,59 @@ __device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm,
 }
 
 // kGroups: of kSumRows rows of x.
-template <class T, int kGroups>
+template <class T, int kGroups, bool kNarrow>
 __global__ void __launch_bounds__(kThreads, kResident)
     linear_step_tiles(__grid_constant__ LinearStepParams const p, __grid_constant__ Tiles const tiles) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kGroups>*>(memory);
   T* const x = reinterpret_cast<T*>(&shared + 1);
   constexpr int kRows = kGroups * kSumRows;
+  constexpr int kApart = kWarps * kPiece;   // between a warp's pieces
+  constexpr int kPieces = kNarrow ? 2 : 1;  // of them at a time
   int const blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   int const begin = static_cast<int>(int64_t{tiles.count} * block / blocks),
             end = static_cast<int>(int64_t{tiles.count} * (block + 1) / blocks);
   int const channels = p.channels, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   uint64_t const policy = read_once_policy();
-  int const per_tile = (channels + kWarps * kPiece - 1) / (kWarps * kPiece);
+  int const per_tile = (channels + kPieces * kApart - 1) / (kPieces * kApart);
   int const steps = (end - begin) * per_tile, row = lane / 4, own = 8 * (lane % 4);
-  uint4 weights[kStages][2][2];  // of a piece: halves of the tile, halves of the channels
+  uint4 weights[kStages][2][2];  // of a piece: halves of the tile (narrow: pieces), halves of the channels
   T const* rows[2];
   int next_tile = begin, next_piece = 0;
   auto const load = [&](uint4(&w)[2][2]) {
     if (next_piece == 0) {
-      Place const place(p, tiles, next_tile);
+      Place const place(p, tiles, next_tile, kNarrow);
       // Beyond the last row the last one again; its results are not written.
       rows[0] = weight_row<T>(p, place.part, place.first + min(row, place.rows - 1));
       rows[1] = place.second_rows <= 0
                     ? rows[0]
                     : weight_row<T>(p, place.second_part, place.second + min(row, place.second_rows - 1));
     }
-    int const c = (next_piece * kWarps + warp) * kPiece + own;
+    int const begin = kPieces * next_piece * kApart + warp * kPiece + own;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        w[r][h] = c + 32 * h < channels ? read_once(rows[r] + c + 32 * h, policy) : uint4{};
+        int const c = begin + 32 * h + (kNarrow ? kApart * r : 0);
+        w[r][h] = c < channels ? read_once(rows[kNarrow ? 0 : r] + c, policy) : uint4{};
       }
     }
     if (++next_piece == per_tile) next_piece = 0, ++next_tile;
   };
+  // Of the sums of a tile a thread has one of row `own_row` of W; the residual there is on its way early.
+  int const own_row = threadIdx.x / kRows, own_column = threadIdx.x % kRows;
+  bool const has_sum = own_column < p.rows && own_row < (kNarrow || p.swiglu ? kHalf : kTile);
+  float residual = 0.f;
+  auto const load_residual = [&](int tile) {
+    if (p.residual == nullptr || !has_sum || tile >= end) return;
+    Place const place(p, tiles, tile, kNarrow);
+    int const output = place.first + own_row;
+    if (output < p.parts[0].outputs)
+      residual =
+          to_float(static_cast<T const*>(p.residual)[int64_t{own_column} * p.parts[0].outputs + output]);
+  };
   if (!p.settled) wait_for_previous_kernel();
+  load_residual(begin);
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
     if (s < steps) load(weights[s]);
@@ -193,39 +218,48 @@ __global__ void __launch_bounds__(kThreads, kResident)
       for (int w = 0; w < kWarps; ++w) t += partial[w][r][m];
       return t;
     };
-    int const r = threadIdx.x / kRows, m = threadIdx.x % kRows;
-    if (m < p.rows && r < (p.swiglu ? kHalf : kTile)) {
-      Place const place(p, tiles, tile);
+    int const r = own_row, m = own_column;
+    if (has_sum) {
+      Place const place(p, tiles, tile, kNarrow);
       LinearStepParams::Part const& part = p.parts[place.part];
       int const output = place.first + r;
       if (output < part.outputs) {
         int64_t const at = int64_t{m} * part.outputs + output;
         float y = total(r, m);
         if (p.swiglu) y *= fast_sigmoid(y) * total(r + kHalf, m);
-        if (p.residual != nullptr) y += to_float(static_cast<T const*>(p.residual)[at]);
-        static_cast<T*>(part.out)[at] = from_float<T>(y);
+        if (p.residual != nullptr) y += residual;
+        if (part.float_out) {
+          static_cast<float*>(part.out)[at] = y;
+        } else {
+          static_cast<T*>(part.out)[at] = from_float<T>(y);
+        }
       }
     }
     piece = 0;
-    ++tile;
+    load_residual(++tile);
   };
   for (int first = 0; first < steps; first += kStages) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
       if (first + s >= steps) break;
-      int const c = (piece * kWarps + warp) * kPiece + own;
+      int const c = kPieces * piece * kApart + warp * kPiece + own;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         int const m = g * kSumRows + row;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        auto const multiply = [&](uint4 const& upper, uint4 const& lower, int at) {
           uint4 b{};
-          if (m < p.rows && c + 32 * h < channels) {
-            b = *reinterpret_cast<uint4 const*>(x + m * (channels + kSkew) + c + 32 * h);
+          if (m < p.rows && at < channels) {
+            b = *reinterpret_cast<uint4 const*>(x + m * (channels + kSkew) + at);
           }
-          uint4 const &upper = weights[s][0][h], &lower = weights[s][1][h];
           mma<T>(sums[g], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
           mma<T>(sums[g], {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
+        };
+#pragma unroll
+        for (int r = 0; r < kPieces; ++r) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            multiply(weights[s][r][h], kNarrow ? uint4{} : weights[s][1][h], c + kApart * r + 32 * h);
+          }
         }
       }
       if (first + s + kStages < steps) load(weights[s]);
@@ -258,9 +292,10 @@ Status linear_step(LinearStepParams const& p, void* stream) {
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  bool const narrow = p.count == 1 && p.rows <= kNarrowRows && p.parts[0].outputs <= kTile * multiprocessors;
   Tiles tiles{};
   for (int i = 0; i < (p.swiglu ? 1 : p.count); ++i) {
-    int const side = p.swiglu ? kHalf : kTile;
+    int const side = p.swiglu || narrow ? kHalf : kTile;
     tiles.of[i] = (p.parts[i].outputs + side - 1) / side;
     tiles.count += tiles.of[i];
   }
@@ -274,8 +309,8 @@ Status linear_step(LinearStepParams const& p, void* stream) {
     int const resident = kResident * used <= kMostShared ? kResident : 1;
     int const carveout = std::min(100, (100 * resident * used + all_shared - 1) / all_shared);
     auto const blocks = static_cast<unsigned>(std::min(tiles.count, resident * multiprocessors));
-    return launch_overlapped_carved(linear_step_tiles<T, kGroups>, dim3(blocks), kThreads, bytes, 1, carveout,
-                                    stream, some, tiles);
+    auto* const kernel = narrow ? linear_step_tiles<T, kGroups, true> : linear_step_tiles<T, kGroups, false>;
+    return launch_overlapped_carved(kernel, dim3(blocks), kThreads, bytes, 1, carveout, stream, some, tiles);
   };
   // As many rows at a time as shared memory takes.
   int const fit = (most_shared - shared_bytes<2>(p, 0)) / ((p.channels + kSkew) * 2);
@@ -289,7 +324,8 @@ Status linear_step(LinearStepParams const& p, void* stream) {
     };
     skip(some.x, p.channels);
     skip(some.residual, p.parts[0].outputs);
-    for (int i = 0; i < p.count; ++i) skip(some.parts[i].out, p.parts[i].outputs);
+    for (int i = 0; i < p.count; ++i)
+      skip(some.parts[i].out, p.parts[i].outputs * (p.parts[i].float_out ? 2 : 1));
     auto const with = [&](auto element) {
       return some.rows <= kSumRows ? run(element, std::integral_constant<int, 1>{}, some)
                                    : run(element, std::integral_constant<int, 2>{}, some);
