@@ -37,6 +37,7 @@ from .loss import cross_entropy
 from .mixers import MIXERS, Mixer, Shared, State
 from .sampling import check_options
 from .segments import run_segments
+from .step import step, step_weights
 
 
 class LT2Output(NamedTuple):
@@ -91,51 +92,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Shared | None]:
         if tokens.step and state is not None and h.dtype == self.mixer_norm.weight.dtype:
             key = id(self), window, shared is None
-            weights = tokens.once(key, lambda: self.step_weights(h, tokens, state, shared))
+            weights = tokens.once(key, lambda: step_weights(self, h, tokens, state, shared))
             if weights is not None:
-                return self.step(h, tokens, window, state, shared, weights)
+                return step(self, weights, h, tokens, window, state, shared)
         y, shared = self.mixer(tokens.clear_pads(self.mixer_norm(h)), tokens, window, state, shared)
         h, normed = ops.add_rmsnorm(self.mixer_post_norm(y), h, self.mlp_norm.weight, self.eps)
         return h + self.mlp_post_norm(self.mlp(normed)), shared
-
-    def step_weights(
-        self, h: Tensor, tokens: Tokens, state: State, shared: Shared | None
-    ) -> list[list[Tensor]] | None:
-        """Of the mixer's projections, its output, gate and up, down, if :meth:`step` can do without the modules."""
-        wide = h.is_cuda and (h.element_size() > 2 or self.hidden_size % 8 or self.mlp.down_proj.in_features % 8)
-        mlp, layers = self.mlp, self.mixer.step_layers(tokens, state, shared)
-        if layers is None or wide or self.sandwich or torch.is_autocast_enabled(h.device.type):
-            return None
-        last = self.mixer.get_submodule("o_proj")
-        groups: list[list[nn.Module]] = [layers, [last], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-        weights: list[list[Tensor]] = []
-        for group in groups:
-            weights.append([])
-            for m in group:
-                if type(m) is not nn.Linear or m.bias is not None or m._forward_hooks or m._forward_pre_hooks:
-                    return None
-                if m.weight.dtype != h.dtype or not m.weight.is_contiguous():
-                    return None
-                weights[-1].append(m.weight)
-        return weights
-
-    def step(
-        self,
-        h: Tensor,
-        tokens: Tokens,
-        window: int | None,
-        state: State,
-        shared: Shared | None,
-        weights: list[list[Tensor]],
-    ) -> tuple[Tensor, Shared | None]:
-        """:meth:`forward` for a few rows, each projection with what is before and after it in one operator."""
-        first, output, up, down = weights
-        projected = ops.linear_step(h, first, norm_weight=self.mixer_norm.weight, eps=self.eps, settled=True)
-        o, shared = self.mixer.step(projected, tokens, window, state, shared)
-        (h,) = ops.linear_step(o, output, residual=h, settled=True)
-        (x,) = ops.linear_step(h, up, norm_weight=self.mlp_norm.weight, eps=self.eps, swiglu=True, settled=True)
-        (h,) = ops.linear_step(x, down, residual=h, settled=True)
-        return h, shared
 
 
 class LT2(nn.Module):

@@ -60,10 +60,12 @@ class Mixer(nn.Module):
     ``window`` is how many tokens a token sees, itself included; None is all of its past, and the only value for mixers
     other than attention. It belongs to the (loop, layer), not to the weights.
 
-    ``reused`` names what of its state only the first loop has, because later loops read it there.
+    ``reused`` names what of its state only the first loop has, because later loops read it there; ``float_layers`` the
+    last of :meth:`step_layers`, whose results :meth:`step` takes in float32.
     """
 
     reused: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
 
     def __init__(self, config: LT2Config) -> None:
         super().__init__()

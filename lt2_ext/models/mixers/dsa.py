@@ -27,6 +27,8 @@ class SparseAttention(Attention):
     detached, and a selection has no gradient.
     """
 
+    float_layers = ("index_weights_proj",)
+
     def __init__(self, config: LT2Config) -> None:
         super().__init__(config)
         d, self.topk, self.pool = config.hidden_size, config.index_topk, config.index_pool or None
