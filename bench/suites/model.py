@@ -38,6 +38,7 @@ REUSED = {"lt2-1.3b-full-gdn": "kv:first", "lt2-1.3b-gdn-dsa": "kv:first,index:s
 MODELS["sparse-reuse"] = MODELS["sparse"] | {"state_reuse": "kv:first,index:share"}
 MODELS |= {f"{n} {modes}": PRESETS[n] | {"state_reuse": modes} for n, modes in REUSED.items()}
 MODELS |= {f"{n} T=1": PRESETS[n] | {"loop_count": 1} for n in REUSED}
+MODELS["lt2-1.3b-full kv:first"] = PRESETS["lt2-1.3b-full"] | {"state_reuse": "kv:first"}
 CHECKED, CHECKED_SEQUENCE = 96, 24  # tokens of context, and of a sequence, where the outputs are compared
 ROOM = 6 << 30  # bytes of a GPU for weights, and what a step of ours needs beside its state
 STD = 0.1  # of the random memory of a context that nobody read
@@ -59,7 +60,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     for name, modes in REUSED.items():
         rows += [*steps(name), prefill_case(name, 8192, BF16, device), train_case(name, 4096, BF16, device)]
         rows += [train_case(f"{name} T=1", 4096, BF16, device), *steps(f"{name} {modes}")[-1:]]
-    return rows + steps("lt2-1.3b-full")
+    return [*rows, *steps("lt2-1.3b-full"), *steps("lt2-1.3b-full kv:first")[-1:]]
 
 
 # The model and the memory of the case that runs: there is no room for those of two.

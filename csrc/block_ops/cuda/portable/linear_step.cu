@@ -30,7 +30,6 @@ struct Tiles {
 
 template <int kGroups>
 struct Shared {
-  float squares[kWarps];
   float sums[2][kWarps][kTile][kGroups * kSumRows];
 };
 
@@ -80,7 +79,8 @@ __device__ __forceinline__ T const* weight_row(LinearStepParams const& p, int pa
 }
 
 // Rows of x to shared memory, normalised if wanted: a number of adjacent threads to each row. `norm` has room
-// for the weight of the norm.
+// for the weight of the norm. A row's squares are added in an order that does not depend on that number:
+// those of 8 channels, those kThreads pieces apart, those of each lane, the lanes.
 template <class T, int kGroups>
 __device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm, Shared<kGroups>& shared) {
   using Row = RowOf<T, 8>;
@@ -100,21 +100,22 @@ __device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm,
   }
   wait_copies();
   if (p.norm_weight != nullptr) {
-    float squares = 0.f;
+    static_assert(sizeof(shared.sums) >= sizeof(float) * kGroups * kSumRows * kThreads);
+    float* const squares = &shared.sums[0][0][0][0] + row * kThreads;
     if (row < p.rows) {
       for (int i = threadIdx.x % width; i < pieces; i += width) {
         Row const piece = Row::load(to + 8 * i);  // its own copy
+        float sum = i < kThreads ? 0.f : squares[i % kThreads];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) squares = fmaf(piece.at(e), piece.at(e), squares);
+        for (int e = 0; e < 8; ++e) sum = fmaf(piece.at(e), piece.at(e), sum);
+        squares[i % kThreads] = sum;
       }
     }
-    squares = lane_sum(squares);
-    int const warp = threadIdx.x / kWarp, first = row * (width / kWarp);
-    if (threadIdx.x % kWarp == 0) shared.squares[warp] = squares;
     __syncthreads();
     if (row < p.rows) {
       float total = 0.f;
-      for (int w = first; w < first + width / kWarp; ++w) total += shared.squares[w];
+      for (int i = threadIdx.x % kWarp; i < min(pieces, kThreads); i += kWarp) total += squares[i];
+      total = lane_sum(total);
       float const rstd = rsqrtf(total / static_cast<float>(p.channels) + p.eps);
       for (int i = threadIdx.x % width; i < pieces; i += width) {
         Row piece = Row::load(to + 8 * i);
