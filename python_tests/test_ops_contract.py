@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -480,6 +481,24 @@ def test_what_cannot_be_allocated_is_said(device):
         with pytest.raises(RuntimeError, match=said):
             op(*[vast] * (2 if op is ops.swiglu else 3))
     assert torch.equal(ops.chunk_gated_delta_rule(row, row, row)[0], want)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here")
+def test_a_large_output_on_the_cpu_is_in_huge_pages():
+    """New pages of 4 KiB cost as much as what is written to them."""
+    o, _ = ops.causal_conv1d(torch.ones(1, 8192, 1024), torch.ones(1024, 4))  # 32 MiB
+    mapping, flags = "", {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            mapping = line.split()[0]
+        elif line.startswith("VmFlags:"):
+            flags[mapping] = line.split()[1:]
+    [found] = [m for m in flags if int(m.split("-")[0], 16) <= o.data_ptr() < int(m.split("-")[1], 16)]
+    assert "hg" in flags[found]
+    assert (o[0, 3:] == torch.nn.functional.silu(torch.tensor(4.0))).all()
 
 
 @pytest.mark.parametrize("name", ops.__all__)

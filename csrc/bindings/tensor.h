@@ -1,12 +1,14 @@
 // The only header that knows libtorch. Everything here is LibTorch-stable-ABI (TORCH_TARGET_VERSION).
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <unistd.h>
 
 #include <initializer_list>
 #include <optional>
@@ -88,11 +90,30 @@ inline Dtype kernel_dtype(Tensor const& t) {
   }
 }
 
+// malloc takes so large a tensor from the system anew each time, in pages of 4 KiB that are cleared one by
+// one when they are first written, twice where two threads come to one. Here huge pages are asked for, all at
+// once: a fifth of the time. Contents stay as they are, and a system that refuses changes nothing.
+inline void populate(Tensor const& t) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr uintptr_t kFreshBytes = 32 << 20;
+  uintptr_t const bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
+  if (!t.is_cpu() || bytes < kFreshBytes) return;
+  auto const page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  auto const data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  uintptr_t const begin = data / page * page, end = (data + bytes + page - 1) / page * page;
+  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+  }
+#endif
+}
+
 // Uninitialised tensor on the device of `like`. An error says how much was asked for, in words that are known
 // of an allocator without memory: libtorch's own names a call of its interface.
 inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   try {
-    return torch::stable::new_empty(like, sizes, dtype);
+    Tensor const t = torch::stable::new_empty(like, sizes, dtype);
+    populate(t);
+    return t;
   } catch (std::exception const&) {
     std::string shape;
     for (int64_t n : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
