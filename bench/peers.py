@@ -123,6 +123,7 @@ def fla_simple(x: Tensors) -> Tensors:
     """It has no beta: a factor of v."""
     from fla.ops.simple_gla import chunk_simple_gla
 
+    needs_equal_heads(x)
     allow_fla_backward(x["q"])
     v = x["v"] * x["beta"][..., None].to(x["v"].dtype)
     return {"o": chunk_simple_gla(x["q"], x["k"], v, x["g"])[0]}
@@ -131,6 +132,7 @@ def fla_simple(x: Tensors) -> Tensors:
 def fla_delta(x: Tensors) -> Tensors:
     from fla.ops.delta_rule import chunk_delta_rule
 
+    needs_equal_heads(x)
     return {"o": chunk_delta_rule(x["q"], x["k"], x["v"], x["beta"], use_qk_l2norm_in_kernel=True)[0]}
 
 
@@ -142,6 +144,7 @@ def fla_kda(x: Tensors) -> Tensors:
         return {"o": chunk_kda(x["q"], x["k"], x["v"], x["g"], x["beta"])[0]}
     from fla.ops.gla import chunk_gla
 
+    needs_equal_heads(x)
     return {"o": chunk_gla(x["q"], x["k"], x["v"], x["g"])[0]}
 
 
@@ -161,6 +164,11 @@ def offsets(x: Tensors) -> Tensor:
 def needs_bf16(x: Tensors) -> None:
     if x["q"].dtype != torch.bfloat16:
         raise Unsupported("bf16 only")
+
+
+def needs_equal_heads(x: Tensors) -> None:
+    if x["q"].shape[2] != x["v"].shape[2]:
+        raise Unsupported("no grouped heads")
 
 
 def needs_width(x: Tensors, width: int) -> None:

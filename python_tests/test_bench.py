@@ -150,6 +150,16 @@ def test_the_mix_of_gates_has_heads_that_keep_all():
     assert rest.mean().item() == pytest.approx(-0.05, abs=2e-3)
 
 
+@pytest.mark.parametrize("selection", dsa.SELECTIONS)
+def test_selections_are_ascending_and_causal(selection: str):
+    T, topk = 300, 64
+    for t, row in enumerate(dsa.SELECTIONS[selection](dsa.generator(torch.device("cpu")), T, topk)[0]):
+        keys = row[row >= 0]
+        assert len(keys) == min(t + 1, topk)
+        assert bool((keys.diff() > 0).all())
+        assert int(keys[-1]) <= t
+
+
 def test_the_cuda_shapes_differ():
     cases = gdn.cases(torch.device("cuda"), False)
     assert len({(c.op, c.shape) for c in cases}) == len(cases)

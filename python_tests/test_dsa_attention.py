@@ -236,10 +236,27 @@ def good_part(B, T, S, topk):
     return lightning_indexer(torch.randn(B, T, 1, 8), torch.randn(B, S, 8), topk=topk)
 
 
+def any_of_few(B, T, S, topk, few):
+    """Ascending indices of any ``topk`` keys out of ``few`` that lie anywhere, key 12 among them."""
+    keys = torch.cat([torch.tensor([12]), torch.randperm(S)[:few]]).unique()
+    unseen = keys > torch.arange(S - T, S)[:, None]
+    values, chosen = torch.rand(B, T, len(keys)).masked_fill(unseen, -torch.inf).topk(topk)
+    indices = keys[chosen].masked_fill(values == -torch.inf, S).sort(-1).values
+    return indices.masked_fill(indices == S, -1).int()
+
+
+@pytest.mark.parametrize("few, topk", [(60, 40), (150, 40), (150, 20)], ids=["a_half", "a_quarter", "an_eighth"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 4), (8, 2), (8, 1), (16, 1)], ids=str)
+def test_queries_that_select_from_the_same_few_keys(heads, few, topk):
+    """Of an eighth of them the CPU copies rows for each query; of more it multiplies with all."""
+    check_against_oracle(inputs(1, 200, 600, *heads, 64, 128, BF16), any_of_few(1, 200, 600, topk, few))
+
+
 @pytest.mark.parametrize(
     "shape",
     [
         (1, 150, 150, 4, 4, 64, 64, 60),
+        (1, 150, 300, 4, 2, 64, 64, 60),
         (2, 140, 310, 4, 2, 128, 64, 100),
         (1, 40, 290, 16, 4, 64, 128, 120),
         (1, 33, 70, 8, 1, 128, 128, 40),
@@ -264,18 +281,21 @@ def test_keys_that_nobody_selects_are_not_read(device):
 
 @pytest.mark.parametrize("dtype, D", [(FP32, 16), (BF16, 64)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("broken", ["k", "v", "q", "grad"])
-def test_what_is_not_finite_reaches_only_who_selects_it(dtype, D, broken):
-    x, indices = inputs(1, 30, 30, 2, 1, D, D, dtype), good_part(1, 30, 30, 10)
-    cotangents = {"o": torch.ones_like(x["q"]), "lse": torch.ones(1, 30, 2)}
+@pytest.mark.parametrize("few", [0, 20, 50], ids=["anywhere", "a_half", "a_fifth"])
+def test_what_is_not_finite_reaches_only_who_selects_it(dtype, D, broken, few):
+    T = 200 if few else 30
+    x, indices = inputs(1, T, T, 2, 1, D, D, dtype), any_of_few(1, T, T, 10, few) if few else good_part(1, T, T, 10)
+    cotangents = {"o": torch.ones_like(x["q"]), "lse": torch.ones(1, T, 2)}
     expected = with_gradients(dsa_attention, x, indices, cotangents)
-    (cotangents["o"] if broken == "grad" else x[broken])[:, 12] = torch.nan
+    row = 150 if few and broken in ("q", "grad") else 12
+    (cotangents["o"] if broken == "grad" else x[broken])[:, row] = torch.nan
     got = with_gradients(dsa_attention, x, indices, cotangents)
     hit = (indices[0] == 12).any(1)
     if broken in ("q", "grad"):
-        hit = torch.arange(30) == 12
-    keys = torch.zeros(31, dtype=torch.bool)
+        hit = torch.arange(T) == row
+    keys = torch.zeros(T + 1, dtype=torch.bool)
     keys[indices[0, hit].long().flatten()] = True  # -1 is the last
-    touched = {"dq": hit, "dk": keys[:30], "dv": keys[:30], "o": hit, "lse": hit}
+    touched = {"dq": hit, "dk": keys[:T], "dv": keys[:T], "o": hit, "lse": hit}
     reached = {"k": {"o", "lse", "dq", "dk", "dv"}, "q": {"o", "lse", "dq", "dk", "dv"}, "v": {"o", "dq", "dk"},
                "grad": {"dq", "dk", "dv"}}[broken]  # fmt: skip
     for name, t in got.items():

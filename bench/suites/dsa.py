@@ -78,14 +78,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         for dtype in (F32, BF16)
     ]
     # A gather in torch takes seconds, its backward more.
-    shapes = [(T, True) for T in lengths] + [(1024 if quick else 4096, False)]
+    shapes = [(T, True, "random") for T in lengths] + [(1024 if quick else 4096, False, "random")]
+    shapes += [(4096, True, selection) for selection in SELECTIONS if selection != "random"]
     losses = [loss_case(1024 if quick else 4096, 16, 4, 128, 4, 64, 256, dtype, device) for dtype in (F32, BF16)]
     return (
         selection
         + losses
         + [
-            attention_case(T, 16, 4, 128, 256, dtype, backward, dense, device)
-            for T, dense in shapes
+            attention_case(T, 16, 4, 128, 256, dtype, backward, dense, device, selection)
+            for T, dense, selection in shapes
             for dtype in (F32, BF16)
             for backward in (False, True)
         ]
@@ -194,11 +195,13 @@ def clustered_selection(randn: Callable[..., Tensor], T: int, topk: int, cluster
 
 
 def local_selection(randn: Callable[..., Tensor], T: int, topk: int) -> Tensor:
-    """The 16 first and the last keys."""
+    """The 16 first and the last keys, in order."""
     device = randn(1).device
-    last = torch.arange(T, device=device)[:, None] - torch.arange(topk - 16, device=device)
-    last = last.masked_fill(last < 16, -1)
-    return torch.cat([torch.arange(16, device=device).expand(T, 16), last], 1)[None].int()
+    positions = torch.arange(T, device=device)[:, None]
+    last = positions - torch.arange(topk - 16, device=device).flip(0)
+    first = torch.arange(16, device=device).expand(T, 16)
+    last, first = last.masked_fill(last < 16, -1), first.masked_fill(first > positions, -1)
+    return torch.cat([first, last], 1)[None].int()
 
 
 SELECTIONS = {"random": random_selection, "clustered": clustered_selection, "local": local_selection}

@@ -60,7 +60,7 @@ inline void end_row(float* row, int64_t count, float value) {
 struct Exponentials {
   float base, total;
 
-  Exponentials(float* row, int64_t count) {
+  __attribute__((flatten)) Exponentials(float* row, int64_t count) {
     Vec tops = splat(-__builtin_inff());
     for (int64_t i = 0; i < count; i += kLanes) {
       Vec const x = load(row + i);
@@ -139,17 +139,33 @@ struct Arena {
   float* take(int64_t n) { return (next += n) - n; }
 };
 
-// The queries of a block and what they select.
+// The queries of a block and what they select. Behind it products may use union_workspace(), one at a time.
 struct Block {
-  int count;
+  int count = 0;
+  int64_t width = 0;  // of the rows of keys
   Selection selected[kAttendQueries];
+  Arena behind{nullptr};
 
-  Block(AttentionParams const& p, Document const& document, int64_t first, int32_t* keys) {
+  Block() = default;
+  Block(AttentionParams const& p, Document const& document, int64_t first, Arena& arena) {
+    width = padded(p.topk);
+    auto* const keys = reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width));
     int64_t const left = document.queries - first;
     count = static_cast<int>(left < kAttendQueries ? left : kAttendQueries);
     for (int i = 0; i < count; ++i) {
-      selected[i] = Selection(p, document, first + i, keys + i * padded(p.topk));
+      selected[i] = Selection(p, document, first + i, keys + i * width);
     }
+    behind = arena;
+  }
+
+  // Queries [first, first + n).
+  Block part(int first, int n) const {
+    Block part;
+    part.width = width;
+    part.count = count - first < n ? count - first : n;
+    if (part.count < 0) part.count = 0;
+    for (int i = 0; i < part.count; ++i) part.selected[i] = selected[first + i];
+    return part;
   }
 
   // f(query, first, n) for runs [first, first + n) of what each query selects, in order; first is a multiple
@@ -311,6 +327,13 @@ struct BlockHeads {
   Block const& block;
   int64_t first, head, G, width;
 
+  BlockHeads(BlockHeads const& whole, Block const& part, int64_t skipped)
+      : document(whole.document),
+        block(part),
+        first(whole.first + skipped),
+        head(whole.head),
+        G(whole.G),
+        width(whole.width) {}
   BlockHeads(AttentionParams const& p, Document const& document, Block const& block, int64_t first,
              int64_t head)
       : document(document),
@@ -321,6 +344,7 @@ struct BlockHeads {
         width(padded(p.topk)) {}
 
   int64_t rows() const { return block.count * G; }
+  int64_t count(int64_t r) const { return block.selected[r / G].count; }  // of the scores of a row
   template <class T>
   T* row(Heads const& x, int64_t r) const {
     return row_of<T>(x, document, first + r / G, head * G + r % G);
@@ -339,8 +363,16 @@ template <class T>
 struct RowProducts : BlockHeads {
   using BlockHeads::BlockHeads;
 
-  // scores[r][i] = scale left[r] . right[i-th selected key]; `rows` is of the size of the left ones.
-  void score(Heads const& left, Heads const& right, int64_t dim, float scale, float* rows,
+  // f(products) for the block, in parts where other products suit them.
+  template <class F>
+  static void each_part(AttentionParams const& p, Document const& document, Block const& block, int64_t first,
+                        int64_t head, F const& f) {
+    f(RowProducts(p, document, block, first, head));
+  }
+
+  // scores[r][i] = scale left[r] . right[i-th selected key], `rest` in between if there is more than what a
+  // query selects; `rows` is of the size of the left ones.
+  void score(Heads const& left, Heads const& right, int64_t dim, float scale, float /*rest*/, float* rows,
              float* scores) const {
     Rows<T> const keys(right, dim, document, head);
     this->template widen_rows<T>(left, dim, rows);
@@ -385,26 +417,46 @@ template <class T, class Products = RowProducts<T>>
 void attend_block(AttentionForwardParams const& p, Document const& document, int64_t first, int64_t head,
                   float* workspace) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
-  int64_t const width = padded(p.topk);
   Arena arena{workspace};
   float* const q = arena.take(kAttendQueries * G * D);
   float* const o = arena.take(kAttendQueries * G * DV);
-  float* const scores = arena.take(kAttendQueries * G * width);
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
-  Products const products(p, document, block, first, head);
-  products.score(p.q, p.k, p.dim, p.scale, q, scores);
-  float* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    int64_t const count = block.selected[r / G].count;
-    float* const row = scores + r * width;
-    end_row(row, count, -__builtin_inff());
-    auto const [base, total] = Exponentials(row, count);
-    lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
-    float const factor = total == 0.f ? 0.f : 1.f / total;
-    for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
+  float* const scores = arena.take(kAttendQueries * G * padded(p.topk));
+  Block const block(p, document, first, arena);
+  Products::each_part(p, document, block, first, head, [&](auto const& part) {
+    part.score(p.q, p.k, p.dim, p.scale, -__builtin_inff(), q, scores);
+    float* const lse =
+        p.lse + (document.row * p.tokens + document.query + part.first) * p.query_heads + head * G;
+    for (int64_t r = 0; r < part.rows(); ++r) {
+      int64_t const count = part.count(r);
+      float* const row = scores + r * part.width;
+      end_row(row, count, -__builtin_inff());
+      auto const [base, total] = Exponentials(row, count);
+      lse[r / G * p.query_heads + r % G] = total == 0.f ? -__builtin_inff() : base + __builtin_logf(total);
+      float const factor = total == 0.f ? 0.f : 1.f / total;
+      for (int64_t i = 0; i < count; i += kLanes) store(row + i, load(row + i) * factor);
+    }
+    part.add(scores, p.v, p.value_dim, o);
+    part.template narrow_rows<T>(o, p.value_dim, p.o);
+  });
+}
+
+// Turns scores into probabilities, and gradients of these into those of the scores.
+__attribute__((flatten)) inline void score_gradients(float* e, float* de, int64_t count, float lse,
+                                                     float dlse, float scale) {
+  end_row(e, count, -__builtin_inff());
+  end_row(de, count, 0.f);
+  Vec parts{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vec const x = lse == -__builtin_inff() ? Vec{} : exp(load(e + i) - lse);
+    store(e + i, x);
+    parts += x * load(de + i);
   }
-  products.add(scores, p.v, p.value_dim, o);
-  products.template narrow_rows<T>(o, p.value_dim, p.o);
+  float const delta = sum(parts) - dlse;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vec const x = load(e + i);
+    // A key without weight has no gradient, also where its value is infinite.
+    store(de + i, x == 0.f ? Vec{} : x * (load(de + i) - delta) * scale);
+  }
 }
 
 template <class T, class Products = RowProducts<T>>
@@ -418,37 +470,23 @@ void attend_backward_block(AttentionBackwardParams const& p, Document const& doc
   float* const dout = arena.take(kAttendQueries * G * DV);
   float* const probability = arena.take(kAttendQueries * G * width);
   float* const gradient = arena.take(kAttendQueries * G * width);  // of the probability, then of the score
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
-  Products const products(p, document, block, first, head);
-  products.score(p.q, p.k, p.dim, p.scale, q, probability);
-  products.score(p.dout, p.v, p.value_dim, 1.f, dout, gradient);
-  int64_t const at = (document.row * p.tokens + document.query + first) * p.query_heads + head * G;
-  auto const per_row = [&](float const* x, int64_t r) { return x[at + r / G * p.query_heads + r % G]; };
-  for (int64_t r = 0; r < block.count * G; ++r) {
-    int64_t const count = block.selected[r / G].count;
-    float* const e = probability + r * width;
-    float* const de = gradient + r * width;
-    float const lse = per_row(p.lse, r);
-    end_row(e, count, -__builtin_inff());
-    end_row(de, count, 0.f);
-    Vec parts{};
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Vec const x = lse == -__builtin_inff() ? Vec{} : exp(load(e + i) - lse);
-      store(e + i, x);
-      parts += x * load(de + i);
+  Block const block(p, document, first, arena);
+  Products::each_part(p, document, block, first, head, [&](auto const& part) {
+    part.score(p.q, p.k, p.dim, p.scale, -__builtin_inff(), q, probability);
+    part.score(p.dout, p.v, p.value_dim, 1.f, 0.f, dout, gradient);
+    int64_t const at = (document.row * p.tokens + document.query + part.first) * p.query_heads + head * G;
+    auto const per_row = [&](float const* x, int64_t r) { return x[at + r / G * p.query_heads + r % G]; };
+    for (int64_t r = 0; r < part.rows(); ++r) {
+      float const delta = p.dlse == nullptr ? 0.f : per_row(p.dlse, r);
+      score_gradients(probability + r * part.width, gradient + r * part.width, part.count(r),
+                      per_row(p.lse, r), delta, p.scale);
     }
-    float const delta = sum(parts) - (p.dlse == nullptr ? 0.f : per_row(p.dlse, r));
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Vec const x = load(e + i);
-      // A key without weight has no gradient, also where its value is infinite.
-      store(de + i, x == 0.f ? Vec{} : x * (load(de + i) - delta) * p.scale);
-    }
-  }
-  products.add(gradient, p.k, p.dim, dq);
-  products.template narrow_rows<T>(dq, p.dim, p.dq);
-  float* const dk = partial + document.key * (D + DV);
-  products.add_outer(gradient, p.q, p.dim, q, dk, D + DV);
-  products.add_outer(probability, p.dout, p.value_dim, dout, dk + D, D + DV);
+    part.add(gradient, p.k, p.dim, dq);
+    part.template narrow_rows<T>(dq, p.dim, p.dq);
+    float* const dk = partial + document.key * (D + DV);
+    part.add_outer(gradient, p.q, p.dim, q, dk, D + DV);
+    part.add_outer(probability, p.dout, p.value_dim, dout, dk + D, D + DV);
+  });
 }
 
 // dk and dv of key s out of `splits` partials [S, D + DV], added in order.

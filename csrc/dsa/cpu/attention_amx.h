@@ -242,7 +242,7 @@ struct TileProducts : RowProducts<Bf16> {
     asm volatile("tilerelease");
   }
 
-  void score(Heads const& left, Heads const& right, int64_t dim, float scale, float* rows,
+  void score(Heads const& left, Heads const& right, int64_t dim, float scale, float /*rest*/, float* rows,
              float* scores) const {
     auto const body = G == 1   ? &TileProducts::score_heads<0>
                       : G == 2 ? &TileProducts::score_heads<1>

@@ -3,7 +3,7 @@
 
 #include "dsa/cpu/attention.h"
 #if defined(__AMX_BF16__)
-#include "dsa/cpu/attention_range_amx.h"
+#include "dsa/cpu/attention_dense_amx.h"
 #endif
 #include "dsa/cpu/indexer.h"
 #include "dsa/cpu/loss.h"

@@ -43,10 +43,19 @@ constexpr int kReducedKeys = 128;  // keys [first, first + kReducedKeys) are one
 
 static inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
 constexpr int kAttendQueries = 128;  // of attention and loss: so many read a key while it is in the cache
+constexpr int kUnitedQueries = 64;   // of these in turn the keys are brought together (attention_union_amx.h)
+constexpr int kSparsest = 6;         // where a query selects one at least of so many of them
+
+// Floats behind what a block selects: the place of each in its union, of each key, and the keys of unions.
+static inline int64_t union_workspace(AttentionParams const& p) {
+  int64_t const most = kSparsest * p.topk < p.keys ? kSparsest * p.topk : p.keys;
+  return kAttendQueries * padded(p.topk) + padded(p.keys) + kAttendQueries / kUnitedQueries * padded(most);
+}
+
 // Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices.
 static inline int64_t attend_workspace(AttentionParams const& p) {
   int64_t const G = p.query_heads / p.key_heads, D = padded(p.dim), DV = padded(p.value_dim);
-  return kAttendQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk));
+  return kAttendQueries * (G * (2 * D + DV) + (2 * G + 1) * padded(p.topk)) + union_workspace(p);
 }
 
 // Of a query in the loss: floats of its operands of one key head or of the index, and rows of products with
@@ -62,7 +71,7 @@ static inline int64_t loss_heads(LossParams const& p) {
 }
 // Floats of one thread: for each query operands, products, target and score of each key, indices.
 static inline int64_t loss_lane(LossParams const& p) {
-  return kAttendQueries * (loss_row(p) + (loss_heads(p) + 3) * padded(p.topk));
+  return kAttendQueries * (loss_row(p) + (loss_heads(p) + 3) * padded(p.topk)) + union_workspace(p);
 }
 
 struct Kernels {

@@ -27,7 +27,7 @@ void weigh(LossParams const& p, Document const& document, Block const& block, in
   int64_t const G = p.query_heads / p.key_heads, width = padded(p.topk);
   float const* const lse = p.lse + (document.row * p.tokens + document.query + first) * p.query_heads;
   for (int64_t head = 0; head < p.key_heads; ++head) {
-    Products(p, document, block, first, head).score(p.q, p.k, p.dim, p.scale, q, x);
+    Products(p, document, block, first, head).score(p.q, p.k, p.dim, p.scale, 0.f, q, x);
     for (int query = 0; query < block.count; ++query) {
       float const* const own = lse + query * p.query_heads + head * G;
       for (int64_t i = 0; i < block.selected[query].count; i += kLanes) {
@@ -57,13 +57,13 @@ void loss_block(Params const& p, Document const& document, int64_t first, float*
   float* const x = arena.take(kAttendQueries * loss_heads(p) * width);
   float* const target = arena.take(kAttendQueries * width);
   float* const scores = arena.take(kAttendQueries * width);  // then their gradient
-  Block const block(p, document, first, reinterpret_cast<int32_t*>(arena.take(kAttendQueries * width)));
+  Block const block(p, document, first, arena);
   int64_t const row = document.row * p.tokens + document.query + first;
   weigh<Products>(p, document, block, first, q, x, target);
 
   AttentionParams const operands = index_operands(p);
   IndexProducts const index(operands, document, block, first, 0);
-  index.score(p.index_q, p.index_k, p.index_dim, p.index_scale, q, x);
+  index.score(p.index_q, p.index_k, p.index_dim, p.index_scale, 0.f, q, x);
   auto const weight = [&](int64_t r) {
     return p.weights.data == nullptr ? 1.f : *row_of<float>(p.weights, document, first + r / HI, r % HI);
   };
