@@ -252,6 +252,18 @@ def test_queries_that_select_from_the_same_few_keys(heads, few, topk):
     check_against_oracle(inputs(1, 200, 600, *heads, 64, 128, BF16), any_of_few(1, 200, 600, topk, few))
 
 
+def test_unions_of_all_kinds_side_by_side():
+    """64 queries each: none in common, few, few, a half of them, as many and as far apart as they may be."""
+    T, S, topk = 256, 2000, 32
+    spread = torch.linspace(0, S - T, 191).long()
+    few = [spread[torch.randperm(191)[:topk].sort().values] for _ in range(128)]
+    half = [spread[::3][torch.randperm(64)[:topk].sort().values] for _ in range(64)]
+    half[-1][-1] = S - 1
+    rows = [torch.randperm(S - T)[:topk].sort().values for _ in range(64)] + few + half
+    x, indices = inputs(2, T, S, 8, 2, 64, 64, BF16), torch.stack(rows).int().expand(2, -1, -1).contiguous()
+    check_against_oracle(x, indices)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

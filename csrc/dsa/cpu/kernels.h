@@ -46,10 +46,12 @@ constexpr int kAttendQueries = 128;  // of attention and loss: so many read a ke
 constexpr int kUnitedQueries = 64;   // of these in turn the keys are brought together (attention_union_amx.h)
 constexpr int kSparsest = 6;         // where a query selects one at least of so many of them
 
-// Floats behind what a block selects: the place of each in its union, of each key, and the keys of unions.
+// Floats behind what a block selects, for unions: what each query selects in them, the place of each key,
+// their keys, marks.
 static inline int64_t union_workspace(AttentionParams const& p) {
   int64_t const most = kSparsest * p.topk < p.keys ? kSparsest * p.topk : p.keys;
-  return kAttendQueries * padded(p.topk) + padded(p.keys) + kAttendQueries / kUnitedQueries * padded(most);
+  return (kAttendQueries + 1) * padded(p.topk) + padded(p.keys) +
+         kAttendQueries / kUnitedQueries * padded(most);
 }
 
 // Floats of one thread, forward or backward: for each query q dq, o or dout, two [G, topk], indices.
