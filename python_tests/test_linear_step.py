@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lt2_ext.ops import linear_step
+from lt2_ext.ops import linear_step, mlp_step
 from lt2_ext.reference import block_ops as reference
 from lt2_ext.testing import check_close
 
@@ -118,6 +118,19 @@ def test_a_row_does_not_depend_on_how_many_there_are(dtype, device):
         for rows in (1, 2, 4, 5, 8, 9):
             (out,) = linear_step(**x | {"x": x["x"][:rows], "residual": x["residual"][:rows]})
             assert torch.equal(out, expected[:rows]), (K, rows)
+
+
+def test_what_follows_a_mixer(dtype, device):
+    """The same bits as three operators, and so within their tolerance."""
+    for rows in (1, 4, 5):
+        o = inputs(rows, 72, (136,), residual=True, dtype=dtype, device=device)
+        up = inputs(rows, 136, (200, 200), FP32, dtype=dtype, device=device)
+        down = inputs(rows, 200, (136,), dtype=dtype, device=device)
+        (h,) = linear_step(**o)
+        (x,) = linear_step(**up | {"x": h, "swiglu": True})
+        (expected,) = linear_step(**down | {"x": x, "residual": h})
+        weights = *o["weights"], up["norm_weight"], *up["weights"], *down["weights"]
+        assert torch.equal(mlp_step(o["x"], o["residual"], *weights), expected)
 
 
 def test_threads_change_no_bit(threads):

@@ -249,6 +249,14 @@ def linear_step() -> list[dict[str, Any]]:
                            "swiglu": True, "settled": True, "floats": 0}]  # fmt: skip
 
 
+def mlp_step() -> list[dict[str, Any]]:
+    shapes = {"o": (2, 1, 24), "residual": (2, 1, 40), "output": (40, 24), "norm_weight": (40,), "gate": (56, 40),
+              "up": (56, 40), "down": (40, 56)}  # fmt: skip
+    plain = {n: torch.randn(shape) for n, shape in shapes.items()} | {"eps": 1e-5}
+    full = {n: torch.randn(shape).to(BF16) for n, shape in shapes.items()}
+    return [plain, full | {"norm_weight": torch.randn(40), "eps": 1e-6}]
+
+
 def decode_attention() -> list[dict[str, Any]]:
     plain = {"q": torch.randn(2, 1, 4, 8), "k_cache": torch.randn(2, 7, 2, 8), "v_cache": torch.randn(2, 7, 2, 6),
              "lengths": torch.tensor([3, 7]), "slots": None, "indices": None, "loop_map": None,
@@ -333,6 +341,11 @@ CONTRACTS = {
             "norm_weight": torch.zeros(7),
             "residual": torch.zeros(5),
         },
+    ),
+    "mlp_step": Contract(
+        mlp_step,
+        dict.fromkeys(("residual", "output", "norm_weight", "gate", "up"), torch.zeros(7))
+        | {"o": torch.zeros(17, 24), "down": torch.zeros(41, 56)},
     ),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),

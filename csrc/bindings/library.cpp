@@ -80,6 +80,10 @@ STABLE_TORCH_LIBRARY(lt2, m) {
   m.def(
       "linear_step(Tensor x, Tensor[] weights, Tensor? norm_weight, Tensor? residual, float eps, "
       "bool swiglu, bool settled, int floats) -> Tensor[]");
+  m.def(
+      "mlp_step(Tensor o, Tensor residual, Tensor output, Tensor norm_weight, Tensor gate, Tensor up, Tensor "
+      "down, "
+      "float eps) -> Tensor");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");

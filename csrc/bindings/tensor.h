@@ -10,9 +10,11 @@
 #include <torch/headeronly/util/Exception.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/parallel.h"
@@ -107,14 +109,20 @@ inline void populate(Tensor const& t) {
 #endif
 }
 
-// Uninitialised tensor on the device of `like`. An error says how much was asked for, in words that are known
-// of an allocator without memory: libtorch's own names a call of its interface.
+// Uninitialised contiguous tensor on the device of `like`, without a dispatched operator, which takes longer
+// than a small kernel. An error says how much was asked for, in words that are known of an allocator without
+// memory.
 inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  try {
-    Tensor const t = torch::stable::new_empty(like, sizes, dtype);
-    populate(t);
-    return t;
-  } catch (std::exception const&) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i > 1; --i)
+    strides[i - 2] = strides[i - 1] * std::max<int64_t>(1, sizes[i - 1]);
+  int32_t device = 0, index = 0;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  auto const rank = static_cast<int64_t>(sizes.size());
+  if (aoti_torch_empty_strided(rank, sizes.data(), strides.data(), static_cast<int32_t>(dtype), device, index,
+                               &made) != AOTI_TORCH_SUCCESS) {
     std::string shape;
     for (int64_t n : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
     char const* const reason = torch_exception_get_what_without_backtrace != nullptr
@@ -124,6 +132,9 @@ inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef
     STD_TORCH_CHECK(false, "lt2_ext: cannot allocate a tensor [", shape, "] of ", dtype_name(dtype), ": ",
                     reason);
   }
+  Tensor const t(made);
+  populate(t);
+  return t;
 }
 inline Tensor empty(Tensor const& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);

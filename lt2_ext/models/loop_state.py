@@ -367,11 +367,11 @@ class Tokens:
         return x if self.pads is None else x.masked_fill(self.pads[..., None], 0)
 
     def rope(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the rotary angles of heads of ``dim``, fp32 [B or 1, T, 1, dim / 2]."""
+        """Cosine and sine of the rotary angles of heads of ``dim``, fp32 ``[B or 1, T, dim / 2]``."""
 
         def angles() -> tuple[Tensor, Tensor]:
             half = torch.arange(0, dim, 2, device=self.positions.device, dtype=torch.float32)
-            x = self.positions[..., None, None] * self.config.rope_theta ** (-half / dim)
+            x = self.positions[..., None] * self.config.rope_theta ** (-half / dim)
             return x.cos(), x.sin()
 
         return self.once(("rope", dim), angles)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class Block(nn.Module):
     def forward(
         self, h: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None
     ) -> tuple[Tensor, Shared | None]:
-        if tokens.step and state is not None and h.dtype == self.mixer_norm.weight.dtype:
+        if tokens.step and state is not None:
             key = id(self), window, shared is None
             weights = tokens.once(key, lambda: step_weights(self, h, tokens, state, shared))
             if weights is not None:
@@ -221,7 +222,9 @@ class LT2(nn.Module):
         shared: list[Shared | None] = [None] * len(self.layers)
         losses: list[Tensor] = []
         if tokens.step:
-            tokens.cast([p for m in self.modules() if isinstance(m, Mixer) for p in m.step_floats()])
+            mixers = (block.mixer for block in self.layers)
+            tokens.cast([p for m in mixers if isinstance(m, Mixer) for p in m.step_floats()])
+        rho: Sequence[Tensor | None] = [None] * len(self.schedule) if self.rho is None else self.rho.unbind()
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
@@ -236,19 +239,19 @@ class LT2(nn.Module):
                     shared[i] = result
                 if states is not None and result is not None and result.state is not None:
                     states[loop][i] = result.state
-            h, normed = self._end_loop(loop, h, h_in)
+            h, normed = self._end_loop(loop, h, h_in, rho[loop])
             if self.config.inter_loop_norm:
                 h = normed
         return normed, torch.stack(losses).mean() if losses else None
 
-    def _end_loop(self, loop: int, h: Tensor, h_in: Tensor) -> tuple[Tensor, Tensor]:
+    def _end_loop(self, loop: int, h: Tensor, h_in: Tensor, rho: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loop's output, and its RMSNorm where that is used: after the last loop, or after each."""
         wanted = self.config.inter_loop_norm or loop == self.config.loop_count - 1
-        if self.rho is None:
+        if rho is None:
             return h, self.norm(h) if wanted else h
         if not wanted:
-            return ops.loop_residual(h, h_in, self.rho[loop]), h
-        return ops.loop_residual_rmsnorm(h, h_in, self.rho[loop], self.norm.weight, self.config.rms_norm_eps)
+            return ops.loop_residual(h, h_in, rho), h
+        return ops.loop_residual_rmsnorm(h, h_in, rho, self.norm.weight, self.config.rms_norm_eps)
 
     def new_state(self, batch_size: int, max_length: int) -> LoopState:
         """Empty memory for ``batch_size`` sequences of up to ``max_length`` tokens, dtype and device of the weights."""

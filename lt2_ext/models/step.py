@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class StepWeights(NamedTuple):
-    """Of the mixer's projections, the last ``floats`` of them wanted in float32, its output, gate and up, down."""
+    """Of the mixer's projections, the last ``floats`` of them wanted in float32, with their norm; of what comes after
+    the mixer, as :func:`lt2_ext.ops.mlp_step` takes them."""
 
     first: list[Tensor]
     floats: int
-    output: list[Tensor]
-    up: list[Tensor]
-    down: list[Tensor]
+    norm: Tensor
+    rest: list[Tensor]
 
 
 def step_weights(block: Block, h: Tensor, tokens: Tokens, state: State, shared: Shared | None) -> StepWeights | None:
@@ -31,20 +31,27 @@ def step_weights(block: Block, h: Tensor, tokens: Tokens, state: State, shared: 
     mixer, mlp, layers = block.mixer, block.mlp, block.mixer.step_layers(tokens, state, shared)
     if layers is None or wide or block.sandwich or torch.is_autocast_enabled(h.device.type):
         return None
-    last = mixer.get_submodule("o_proj")
-    groups: list[list[nn.Module]] = [layers, [last], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    weights = [[w for m in group if (w := _weight(m, h.dtype)) is not None] for group in groups]
-    if any(len(found) < len(group) for found, group in zip(weights, groups, strict=True)):
+    modules = [*layers, *_children(mixer, "o_proj"), *_children(mlp, "gate_proj", "up_proj", "down_proj")]
+    norms = block.mixer_norm.weight, block.mlp_norm.weight
+    weights = [w for m in modules if (w := _weight(m, h.dtype)) is not None]
+    if len(weights) < len(modules) or norms[0].dtype != h.dtype:
         return None
-    floats = sum(m is mixer.get_submodule(name) for name in mixer.float_layers for m in layers)
-    return StepWeights(weights[0], floats, *weights[1:])
+    floats = sum(m in layers for m in _children(mixer, *mixer.float_layers))
+    first, output, *rest = weights[:-4], *weights[-4:]
+    return StepWeights(first, floats, norms[0], [output, norms[1], *rest])
 
 
-def _weight(m: nn.Module, dtype: torch.dtype) -> Tensor | None:
+def _children(m: nn.Module, *names: str) -> list[nn.Module | None]:
+    """Read where they are: this happens for every token, and ``m.name`` takes a module several times as long."""
+    return [m._modules[name] for name in names]
+
+
+def _weight(m: nn.Module | None, dtype: torch.dtype) -> Tensor | None:
     """Of a module that multiplies by it and does nothing else."""
-    if type(m) is not nn.Linear or m.bias is not None or m._forward_hooks or m._forward_pre_hooks:
+    if type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks or m._parameters["bias"] is not None:
         return None
-    return m.weight if m.weight.dtype == dtype and m.weight.is_contiguous() else None
+    w = m._parameters["weight"]
+    return w if w is not None and w.dtype == dtype and w.is_contiguous() else None
 
 
 def step(
@@ -57,11 +64,7 @@ def step(
     shared: Shared | None,
 ) -> tuple[Tensor, Shared | None]:
     """What the block's forward gives."""
-    first, floats, output, up, down = weights
-    norms, eps = (block.mixer_norm.weight, block.mlp_norm.weight), block.eps
-    projected = ops.linear_step(h, first, norm_weight=norms[0], eps=eps, settled=True, floats=floats)
+    first, floats, norm, rest = weights
+    projected = ops.linear_step(h, first, norm_weight=norm, eps=block.eps, settled=True, floats=floats)
     o, shared = block.mixer.step(projected, tokens, window, state, shared)
-    (h,) = ops.linear_step(o, output, residual=h, settled=True)
-    (x,) = ops.linear_step(h, up, norm_weight=norms[1], eps=eps, swiglu=True, settled=True)
-    (h,) = ops.linear_step(x, down, residual=h, settled=True)
-    return h, shared
+    return ops.mlp_step(o, h, *rest, eps=block.eps), shared

@@ -1,6 +1,6 @@
 """The operators, one module per family. May import: ``lt2_ext._C`` (through ``torch.ops.lt2``) and torch."""
 
-from .block_ops import gated_rmsnorm, linear_step, rope_cache_, swiglu
+from .block_ops import gated_rmsnorm, linear_step, mlp_step, rope_cache_, swiglu
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
 from .dsa import dsa_attention, indexer_loss, lightning_indexer, window_attention
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
@@ -50,6 +50,7 @@ __all__ = [
     "loop_residual_rmsnorm",
     "loop_state_copy_",
     "loop_state_zero_",
+    "mlp_step",
     "rope_cache_",
     "simple_gla_step_",
     "swiglu",

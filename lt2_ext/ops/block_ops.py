@@ -17,6 +17,7 @@ _gated_rmsnorm = torch.ops.lt2.gated_rmsnorm_fwd.default
 _gated_rmsnorm_bwd = torch.ops.lt2.gated_rmsnorm_bwd.default
 _rope_cache = torch.ops.lt2.rope_cache_.default
 _linear_step = torch.ops.lt2.linear_step.default
+_mlp_step = torch.ops.lt2.mlp_step.default
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -133,6 +134,36 @@ def linear_step(
     return run(_linear_step, x, weights, norm_weight, residual, eps, swiglu, settled, floats)
 
 
+def mlp_step(
+    o: Tensor, residual: Tensor, output: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+    *, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """What a block does after its mixer, for a few rows: three times :func:`linear_step` in one operator, ::
+
+        h = residual + o output^T
+        h + (silu(x gate^T) * (x up^T)) down^T   with x = rmsnorm(h) * norm_weight
+
+    Inference only, dtypes and rows as there. The operation right before it must not have written the weights or the
+    residual (``settled``).
+
+    Args:
+        o: ``[.., M]``, the output of the mixer.
+        residual: ``[.., K]``, the input of the block.
+        output: ``[K, M]``; gate, up: ``[N, K]``; down: ``[K, N]``.
+        norm_weight: ``[K]``.
+        eps: added to the mean square by the norm.
+
+    Returns:
+        ``[.., K]`` in the dtype of o.
+
+    Raises:
+        RuntimeError: as :func:`linear_step`.
+    """
+    inference_only("mlp_step", o, residual, output, norm_weight, gate, up, down)
+    return run(_mlp_step, o, residual, output, norm_weight, gate, up, down, eps)
+
+
+fake("mlp_step")(lambda o, residual, *_: residual.new_empty(residual.shape))
 fake("swiglu_fwd")(lambda gate, up: gate.new_empty(gate.shape))
 fake("swiglu_bwd")(lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
 fake("rope_cache_")(lambda k_cache, v_cache, q, *_: q.new_empty(q.shape))

@@ -109,11 +109,14 @@ void decode(DecodeParams const& p, float* workspace, ThreadPool const& pool) {
   int64_t const splits = decode_splits(p), pairs = unit_count(p) * p.heads;
   int64_t const lane_floats = kernels().decode_workspace(p), partial_floats = kernels().decode_partial(p);
   float* const partials = workspace + lane_floats * pool.lanes(pairs * splits);
-  // Neighbouring items are the heads of the same keys: they lie side by side in memory.
-  pool.items(pairs * splits, [&](int64_t item, int lane) {
-    int64_t const unit = item / (p.heads * splits), split = item / p.heads % splits;
-    kernels().decode(p, unit, static_cast<int>(item % p.heads), split, workspace + lane * lane_floats,
-                     partials + item * partial_floats);
+  // The heads of the same keys lie side by side in memory: one lane reads them, where there is enough for all.
+  int64_t const items = pairs * splits, together = items >= 2 * p.heads * pool.num_threads ? p.heads : 1;
+  pool.items(items / together, [&](int64_t group, int lane) {
+    for (int64_t item = group * together; item < (group + 1) * together; ++item) {
+      int64_t const unit = item / (p.heads * splits), split = item / p.heads % splits;
+      kernels().decode(p, unit, static_cast<int>(item % p.heads), split, workspace + lane * lane_floats,
+                       partials + item * partial_floats);
+    }
   });
   pool.items(pairs, [&](int64_t pair, int) {
     int64_t const unit = pair / p.heads, head = pair % p.heads;

@@ -7,7 +7,7 @@ namespace lt2::loop_state {
 
 // Keys (or entries of a list) [split * kSplitKeys, + kSplitKeys) of one unit and key head are one item of
 // decode. A unit is what shares keys: a row, or with indices one token of a row.
-constexpr int64_t kSplitKeys = 2048;
+constexpr int64_t kSplitKeys = 256;
 
 struct Kernels {
   // Rows [begin, end). partial: this range's part of drho [D]; with the norm of dweight [D], then of drho if

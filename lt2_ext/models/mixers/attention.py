@@ -92,7 +92,7 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Keys, Tensor | None]:
         """Rotated queries, the caches with the new keys, and the input of the gate ``[B, T, heads head_dim]``."""
         gate = None if self.gate_proj is None else projected[-1]
-        q, *new = (x.unflatten(-1, (-1, self.head_dim)) for x in (projected if gate is None else projected[:-1]))
+        q, *new = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (projected if gate is None else projected[:-1]))
         if new:
             k, v = new
             return *step(q, k, v, tokens, state), gate
@@ -123,7 +123,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State) -> tuple
     size, (cos, sin) = state["k"].shape[1], tokens.rope(q.shape[-1])
     q, k, v = (x.to(state["k"].dtype) for x in (q, k, v))
     places = tokens.once(("places", size), lambda: tokens.index % size)
-    q = ops.rope_cache_(state["k"], state["v"], q, k, v, cos.squeeze(2), sin.squeeze(2), places, slots=tokens.slots)
+    q = ops.rope_cache_(state["k"], state["v"], q, k, v, cos, sin, places, slots=tokens.slots)
     return q, Keys(state["k"], state["v"], None)
 
 
@@ -221,6 +221,7 @@ def _bands(x: Tensor, block: int, T: int, fill: int = 0) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, D], halves paired (i, i + D/2); cos and sin fp32 [B or 1, T, 1, D/2]."""
+    """Rotary embedding of x [B, T, H, D], halves paired (i, i + D/2); cos and sin fp32 [B or 1, T, D/2]."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

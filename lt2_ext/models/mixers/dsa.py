@@ -92,8 +92,8 @@ class SparseAttention(Attention):
 
     def step_index(self, q: Tensor, k: Tensor, weights: Tensor, tokens: Tokens, state: State) -> Selection:
         """:meth:`index`, with the keys into the state: one head of them, without values."""
-        cache, (cos, sin) = state["index_k"][:, :, None], (x.squeeze(2) for x in tokens.rope(self.index_dim))
-        q, k = q.unflatten(-1, (self.index_heads, self.index_dim)), k[:, :, None]
+        cache, (cos, sin) = state["index_k"][:, :, None], tokens.rope(self.index_dim)
+        q, k = q.view(*q.shape[:-1], self.index_heads, self.index_dim), k[:, :, None]
         places = tokens.once(("places", cache.shape[1]), lambda: tokens.index % cache.shape[1])
         q = ops.rope_cache_(cache, cache[..., :0], q, k, k[..., :0], cos, sin, places, slots=tokens.slots)
         return Selection(q, state["index_k"], weights, None)

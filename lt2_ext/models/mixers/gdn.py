@@ -88,6 +88,6 @@ class GatedDeltaNet(LinearMixer):
         qkv, z, a, b = projected
         conv, norm = map(tokens.as_float, self.step_floats())
         pools, weights = (state["matrix"], state["conv"]), (conv, self.A_log, self.dt_bias, norm)
-        z = z.unflatten(-1, (self.value_heads, self.value_dim))
+        z = z.view(*z.shape[:-1], self.value_heads, self.value_dim)
         o = ops.gdn_decode_fused_(*pools, qkv, z, a, b, *weights, slots=tokens.slots, eps=self.eps)
         return o.flatten(-2), None
