@@ -130,7 +130,7 @@ def test_what_follows_a_mixer(dtype, device):
         (x,) = linear_step(**up | {"x": h, "swiglu": True})
         (expected,) = linear_step(**down | {"x": x, "residual": h})
         weights = *o["weights"], up["norm_weight"], *up["weights"], *down["weights"]
-        assert torch.equal(mlp_step(o["x"], o["residual"], *weights), expected)
+        assert torch.equal(mlp_step(o["x"], o["residual"], weights), expected)
 
 
 def test_threads_change_no_bit(threads):

@@ -257,6 +257,33 @@ def mlp_step() -> list[dict[str, Any]]:
     return [plain, full | {"norm_weight": torch.randn(40), "eps": 1e-6}]
 
 
+def block_weights(mixed: int, *projected: int, dtype: torch.dtype = FP32) -> dict[str, Any]:
+    """hidden 24, SwiGLU of 40; outputs of the projections, and input of the mixer's output."""
+    rest = [torch.randn(s).to(dtype) for s in ((24, mixed), (24,), (40, 24), (40, 24), (24, 40))]
+    projections = [torch.randn(n, 24).to(dtype) for n in projected]
+    return {"norm_weight": torch.randn(24).to(dtype), "projections": projections, "rest": rest, "eps": 1e-5}
+
+
+def gdn_block() -> list[dict[str, Any]]:
+    names = "state", "conv_state", "conv_weight", "A_log", "dt_bias"
+    fused = gdn_fused()[0]
+    plain = {n: fused[n] for n in names} | {"head_norm_weight": fused["norm_weight"], "slots": None}
+    plain |= {"h": torch.randn(2, 3, 24)} | block_weights(48, 80, 48, 4, 4)
+    full = {"h": torch.randn(2, 3, 24).to(BF16), "slots": torch.tensor([1, -1])}
+    full |= {"conv_state": plain["conv_state"].to(BF16)} | block_weights(48, 80, 48, 4, 4, dtype=BF16)
+    return [plain, plain | full]
+
+
+def attention_block() -> list[dict[str, Any]]:
+    names = "k_cache", "v_cache", "cos", "sin", "places"
+    weights = {dtype: block_weights(24, 32, 16, 12, dtype=dtype) for dtype in (FP32, BF16)}
+    samples = []
+    for x, dtype in zip(rope_cache(), weights, strict=True):
+        sample = {n: x[n] for n in names} | {"h": torch.randn(2, 3, 24).to(dtype), "slots": x["slots"]}
+        samples.append(sample | weights[dtype] | {"lengths": torch.tensor([3, 7])})
+    return samples
+
+
 def decode_attention() -> list[dict[str, Any]]:
     plain = {"q": torch.randn(2, 1, 4, 8), "k_cache": torch.randn(2, 7, 2, 8), "v_cache": torch.randn(2, 7, 2, 6),
              "lengths": torch.tensor([3, 7]), "slots": None, "indices": None, "loop_map": None,
@@ -346,6 +373,11 @@ CONTRACTS = {
         mlp_step,
         dict.fromkeys(("residual", "output", "norm_weight", "gate", "up"), torch.zeros(7))
         | {"o": torch.zeros(17, 24), "down": torch.zeros(41, 56)},
+    ),
+    "gdn_block_step_": Contract(gdn_block, {"state": torch.zeros(2, 4, 8), "projections": [], "rest": []}),
+    "attention_block_step_": Contract(
+        attention_block,
+        {"h": torch.zeros(2, 24), "k_cache": torch.zeros(2, 7, 2), "projections": [], "rest": []},
     ),
     "loop_residual_fwd": Contract(residual_samples, {"h_in": torch.zeros(2, 3, 7)}, differentiable=True),
     "loop_residual_bwd": Contract(residual_bwd, {"rho": torch.zeros(7)}),

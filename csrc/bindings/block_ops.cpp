@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "bindings/tensor.h"
+#include "bindings/steps.h"
 
 namespace lt2 {
 namespace {
@@ -323,12 +323,18 @@ Tensor rope_cache_cuda(Tensor const& k_cache, Tensor const& v_cache, Tensor cons
 
 }  // namespace
 
+Tensor rope_cache_(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
+                   Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
+                   OptionalTensor const& slots) {
+  return (q.is_cuda() ? rope_cache_cuda : rope_cache_cpu)(k_cache, v_cache, q, k, v, cos, sin, places, slots);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&swiglu_cpu));
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_backward_cpu));
   m.impl("gated_rmsnorm_fwd", TORCH_BOX(&gated_norm_cpu));
   m.impl("gated_rmsnorm_bwd", TORCH_BOX(&gated_norm_backward_cpu));
-  m.impl("rope_cache_", TORCH_BOX(&rope_cache_cpu));
+  m.impl("rope_cache_", TORCH_BOX(&rope_cache_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
@@ -336,7 +342,7 @@ STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_backward_cuda));
   m.impl("gated_rmsnorm_fwd", TORCH_BOX(&gated_norm_cuda));
   m.impl("gated_rmsnorm_bwd", TORCH_BOX(&gated_norm_backward_cuda));
-  m.impl("rope_cache_", TORCH_BOX(&rope_cache_cuda));
+  m.impl("rope_cache_", TORCH_BOX(&rope_cache_));
 }
 
 }  // namespace lt2

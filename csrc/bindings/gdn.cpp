@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "bindings/gdn_operands.h"
+#include "bindings/steps.h"
 
 namespace lt2 {
 namespace {
@@ -173,6 +174,8 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
   return o;
 }
 
+}  // namespace
+
 Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
                          Tensor const& a, Tensor const& b, Tensor const& conv_weight,
                          OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
@@ -192,7 +195,12 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
                   " and V = ", V, ", got ", D);
   StepOperands x(state, qkv, T, H, HV, K, V, a, b, A_log, dt_bias, slots, scale, use_qk_l2norm,
                  allow_neg_eigval, state_v_first);
-  LT2_CHECK_SHAPE(OP, z, "[B, T, HV, V]", B, T, HV, V);
+  bool const flat = z.dim() == 3;
+  if (flat) {
+    LT2_CHECK_SHAPE(OP, z, "[B, T, HV V]", B, T, HV * V);
+  } else {
+    LT2_CHECK_SHAPE(OP, z, "[B, T, HV, V]", B, T, HV, V);
+  }
   LT2_CHECK_DTYPE(OP, z, qkv.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, z, qkv);
   LT2_CHECK_DIM(OP, conv_weight, 2);
@@ -209,11 +217,12 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
   Tensor const rows = with_unit_last_stride(qkv), gates = with_unit_last_stride(z);
   Tensor const taps = torch::stable::contiguous(conv_weight), norm = torch::stable::contiguous(norm_weight);
   OptionalTensor const bias = contiguous(conv_bias);
-  Tensor const o = empty(qkv, {B, T, HV, V}, qkv.scalar_type());
+  Tensor const o = empty_as(z);
   gdn::FusedStepParams p{};
   p.step = x.params;
-  p.step.o = strided(o);
-  p.z = strided(gates);
+  p.step.o = {o.mutable_data_ptr(), T * HV * V, HV * V, V};
+  p.z = flat ? Strided{const_cast<void*>(gates.const_data_ptr()), gates.stride(0), gates.stride(1), V}
+             : strided(gates);
   p.norm_weight = static_cast<float const*>(norm.const_data_ptr());
   p.eps = static_cast<float>(eps);
   p.conv.dtype = p.step.dtype;
@@ -241,8 +250,6 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
 }
 
 #undef OP
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("gdn_fwd", TORCH_BOX(&gdn_fwd));

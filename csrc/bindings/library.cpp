@@ -84,6 +84,17 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "mlp_step(Tensor o, Tensor residual, Tensor output, Tensor norm_weight, Tensor gate, Tensor up, Tensor "
       "down, "
       "float eps) -> Tensor");
+  m.def(
+      "gdn_block_step_(Tensor h, Tensor(a!) state, Tensor(b!) conv_state, Tensor norm_weight, Tensor[] "
+      "projections, "
+      "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor head_norm_weight, Tensor[] rest, Tensor? "
+      "slots, "
+      "float eps) -> Tensor");
+  m.def(
+      "attention_block_step_(Tensor h, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor norm_weight, "
+      "Tensor[] projections, Tensor cos, Tensor sin, Tensor places, Tensor lengths, Tensor[] rest, Tensor? "
+      "slots, "
+      "float eps) -> Tensor");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");

@@ -1,7 +1,7 @@
 #include <memory>
 #include <vector>
 
-#include "bindings/tensor.h"
+#include "bindings/steps.h"
 #include "block_ops/block_ops.h"
 
 namespace lt2 {
@@ -111,6 +111,8 @@ std::vector<Tensor> step(Names const& names, Tensor const& x_any, std::vector<Te
   return outputs;
 }
 
+}  // namespace
+
 std::vector<Tensor> linear_step(Tensor const& x, std::vector<Tensor> const& weights,
                                 OptionalTensor const& norm, OptionalTensor const& residual, double eps,
                                 bool swiglu, bool settled, int64_t floats) {
@@ -127,8 +129,6 @@ Tensor mlp_step(Tensor const& o, Tensor const& residual, Tensor const& output, T
                   ": down must have shape [K, N] with K = ", output.size(0), ", got ", shape_string(down));
   return step({op, "o", names + 3}, x, {down}, {}, h, eps, false, true, 0)[0];
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("linear_step", TORCH_BOX(&linear_step));

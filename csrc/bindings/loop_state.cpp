@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "bindings/tensor.h"
+#include "bindings/steps.h"
 
 namespace lt2 {
 namespace {
@@ -391,12 +391,19 @@ void copy_cuda(Tensor const& state, Tensor const& src, Tensor const& dst) {
 
 }  // namespace
 
+Tensor loop_decode_attention(Tensor const& q, Tensor const& k_cache, Tensor const& v_cache,
+                             Tensor const& lengths, OptionalTensor const& slots,
+                             OptionalTensor const& indices, OptionalTensor const& loop_map, double scale) {
+  return (q.is_cuda() ? decode_cuda : decode_cpu)(q, k_cache, v_cache, lengths, slots, indices, loop_map,
+                                                  scale);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {
   m.impl("loop_residual_fwd", TORCH_BOX(&residual_cpu));
   m.impl("loop_residual_bwd", TORCH_BOX(&residual_backward_cpu));
   m.impl("loop_residual_rmsnorm_fwd", TORCH_BOX(&residual_norm_cpu));
   m.impl("loop_residual_rmsnorm_bwd", TORCH_BOX(&residual_norm_backward_cpu));
-  m.impl("loop_decode_attention", TORCH_BOX(&decode_cpu));
+  m.impl("loop_decode_attention", TORCH_BOX(&loop_decode_attention));
   m.impl("loop_state_zero_", TORCH_BOX(&zero_cpu));
   m.impl("loop_state_copy_", TORCH_BOX(&copy_cpu));
 }
@@ -406,7 +413,7 @@ STABLE_TORCH_LIBRARY_IMPL(lt2, CUDA, m) {
   m.impl("loop_residual_bwd", TORCH_BOX(&residual_backward_cuda));
   m.impl("loop_residual_rmsnorm_fwd", TORCH_BOX(&residual_norm_cuda));
   m.impl("loop_residual_rmsnorm_bwd", TORCH_BOX(&residual_norm_backward_cuda));
-  m.impl("loop_decode_attention", TORCH_BOX(&decode_cuda));
+  m.impl("loop_decode_attention", TORCH_BOX(&loop_decode_attention));
   m.impl("loop_state_zero_", TORCH_BOX(&zero_cuda));
   m.impl("loop_state_copy_", TORCH_BOX(&copy_cuda));
 }

@@ -213,9 +213,7 @@ class LT2(nn.Module):
             loss = loss + self.config.index_loss_weight * index_loss
         return LT2Output(loss, None if logits_to_keep is None else F.linear(h[:, -logits_to_keep:], weight), index_loss)
 
-    def run_loops(
-        self, h: Tensor, tokens: Tokens, states: list[list[State]] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def run_loops(self, h: Tensor, tokens: Tokens, states: list[list[State]] | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings ``[B, T, hidden_size]`` -> normalised output of the last loop, and mean loss of the indexers.
         states: ``[loop][layer]``, of a :class:`LoopState`, or of a segment, which replaces them."""
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()

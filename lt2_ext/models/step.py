@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lt2_ext import ops
 
+from .mixers._mixer import Shared, State, StepWeights
+
 if TYPE_CHECKING:
     from .loop_state import Tokens
     from .lt2 import Block
-    from .mixers import Shared, State
-
-
-class StepWeights(NamedTuple):
-    """Of the mixer's projections, the last ``floats`` of them wanted in float32, with their norm; of what comes after
-    the mixer, as :func:`lt2_ext.ops.mlp_step` takes them."""
-
-    first: list[Tensor]
-    floats: int
-    norm: Tensor
-    rest: list[Tensor]
 
 
 def step_weights(block: Block, h: Tensor, tokens: Tokens, state: State, shared: Shared | None) -> StepWeights | None:
@@ -38,7 +29,7 @@ def step_weights(block: Block, h: Tensor, tokens: Tokens, state: State, shared: 
         return None
     floats = sum(m in layers for m in _children(mixer, *mixer.float_layers))
     first, output, *rest = weights[:-4], *weights[-4:]
-    return StepWeights(first, floats, norms[0], [output, norms[1], *rest])
+    return StepWeights(first, floats, norms[0], [output, norms[1], *rest], block.eps)
 
 
 def _children(m: nn.Module, *names: str) -> list[nn.Module | None]:
@@ -64,7 +55,9 @@ def step(
     shared: Shared | None,
 ) -> tuple[Tensor, Shared | None]:
     """What the block's forward gives."""
-    first, floats, norm, rest = weights
-    projected = ops.linear_step(h, first, norm_weight=norm, eps=block.eps, settled=True, floats=floats)
+    if (whole := block.mixer.block_step(h, weights, tokens, state)) is not None:
+        return whole, None
+    first, floats, norm, rest, eps = weights
+    projected = ops.linear_step(h, first, norm_weight=norm, eps=eps, settled=True, floats=floats)
     o, shared = block.mixer.step(projected, tokens, window, state, shared)
-    return ops.mlp_step(o, h, *rest, eps=block.eps), shared
+    return ops.mlp_step(o, h, rest, eps=eps), shared

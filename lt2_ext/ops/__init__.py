@@ -1,6 +1,6 @@
 """The operators, one module per family. May import: ``lt2_ext._C`` (through ``torch.ops.lt2``) and torch."""
 
-from .block_ops import gated_rmsnorm, linear_step, mlp_step, rope_cache_, swiglu
+from .block_ops import attention_block_step_, gated_rmsnorm, gdn_block_step_, linear_step, mlp_step, rope_cache_, swiglu
 from .causal_conv1d import causal_conv1d, causal_conv1d_step_
 from .dsa import dsa_attention, indexer_loss, lightning_indexer, window_attention
 from .gdn import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step_, gdn_decode_fused_
@@ -24,6 +24,7 @@ from .loop_state import (
 
 __all__ = [
     "add_rmsnorm",
+    "attention_block_step_",
     "causal_conv1d",
     "causal_conv1d_step_",
     "chunk_delta_rule",
@@ -40,6 +41,7 @@ __all__ = [
     "fused_recurrent_simple_gla",
     "gated_delta_step_",
     "gated_rmsnorm",
+    "gdn_block_step_",
     "gdn_decode_fused_",
     "indexer_loss",
     "kda_step_",

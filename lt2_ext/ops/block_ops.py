@@ -18,6 +18,8 @@ _gated_rmsnorm_bwd = torch.ops.lt2.gated_rmsnorm_bwd.default
 _rope_cache = torch.ops.lt2.rope_cache_.default
 _linear_step = torch.ops.lt2.linear_step.default
 _mlp_step = torch.ops.lt2.mlp_step.default
+_gdn_block = torch.ops.lt2.gdn_block_step_.default
+_attention_block = torch.ops.lt2.attention_block_step_.default
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -134,10 +136,7 @@ def linear_step(
     return run(_linear_step, x, weights, norm_weight, residual, eps, swiglu, settled, floats)
 
 
-def mlp_step(
-    o: Tensor, residual: Tensor, output: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    *, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+def mlp_step(o: Tensor, residual: Tensor, weights: Sequence[Tensor], *, eps: float = 1e-6) -> Tensor:
     """What a block does after its mixer, for a few rows: three times :func:`linear_step` in one operator, ::
 
         h = residual + o output^T
@@ -149,8 +148,7 @@ def mlp_step(
     Args:
         o: ``[.., M]``, the output of the mixer.
         residual: ``[.., K]``, the input of the block.
-        output: ``[K, M]``; gate, up: ``[N, K]``; down: ``[K, N]``.
-        norm_weight: ``[K]``.
+        weights: output ``[K, M]``, norm_weight ``[K]``, gate and up ``[N, K]``, down ``[K, N]``.
         eps: added to the mean square by the norm.
 
     Returns:
@@ -159,11 +157,69 @@ def mlp_step(
     Raises:
         RuntimeError: as :func:`linear_step`.
     """
-    inference_only("mlp_step", o, residual, output, norm_weight, gate, up, down)
-    return run(_mlp_step, o, residual, output, norm_weight, gate, up, down, eps)
+    inference_only("mlp_step", o, residual, *weights)
+    return run(_mlp_step, o, residual, *weights, eps)
+
+
+def gdn_block_step_(
+    h: Tensor, state: Tensor, conv_state: Tensor, norm_weight: Tensor, projections: Sequence[Tensor],
+    small: Sequence[Tensor], rest: Sequence[Tensor], *, slots: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """A block around Gated DeltaNet in one operator, from the residual stream to the residual stream::
+
+        qkv, z, a, b = linear_step(h, projections, norm_weight=norm_weight)
+        o = gdn_decode_fused_(state, conv_state, qkv, z, a, b, *small)
+        mlp_step(o, h, rest)
+
+    It launches what the three do: what it saves is time of the host, which is a good part of a small model's step on a
+    CPU. Inference only. Arguments and errors are those of the three; states are updated in place.
+
+    Args:
+        h: ``[B, t, hidden]``.
+        small: float32 conv_weight, A_log, dt_bias and the weight of the norm over each head.
+        rest: of :func:`mlp_step`.
+        slots, eps: of all that take them.
+
+    Returns:
+        ``[B, t, hidden]``.
+
+    Raises:
+        RuntimeError: as in the three operators.
+    """
+    inference_only("gdn_block_step_", h, state, norm_weight, *projections, *rest)
+    return run(_gdn_block, h, state, conv_state, norm_weight, projections, *small, rest, slots, eps)
+
+
+def attention_block_step_(
+    h: Tensor, k_cache: Tensor, v_cache: Tensor, norm_weight: Tensor, projections: Sequence[Tensor],
+    where: Sequence[Tensor], rest: Sequence[Tensor], *, slots: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """A block around softmax attention with rotary positions, as :func:`gdn_block_step_` is one::
+
+        q, k, v = linear_step(h, projections, norm_weight=norm_weight)      # each as heads of the caches' dimensions
+        q = rope_cache_(k_cache, v_cache, q, k, v, cos, sin, places)
+        o = loop_decode_attention(q, k_cache, v_cache, lengths)
+        mlp_step(o, h, rest)
+
+    Args:
+        h: ``[B, t, hidden]``.
+        where: cos, sin, places, lengths.
+        rest: of :func:`mlp_step`.
+        slots, eps: of all that take them.
+
+    Returns:
+        ``[B, t, hidden]``.
+
+    Raises:
+        RuntimeError: as in the four operators.
+    """
+    inference_only("attention_block_step_", h, k_cache, v_cache, norm_weight, *projections, *rest)
+    return run(_attention_block, h, k_cache, v_cache, norm_weight, projections, *where, rest, slots, eps)
 
 
 fake("mlp_step")(lambda o, residual, *_: residual.new_empty(residual.shape))
+fake("gdn_block_step_")(lambda h, *_: h.new_empty(h.shape))
+fake("attention_block_step_")(lambda h, *_: h.new_empty(h.shape))
 fake("swiglu_fwd")(lambda gate, up: gate.new_empty(gate.shape))
 fake("swiglu_bwd")(lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
 fake("rope_cache_")(lambda k_cache, v_cache, q, *_: q.new_empty(q.shape))

@@ -195,7 +195,7 @@ def gdn_decode_fused_(
         conv_state: ``[slots, D, W]`` in the dtype of qkv, any strides, updated in place: the last W inputs.
         qkv: ``[B, t, D]`` float32 or bfloat16 (on CUDA also float16), ``1 <= t <= 8``; its ``D = 2 H K + HV V``
             channels are those of q, then k, then v, head after head.
-        z: ``[B, t, HV, V]``, dtype of qkv.
+        z: ``[B, t, HV, V]`` or ``[B, t, HV V]``, dtype of qkv.
         a, b: ``[B, t, HV]`` raw gate and raw beta, float32 or bfloat16 (on CUDA also float16), of one dtype.
         conv_weight, conv_bias: ``[D, W]`` (``1 <= W <= 16``) and ``[D]`` of any float dtype.
         A_log, dt_bias: ``[HV]``, any float dtype.
@@ -207,7 +207,7 @@ def gdn_decode_fused_(
         use_qk_l2norm_in_kernel, allow_neg_eigval, state_v_first: as in :func:`gated_delta_step_`.
 
     Returns:
-        ``o`` ``[B, t, HV, V]`` in the dtype of qkv.
+        ``o`` in the shape and dtype of z.
 
     Raises:
         ValueError: dtypes that do not go together; under ``lt2_ext.set_checks(True)`` also a slot used twice.

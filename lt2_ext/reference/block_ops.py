@@ -42,16 +42,6 @@ def linear_step(
     return [o if i < kept or o.dtype == torch.float64 else o.float() for i, o in enumerate(outputs)]
 
 
-def mlp_step(
-    o: Tensor, residual: Tensor, output: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    *, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
-    """As :func:`lt2_ext.ops.mlp_step`."""
-    (h,) = linear_step(o, [output], residual=residual)
-    (x,) = linear_step(h, [gate, up], norm_weight=norm_weight, eps=eps, swiglu=True)
-    return linear_step(x, [down], residual=h)[0]
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x ``[B, t, H, D]`` by the angles ``[B or 1, t, D / 2]``, halves paired."""
     x1, x2 = x.chunk(2, dim=-1)

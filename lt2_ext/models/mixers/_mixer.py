@@ -54,6 +54,17 @@ class Shared(NamedTuple):
     loss: Tensor | None = None
 
 
+class StepWeights(NamedTuple):
+    """Of the mixer's projections, the last ``floats`` of them wanted in float32, with their norm; of what comes after
+    the mixer, as :func:`lt2_ext.ops.mlp_step` takes them."""
+
+    first: list[Tensor]
+    floats: int
+    norm: Tensor
+    rest: list[Tensor]
+    eps: float
+
+
 class Mixer(nn.Module):
     """Moves information between the tokens of a sequence, from the past only.
 
@@ -92,6 +103,10 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Shared | None]:
         """:meth:`forward` for a few tokens of each sequence, from the projections of x to the input of ``o_proj``."""
         raise NotImplementedError
+
+    def block_step(self, h: Tensor, weights: StepWeights, tokens: Tokens, state: State) -> Tensor | None:
+        """The step of the whole block in one operator, where there is one for these tokens."""
+        return None
 
     def forward(
         self, x: Tensor, tokens: Tokens, window: int | None, state: State | None, shared: Shared | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Keys, Mixer, Shared, State
+from ._mixer import Keys, Mixer, Shared, State, StepWeights
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -80,6 +80,13 @@ class Attention(Mixer):
             return None
         return layers if self.gate_proj is None else [*layers, self.gate_proj]
 
+    def block_step(self, h: Tensor, weights: StepWeights, tokens: Tokens, state: State) -> Tensor | None:
+        if type(self) is not Attention or self.share_keys or self.gate_proj is not None:
+            return None
+        (first, _, norm, rest, eps), k, v = weights, state["k"], state["v"]
+        where = *tokens.rope(self.head_dim), places_in(k, tokens), tokens.lengths
+        return ops.attention_block_step_(h, k, v, norm, first, where, rest, slots=tokens.slots, eps=eps)
+
     def step(
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
     ) -> tuple[Tensor, Shared | None]:
@@ -118,12 +125,17 @@ def is_step(tokens: Tokens, state: State) -> bool:
     return count <= MAX_STEP and not tokens.from_start and not (ring and count > 1)
 
 
+def places_in(cache: Tensor, tokens: Tokens) -> Tensor:
+    """Where the tokens go in a cache ``[slots, S, ..]``, ``[B, T]``."""
+    size = cache.shape[1]
+    return tokens.once(("places", size), lambda: tokens.index % size)
+
+
 def step(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, Keys]:
     """Rotate q and k and add k and v to the state; the queries, and the caches for them to see."""
-    size, (cos, sin) = state["k"].shape[1], tokens.rope(q.shape[-1])
+    where = *tokens.rope(q.shape[-1]), places_in(state["k"], tokens)
     q, k, v = (x.to(state["k"].dtype) for x in (q, k, v))
-    places = tokens.once(("places", size), lambda: tokens.index % size)
-    q = ops.rope_cache_(state["k"], state["v"], q, k, v, cos, sin, places, slots=tokens.slots)
+    q = ops.rope_cache_(state["k"], state["v"], q, k, v, *where, slots=tokens.slots)
     return q, Keys(state["k"], state["v"], None)
 
 

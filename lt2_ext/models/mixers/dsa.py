@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lt2_ext import ops
 
 from ._mixer import Keys, Selection, Shared, State
-from .attention import MAX_STEP, Attention, attend, rotate, store, whole
+from .attention import MAX_STEP, Attention, attend, places_in, rotate, store, whole
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -92,10 +92,10 @@ class SparseAttention(Attention):
 
     def step_index(self, q: Tensor, k: Tensor, weights: Tensor, tokens: Tokens, state: State) -> Selection:
         """:meth:`index`, with the keys into the state: one head of them, without values."""
-        cache, (cos, sin) = state["index_k"][:, :, None], tokens.rope(self.index_dim)
+        cache = state["index_k"][:, :, None]
+        where = *tokens.rope(self.index_dim), places_in(cache, tokens)
         q, k = q.view(*q.shape[:-1], self.index_heads, self.index_dim), k[:, :, None]
-        places = tokens.once(("places", cache.shape[1]), lambda: tokens.index % cache.shape[1])
-        q = ops.rope_cache_(cache, cache[..., :0], q, k, k[..., :0], cos, sin, places, slots=tokens.slots)
+        q = ops.rope_cache_(cache, cache[..., :0], q, k, k[..., :0], *where, slots=tokens.slots)
         return Selection(q, state["index_k"], weights, None)
 
     def selected(self, selection: Selection, tokens: Tokens, state: State | None) -> Selection:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lt2_ext import ops
 
 from ._linear import LinearMixer
-from ._mixer import Shared, State, Writes
+from ._mixer import Shared, State, StepWeights, Writes
 
 if TYPE_CHECKING:
     from ..config import LT2Config
@@ -79,8 +79,13 @@ class GatedDeltaNet(LinearMixer):
     ) -> tuple[Tensor, Shared | None]:
         if z is None or self.step_layers(tokens, state, shared) is None:
             return self.scan(x, qkv, z, tokens, state, shared)
-        o, _ = self.step([qkv, z.flatten(-2), self.a_proj(x), self.b_proj(x)], tokens, None, state, None)
-        return o.unflatten(-1, (self.value_heads, self.value_dim)), None
+        return self.step([qkv, z, self.a_proj(x), self.b_proj(x)], tokens, None, state, None)
+
+    def block_step(self, h: Tensor, weights: StepWeights, tokens: Tokens, state: State) -> Tensor | None:
+        first, _, norm, rest, eps = weights
+        conv, head_norm = map(tokens.as_float, self.step_floats())
+        pools, small = (state["matrix"], state["conv"]), (conv, self.A_log, self.dt_bias, head_norm)
+        return ops.gdn_block_step_(h, *pools, norm, first, small, rest, slots=tokens.slots, eps=eps)
 
     def step(
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
@@ -88,6 +93,4 @@ class GatedDeltaNet(LinearMixer):
         qkv, z, a, b = projected
         conv, norm = map(tokens.as_float, self.step_floats())
         pools, weights = (state["matrix"], state["conv"]), (conv, self.A_log, self.dt_bias, norm)
-        z = z.view(*z.shape[:-1], self.value_heads, self.value_dim)
-        o = ops.gdn_decode_fused_(*pools, qkv, z, a, b, *weights, slots=tokens.slots, eps=self.eps)
-        return o.flatten(-2), None
+        return ops.gdn_decode_fused_(*pools, qkv, z, a, b, *weights, slots=tokens.slots, eps=self.eps), None

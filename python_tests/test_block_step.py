@@ -1,0 +1,65 @@
+"""The step of a block in one operator gives the bits of the operators that it is made of."""
+
+import pytest
+import torch
+
+from lt2_ext import ops
+
+FP32, BF16 = torch.float32, torch.bfloat16
+HIDDEN, WIDE = 64, 96
+
+
+@pytest.fixture(params=[FP32, BF16], ids=["fp32", "bf16"])
+def randn(request, device):
+    if request.param == FP32 and device == "cuda":
+        pytest.skip("linear_step has no float32 kernel for CUDA")
+
+    def randn(*shape, dtype=request.param):
+        return (torch.randn(*shape, device=device) * 0.3).to(dtype)
+
+    return randn
+
+
+def block(randn, mixed, *projected):
+    rest = randn(HIDDEN, mixed), randn(HIDDEN), randn(WIDE, HIDDEN), randn(WIDE, HIDDEN), randn(HIDDEN, WIDE)
+    return randn(HIDDEN), [randn(n, HIDDEN) for n in projected], list(rest)
+
+
+@pytest.mark.parametrize("slots", [None, [2, 0]])
+def test_gated_delta_net(randn, slots, device):
+    B, t, H, HV, K, V, W = 2, 3, 2, 4, 16, 24, 4
+    D, slots = 2 * H * K + HV * V, None if slots is None else torch.tensor(slots, device=device)
+    h, (norm, first, rest) = randn(B, t, HIDDEN), block(randn, HV * V, D, HV * V, HV, HV)
+    pools = randn(3, HV, K, V, dtype=FP32)[: 3 if slots is not None else B], randn(3, D, W)
+    pools = pools[0], pools[1][: len(pools[0])]
+    small = [randn(*s, dtype=FP32) for s in ((D, W), (HV,), (HV,), (V,))]
+    theirs = [p.clone() for p in pools]
+    out = ops.gdn_block_step_(h, *pools, norm, first, small, rest, slots=slots, eps=1e-5)
+    qkv, z, a, b = ops.linear_step(h, first, norm_weight=norm, eps=1e-5)
+    o = ops.gdn_decode_fused_(*theirs, qkv, z.view(B, t, HV, V), a, b, *small, slots=slots, eps=1e-5)
+    assert torch.equal(out, ops.mlp_step(o.flatten(-2), h, rest, eps=1e-5))
+    assert all(torch.equal(p, q) for p, q in zip(pools, theirs, strict=True))
+
+
+@pytest.mark.parametrize("slots", [None, [2, 0]])
+def test_attention(randn, slots, device):
+    B, t, HQ, H, D, S = 2, 2, 4, 2, 16, 40
+    slots = None if slots is None else torch.tensor(slots, device=device)
+    h, (norm, first, rest) = randn(B, t, HIDDEN), block(randn, HQ * D, HQ * D, H * D, H * D)
+    caches = [randn(3 if slots is not None else B, S, H, D) for _ in "kv"]
+    angles = [randn(B, t, D // 2, dtype=FP32) for _ in ("cos", "sin")]
+    places, lengths = torch.tensor([[4, 5], [38, 39]], device=device), torch.tensor([6, 40], device=device)
+    theirs = [c.clone() for c in caches]
+    out = ops.attention_block_step_(h, *caches, norm, first, [*angles, places, lengths], rest, slots=slots, eps=1e-5)
+    q, k, v = (x.unflatten(-1, (-1, D)) for x in ops.linear_step(h, first, norm_weight=norm, eps=1e-5))
+    q = ops.rope_cache_(*theirs, q, k, v, *angles, places, slots=slots)
+    o = ops.loop_decode_attention(q, *theirs, lengths, slots=slots)
+    assert torch.equal(out, ops.mlp_step(o.flatten(-2), h, rest, eps=1e-5))
+    assert all(torch.equal(p, q) for p, q in zip(caches, theirs, strict=True))
+
+
+def test_inputs_that_require_a_gradient(randn):
+    h, (norm, first, rest) = randn(1, 1, HIDDEN).requires_grad_(), block(randn, 64, 64, 64, 64)
+    cache, angle, one = randn(1, 4, 4, 16), randn(1, 1, 8, dtype=FP32), torch.ones(1, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="attention_block_step_: inference only"):
+        ops.attention_block_step_(h, cache, cache, norm, first, [angle, angle, one, one[0]], rest)
