@@ -252,35 +252,32 @@ def linear_step() -> list[dict[str, Any]]:
 def mlp_step() -> list[dict[str, Any]]:
     shapes = {"o": (2, 1, 24), "residual": (2, 1, 40), "output": (40, 24), "norm_weight": (40,), "gate": (56, 40),
               "up": (56, 40), "down": (40, 56)}  # fmt: skip
-    plain = {n: torch.randn(shape) for n, shape in shapes.items()} | {"eps": 1e-5}
-    full = {n: torch.randn(shape).to(BF16) for n, shape in shapes.items()}
-    return [plain, full | {"norm_weight": torch.randn(40), "eps": 1e-6}]
+    plain = {n: torch.randn(shape).to(BF16) for n, shape in shapes.items()} | {"eps": 1e-5}
+    return [plain, plain | {"norm_weight": torch.randn(40), "eps": 1e-6}]
 
 
-def block_weights(mixed: int, *projected: int, dtype: torch.dtype = FP32) -> dict[str, Any]:
+def block_weights(mixed: int, *projected: int) -> dict[str, Any]:
     """hidden 24, SwiGLU of 40; outputs of the projections, and input of the mixer's output."""
-    rest = [torch.randn(s).to(dtype) for s in ((24, mixed), (24,), (40, 24), (40, 24), (24, 40))]
-    projections = [torch.randn(n, 24).to(dtype) for n in projected]
-    return {"norm_weight": torch.randn(24).to(dtype), "projections": projections, "rest": rest, "eps": 1e-5}
+    rest = [torch.randn(s).to(BF16) for s in ((24, mixed), (24,), (40, 24), (40, 24), (24, 40))]
+    projections = [torch.randn(n, 24).to(BF16) for n in projected]
+    return {"norm_weight": torch.randn(24).to(BF16), "projections": projections, "rest": rest, "eps": 1e-5}
 
 
 def gdn_block() -> list[dict[str, Any]]:
-    names = "state", "conv_state", "conv_weight", "A_log", "dt_bias"
+    names = "state", "conv_weight", "A_log", "dt_bias"
     fused = gdn_fused()[0]
     plain = {n: fused[n] for n in names} | {"head_norm_weight": fused["norm_weight"], "slots": None}
-    plain |= {"h": torch.randn(2, 3, 24)} | block_weights(48, 80, 48, 4, 4)
-    full = {"h": torch.randn(2, 3, 24).to(BF16), "slots": torch.tensor([1, -1])}
-    full |= {"conv_state": plain["conv_state"].to(BF16)} | block_weights(48, 80, 48, 4, 4, dtype=BF16)
-    return [plain, plain | full]
+    plain |= {"h": torch.randn(2, 3, 24).to(BF16), "conv_state": fused["conv_state"].to(BF16)}
+    plain |= block_weights(48, 80, 48, 4, 4)
+    return [plain, plain | {"norm_weight": torch.randn(24), "slots": torch.tensor([1, -1])}]
 
 
 def attention_block() -> list[dict[str, Any]]:
-    names = "k_cache", "v_cache", "cos", "sin", "places"
-    weights = {dtype: block_weights(24, 32, 16, 12, dtype=dtype) for dtype in (FP32, BF16)}
-    samples = []
-    for x, dtype in zip(rope_cache(), weights, strict=True):
-        sample = {n: x[n] for n in names} | {"h": torch.randn(2, 3, 24).to(dtype), "slots": x["slots"]}
-        samples.append(sample | weights[dtype] | {"lengths": torch.tensor([3, 7])})
+    h, weights, samples = torch.randn(2, 3, 24).to(BF16), block_weights(24, 32, 16, 12), []
+    for x in rope_cache():
+        caches = {n: x[n].to(BF16) for n in ("k_cache", "v_cache")}
+        where = {n: x[n] for n in ("cos", "sin", "places", "slots")} | {"lengths": torch.tensor([3, 7])}
+        samples.append({"h": h} | caches | where | weights)
     return samples
 
 
