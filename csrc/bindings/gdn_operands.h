@@ -221,8 +221,10 @@ struct Operands {
 
   // Contiguous output per token: zero where no sequence writes.
   Tensor token_output(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
-    return all_tokens_covered ? empty(q, sizes, dtype)
-                              : torch::stable::new_zeros(q, {sizes.begin(), sizes.size()}, dtype);
+    if (!all_tokens_covered) return torch::stable::new_zeros(q, {sizes.begin(), sizes.size()}, dtype);
+    Tensor const t = empty(q, sizes, dtype);
+    FreshPages(t).clear();  // threads write rows of different heads, side by side
+    return t;
   }
 
   Tensor token_output(Tensor const& like) const {

@@ -92,22 +92,48 @@ inline Dtype kernel_dtype(Tensor const& t) {
   }
 }
 
-// malloc takes so large a tensor from the system anew each time, in pages of 4 KiB that are cleared one by
-// one when they are first written, twice where two threads come to one. Here huge pages are asked for, all at
-// once: a fifth of the time. Contents stay as they are, and a system that refuses changes nothing.
-inline void populate(Tensor const& t) {
-#if defined(MADV_POPULATE_WRITE)
-  constexpr uintptr_t kFreshBytes = 32 << 20;
-  uintptr_t const bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
-  if (!t.is_cpu() || bytes < kFreshBytes) return;
-  auto const page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  auto const data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  uintptr_t const begin = data / page * page, end = (data + bytes + page - 1) / page * page;
-  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
-  }
-#endif
+// libtorch's intra-op pool: honours torch.set_num_threads, never brings a second OpenMP runtime.
+inline ThreadPool torch_pool() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t begin, int64_t end, int64_t grain, ThreadPool::Body body, void* context) {
+            torch::stable::parallel_for(begin, end, grain,
+                                        [&](int64_t b, int64_t e) { body(b, e, context); });
+          }};
 }
+
+// malloc takes so large a tensor from the system anew each time, in pages of 4 KiB that are cleared one by
+// one when they are first written; of huge pages that takes a fifth of the time. A system that refuses
+// changes nothing.
+struct FreshPages {
+  static constexpr uintptr_t kLeast = 32 << 20, kHuge = 2 << 20;
+  uintptr_t begin = 0, end = 0;
+
+  explicit FreshPages(Tensor const& t) {
+    uintptr_t const bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
+    if (!t.is_cpu() || bytes < kLeast) return;
+    auto const page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    auto const data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    begin = data / page * page;
+    end = (data + bytes + page - 1) / page * page;
+  }
+  void ask_for_huge() const {
+#if defined(MADV_HUGEPAGE)
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  }
+  // For tensors of which several threads write to one page: each would clear it for itself. Instead each
+  // clears its share.
+  void clear() const {
+#if defined(MADV_POPULATE_WRITE)
+    auto const first = static_cast<int64_t>(begin / kHuge),
+               last = static_cast<int64_t>((end + kHuge - 1) / kHuge);
+    torch_pool().ranges(first, last, 1, [&](int64_t from, int64_t to) {
+      uintptr_t const b = std::max(begin, from * kHuge), e = std::min(end, to * kHuge);
+      madvise(reinterpret_cast<void*>(b), e - b, MADV_POPULATE_WRITE);
+    });
+#endif
+  }
+};
 
 // Uninitialised contiguous tensor on the device of `like`, without a dispatched operator, which takes longer
 // than a small kernel. An error says how much was asked for, in words that are known of an allocator without
@@ -133,7 +159,7 @@ inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef
                     reason);
   }
   Tensor const t(made);
-  populate(t);
+  FreshPages(t).ask_for_huge();
   return t;
 }
 inline Tensor empty(Tensor const& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -153,15 +179,6 @@ inline void* current_cuda_stream(Tensor const& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
-}
-
-// libtorch's intra-op pool: honours torch.set_num_threads, never brings a second OpenMP runtime.
-inline ThreadPool torch_pool() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t begin, int64_t end, int64_t grain, ThreadPool::Body body, void* context) {
-            torch::stable::parallel_for(begin, end, grain,
-                                        [&](int64_t b, int64_t e) { body(b, e, context); });
-          }};
 }
 
 }  // namespace lt2
