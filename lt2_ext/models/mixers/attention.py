@@ -105,7 +105,9 @@ class Attention(Mixer):
             return *step(q, k, v, tokens, state), gate
         assert shared is not None
         assert shared.keys is not None
-        return rotate(q, *tokens.rope(self.head_dim)), shared.keys, gate
+        cache, none = shared.keys.k[:, :, :0], q[:, :, :0]  # of no head: only q is rotated
+        q, _ = step(q, none, none, tokens, {"k": cache, "v": cache})
+        return q, shared.keys, gate
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Of o ``[B, T, heads, head_dim]``, with x for the gate."""

@@ -90,7 +90,6 @@ class GatedDeltaNet(LinearMixer):
     def step(
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
     ) -> tuple[Tensor, Shared | None]:
-        qkv, z, a, b = projected
         conv, norm = map(tokens.as_float, self.step_floats())
-        pools, weights = (state["matrix"], state["conv"]), (conv, self.A_log, self.dt_bias, norm)
-        return ops.gdn_decode_fused_(*pools, qkv, z, a, b, *weights, slots=tokens.slots, eps=self.eps), None
+        x = [state["matrix"], state["conv"], *projected, conv, self.A_log, self.dt_bias, norm]
+        return ops.gdn_decode_fused_(*x, slots=tokens.slots, eps=self.eps), None
