@@ -273,6 +273,13 @@ def test_rope_cache_angles_of_all_rows(device):
     check_rope(rope_inputs(angle_rows=1, device=device))
 
 
+@every_dtype
+def test_rope_cache_of_queries_alone(dtype, device):
+    x = rope_inputs(H=0, D=64, DV=64, dtype=dtype, device=device)
+    q = reference.rotate(x["q"].double(), x["cos"], x["sin"])
+    check_close("q", rope_cache_(**x), q, reference.rotate(x["q"], x["cos"], x["sin"]), dtype=dtype)
+
+
 def test_rope_cache_slots_and_places_out_of_range(device):
     x = rope_inputs(B=6, t=2, device=device)
     x["places"][:2] = torch.tensor([[-1, 9], [2**62, -(2**62)]])
