@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant("state of the convolution not kept", "lt2_ext/models/mixers/_linear.py",
            '({"conv": conv} if self.short_conv and conv is not None else {})', "{}", CACHE),
     Mutant("rho of the first loop used in every loop", "lt2_ext/models/lt2.py",
-           "h_in, self.rho[loop], self.norm.weight", "h_in, self.rho[0], self.norm.weight", MODELS),
+           "h, h_in, rho[loop])", "h, h_in, rho[0])", MODELS),
     Mutant("first token of a packed document is a label", "lt2_ext/models/lt2.py", ", -100)[:, 1:]", ", 0)[:, 1:]",
            MODELS),
 ]  # fmt: skip
