@@ -365,6 +365,37 @@ def test_autocast_casts_queries_keys_and_values(device):
     assert torch.equal(out, dsa_attention(**{n: t.to(BF16) for n, t in x.items()}, indices=indices))
 
 
+def test_double_backward_is_an_error(device):
+    x, indices = on(device, inputs(1, 8, 8, 2, 1, 8, 8)), any_indices(1, 8, 8, 3).to(device)
+    x["q"].requires_grad_()
+    (grad,) = torch.autograd.grad(dsa_attention(**x, indices=indices).square().sum(), x["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_gradients_are_linear_in_the_loss(device):
+    x, indices = on(device, inputs(1, 40, 40, 4, 2, 16, 16)), any_indices(1, 40, 40, 9).to(device)
+    cotangents = on(device, {"o": torch.randn(1, 40, 4, 16), "lse": torch.randn(1, 40, 4)})
+    once = with_gradients(dsa_attention, x, indices, cotangents)
+    much = with_gradients(dsa_attention, x, indices, {n: 2.0**20 * t for n, t in cotangents.items()})
+    assert all(torch.equal(much[n], 2.0**20 * once[n]) for n in ("dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(device, grad):
+    x = {n: t.requires_grad_(grad) for n, t in on(device, inputs(1, 6, 6, 4, 2, 8, 16)).items()}
+    indices = any_indices(1, 6, 6, 3).to(device)
+    cu_seqlens = torch.tensor([0, 2, 6], device=device)
+    args = (*x.values(), indices)
+    torch.library.opcheck(torch.ops.lt2.dsa_attention_fwd.default, (*args, None, None, None, 0.5, 0))
+    torch.library.opcheck(torch.ops.lt2.dsa_attention_fwd.default, (*args, cu_seqlens, None, None, 0.5, 0))
+    if not grad:
+        o, lse = dsa_attention(**x, indices=indices, return_lse=True)
+        saved = (*args, o, lse, None, None, None, 0.5, 0)
+        torch.library.opcheck(torch.ops.lt2.dsa_attention_bwd.default, (o, lse, *saved))
+        torch.library.opcheck(torch.ops.lt2.dsa_attention_bwd.default, (o, None, *saved))
+
+
 def test_compiles_in_one_graph(device):
     x, indices = on(device, inputs(1, 30, 30, 4, 2, 16, 16)), any_indices(1, 30, 30, 6).to(device)
     f = torch.compile(lambda **x: dsa_attention(**x, q_offset=0), fullgraph=True, backend="aot_eager")

@@ -286,6 +286,15 @@ def test_a_selection_has_no_gradient(indexer):
         assert torch.equal(out, indexer(**x, topk=4))
 
 
+def test_opcheck(device):
+    q, k, w = (t.to(device) for t in normals(1, 9, 70, 2, 8).values())
+    cu_seqlens = torch.tensor([0, 2, 9], device=device)
+    op = torch.ops.lt2.lightning_indexer.default
+    torch.library.opcheck(op, (q, k, w, None, None, torch.tensor([3], device=device), 5, 0.5, True, 0, 0))
+    torch.library.opcheck(op, (q, k, None, None, None, None, 5, 0.5, False, 32, 1))
+    torch.library.opcheck(op, (q, k, w, cu_seqlens, cu_seqlens, None, 80, 0.5, True, 0, 0))
+
+
 def test_autocast_casts_queries_and_keys(indexer, device):
     x = normals(1, 60, 60, 2, 16)
     low = x | {n: x[n].to(BF16) for n in ("q_idx", "k_idx")}

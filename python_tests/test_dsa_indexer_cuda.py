@@ -137,6 +137,17 @@ def test_current_stream():
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("HI, topk, T", [(8, 64, 3000), (4, 500, 2200), (16, 64, 1100), (8, 64, 1)])
+def test_the_same_every_time_beside_other_work(HI, topk, T):
+    x = on_cuda(normals(1, T, max(T, 3000), HI, 64, BF16))
+    first = ops.lightning_indexer(**x, topk=topk)
+    noise, side = torch.zeros(2, 8 << 20, device="cuda"), torch.cuda.Stream()
+    for _ in range(250):
+        with torch.cuda.stream(side):
+            noise[0].copy_(noise[1])
+        assert torch.equal(ops.lightning_indexer(**x, topk=topk), first)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_memory_does_not_grow_with_the_square(dtype):
     """60000 x 60000 scores are 14 GB."""

@@ -358,6 +358,19 @@ def test_double_backward_is_an_error():
         grad.sum().backward()
 
 
+@everywhere
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad):
+    x, indices = inputs(1, 6, 6, 4, 2, 8, 3, 8), any_indices(1, 6, 6, 3)
+    x = {n: t.requires_grad_(grad and n in TRAINED) for n, t in x.items()}
+    lse = denominators({n: t.detach() for n, t in x.items()}, indices)
+    fwd, bwd = torch.ops.lt2.indexer_loss_fwd.default, torch.ops.lt2.indexer_loss_bwd.default
+    torch.library.opcheck(fwd, (*x.values(), lse, indices, None, 0.5, 0.3))
+    if not grad:
+        _, saved = fwd(*x.values(), lse, indices, None, 0.5, 0.3)
+        torch.library.opcheck(bwd, (torch.ones(()), *x.values(), lse, indices, saved, None, 0.5, 0.3))
+
+
 def test_compiles_in_one_graph():
     x, indices = inputs(1, 30, 30, 4, 2, 16, 3, 16), any_indices(1, 30, 30, 6)
     lse = denominators(x, indices)

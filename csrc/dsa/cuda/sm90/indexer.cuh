@@ -441,8 +441,6 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       for (int j = 0; j < kOwn; ++j) {
         scores[j] = *reinterpret_cast<float4 const*>(&shared.scores[slot][warp * kOwn + j][4 * lane]);
       }
-      __syncwarp();
-      if (lane == 0) shared.score_empty[slot].arrive();
       int const key = begin + 4 * lane;
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
@@ -450,6 +448,9 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
         c.append(scores[j], key - shared.firsts[warp * kOwn + j]);
         counts[j] = c.count;
       }
+      // Now that all lanes have compared their scores: an arrival overtakes loads that are under way.
+      __syncwarp();
+      if (lane == 0) shared.score_empty[slot].arrive();
     };
     auto const cut_to = [&](int limit, int most) {
       for (;;) {
