@@ -304,6 +304,47 @@ def linear_step(device: str) -> Pairs:
     return compare(op, oracle, device, tensors)
 
 
+def block(device: str, *projected: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Rows, norm, projections and the rest of a block, in the 16 bits that CUDA wants. A step in one operator gives the
+    bits of those that it is made of."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, torch.bfloat16) / 4
+
+    rest = [randn(64, 64), randn(64), randn(96, 64), randn(96, 64), randn(64, 96)]
+    return randn(2, 1, 64), randn(64), [randn(n, 64) for n in projected], rest
+
+
+def mlp_step(device: str) -> Pairs:
+    o, _, _, rest = block(device)
+    (h,) = ops.linear_step(o, rest[:1], residual=o)
+    (x,) = ops.linear_step(h, rest[2:4], norm_weight=rest[1], swiglu=True)
+    return [(ops.mlp_step(o, o, rest), ops.linear_step(x, rest[4:], residual=h)[0].cpu())]
+
+
+def gdn_block_step_(device: str) -> Pairs:
+    h, norm, projections, rest = block(device, 192, 64, 2, 2)
+    small = [torch.rand(s, device=device) for s in ((192, 4), (2,), (2,), (32,))]
+    state, window = torch.ones(2, 2, 32, 32, device=device), torch.ones(2, 192, 4, device=device, dtype=h.dtype)
+    pools = state.clone(), window.clone()
+    qkv, z, a, b = ops.linear_step(h, projections, norm_weight=norm)
+    o = ops.gdn_decode_fused_(pools[0], pools[1], qkv, z.view(2, 1, 2, 32), a, b, *small)
+    out = ops.gdn_block_step_(h, state, window, norm, projections, small, rest)
+    return zip((out, state, window), (t.cpu() for t in (ops.mlp_step(o.flatten(2), h, rest), *pools)), strict=True)
+
+
+def attention_block_step_(device: str) -> Pairs:
+    h, norm, projections, rest = block(device, 64, 32, 32)
+    keys, values, *caches = torch.ones(4, 2, 9, 1, 32, device=device, dtype=h.dtype)
+    angles = [torch.rand(1, 1, 16, device=device) for _ in range(2)]
+    places, lengths = torch.tensor([[4], [8]], device=device), torch.tensor([5, 9], device=device)
+    q, k, v = (x.unflatten(2, (-1, 32)) for x in ops.linear_step(h, projections, norm_weight=norm))
+    q = ops.rope_cache_(caches[0], caches[1], q, k, v, angles[0], angles[1], places)
+    o = ops.loop_decode_attention(q, caches[0], caches[1], lengths)
+    out = ops.attention_block_step_(h, keys, values, norm, projections, [*angles, places, lengths], rest)
+    return zip((out, keys, values), (t.cpu() for t in (ops.mlp_step(o.flatten(2), h, rest), *caches)), strict=True)
+
+
 def loop_decode_attention(device: str) -> Pairs:
     tensors = {"k_cache": torch.randn(3, 40, 2, 64), "v_cache": torch.randn(3, 40, 2, 64)}
     tensors |= {"q": torch.randn(3, 2, 4, 64), "lengths": torch.tensor([40, 2, 17])}
