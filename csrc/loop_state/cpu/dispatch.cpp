@@ -109,7 +109,7 @@ void decode(DecodeParams const& p, float* workspace, ThreadPool const& pool) {
   int64_t const splits = decode_splits(p), pairs = unit_count(p) * p.heads;
   int64_t const lane_floats = kernels().decode_workspace(p), partial_floats = kernels().decode_partial(p);
   float* const partials = workspace + lane_floats * pool.lanes(pairs * splits);
-  // The heads of the same keys lie side by side in memory: one lane reads them, where there is enough for all.
+  // Heads of the same keys lie side by side in memory: one lane reads them, where there is enough for all.
   int64_t const items = pairs * splits, together = items >= 2 * p.heads * pool.num_threads ? p.heads : 1;
   pool.items(items / together, [&](int64_t group, int lane) {
     for (int64_t item = group * together; item < (group + 1) * together; ++item) {
