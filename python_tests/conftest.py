@@ -33,12 +33,19 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """torch.empty gives NaN (largest integers for integer dtypes), also when C++ calls it."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def poison():
+    """torch.empty, and the operators' own memory, is full of NaN (integers: the largest, or -1). ``poison(on)`` says
+    how many tensors of operators on the CPU were since the last call."""
+    from lt2_ext import _C
+
+    def switch(on):
+        torch.use_deterministic_algorithms(on, warn_only=True)
+        return _C.poison_memory(on)
+
+    switch(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+    yield switch
+    switch(False)
 
 
 @pytest.fixture

@@ -526,9 +526,10 @@ def test_expanded_inputs(device):
     assert torch.equal(state, state1.expand_as(state))
 
 
-def test_poison_reaches_the_allocations_of_the_op(device):
+def test_poison_reaches_the_allocations_of_the_op(device, poison):
     x = gdn_inputs(T=10, K=8, V=8, device=device)
     x["q"].requires_grad_()
+    poison(True)
     with torch.profiler.profile() as profile:
         chunk_gated_delta_rule(**x)[0].sum().backward()
 
@@ -537,21 +538,24 @@ def test_poison_reaches_the_allocations_of_the_op(device):
             yield child
             yield from descendants(child)
 
+    if device == "cpu":
+        assert poison(True) >= 4  # an output and a workspace of each
+        return
     for op in ("lt2::gdn_fwd", "lt2::gdn_bwd"):
         event = next(e for e in profile.events() if e.name == op)
         names = [e.name for e in descendants(event)]
-        assert names.count("aten::fill_") >= names.count("aten::new_empty") > 0, names
+        assert names.count("aten::fill_") >= names.count("aten::empty_strided") > 0, names
 
 
 @every_rule
-def test_poisoned_memory_changes_nothing(device, op):
+def test_poisoned_memory_changes_nothing(device, op, poison):
     for dtype, T in product((FP32, BF16), (1, 66)):
         x = gdn_inputs(T=T, HV=4, K=24, V=24, dtype=dtype, device=device)
         cotangents = cotangents_for(x)
         poisoned = with_gradients(op, x, cotangents)
-        torch.use_deterministic_algorithms(False)
+        poison(False)
         assert_equal(with_gradients(op, x, cotangents), poisoned)
-        torch.use_deterministic_algorithms(True)
+        poison(True)
 
 
 @every_rule

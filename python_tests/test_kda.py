@@ -389,14 +389,14 @@ def test_packed_qkv_and_expanded_gradient(device, op, dtype):
 
 
 @all_ops
-def test_poisoned_memory_changes_nothing(device, op):
+def test_poisoned_memory_changes_nothing(device, op, poison):
     for dtype, T in product((FP32, BF16), (1, 66)):
         x = inputs(op, T=T, HV=4, K=24, V=24, dtype=dtype, device=device)
         cotangents = cotangents_for(op, x)
         poisoned = with_gradients(op, x, cotangents)
-        torch.use_deterministic_algorithms(False)
+        poison(False)
         assert_equal(with_gradients(op, x, cotangents), poisoned)
-        torch.use_deterministic_algorithms(True)
+        poison(True)
 
 
 @all_ops

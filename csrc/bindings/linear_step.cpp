@@ -1,4 +1,3 @@
-#include <memory>
 #include <vector>
 
 #include "bindings/steps.h"
@@ -105,8 +104,8 @@ std::vector<Tensor> step(Names const& names, Tensor const& x_any, std::vector<Te
     status = portable::linear_step(p, current_cuda_stream(x));
     STD_TORCH_CHECK(status == kOk, names.op, ": ", status);
   } else {
-    std::unique_ptr<float[]> const workspace(new float[rows * K]);
-    cpu::linear_step(p, workspace.get(), torch_pool());
+    Tensor const workspace = empty(x, {rows * K}, ScalarType::Float);
+    cpu::linear_step(p, static_cast<float*>(workspace.mutable_data_ptr()), torch_pool());
   }
   return outputs;
 }

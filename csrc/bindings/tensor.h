@@ -11,11 +11,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "bindings/poison.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -159,6 +161,10 @@ inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef
                     reason);
   }
   Tensor const t(made);
+  if (poison_memory && t.is_cpu()) {
+    std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(t.numel()) * t.element_size());
+    ++poisoned_tensors;
+  }
   FreshPages(t).ask_for_huge();
   return t;
 }
