@@ -85,6 +85,18 @@ def test_keys_longer_than_one(device):
     check_outputs(x, hard=True)
 
 
+def test_what_is_left_of_large_values(device):
+    """A segment leaves out what precedes it only where no output would show it, however much larger it was."""
+    x = long_inputs(device, gate="-0.05")
+    x["v"][:, :1000] *= 1e5
+    with torch.no_grad():
+        o = chunk_gated_delta_rule(**x)[0]
+        exact = {name: t.double() for name, t in x.items()}
+        ref = reference.gated_delta_rule(**exact, rule=reference.chunks)[0]
+    for i, (ours, theirs) in enumerate(zip(o.split(64, 1), ref.split(64, 1), strict=True)):
+        testing.check_close(f"o of tokens from {64 * i} on", ours, theirs)
+
+
 def test_value_first_states_and_l2norm(device):
     x = long_inputs(device, gate="small")
     x["initial_state"] = x["initial_state"].mT.contiguous()

@@ -29,15 +29,15 @@ struct ForwardTraits {
   static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
   static constexpr int kSlices = kSlices_;  // state warpgroups, at most
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
-  static constexpr int kHelpers = kKeyDim == 192 ? 1 : 2;  // warpgroups that prepare tiles, in turn
-  static constexpr bool kHurries = kHelpers == 1;          // one is what the states wait for
+  static constexpr int kHelpers =
+      kKeyDim == 192 && kSlices == 2 ? 1 : 2;  // warpgroups that prepare tiles, in turn
   // Tiles of q and k, and of what is prepared of them.
   static constexpr int kStages = 3, kPrepared = kHelpers == 2 ? 3 : 2;
   static constexpr int kThreads = (kSlices + kHelpers) * kWarpgroup;
   // Registers a thread, where the helpers have to give up what the states need.
   static constexpr bool kMovesRegisters = kThreads > 256;
-  static constexpr int kHelperRegisters = kSlices == 2 ? 88 : 144;
-  static constexpr int kStateRegisters = kSlices == 1 ? 216 : kHelpers == 2 ? 168 : 208;
+  static constexpr int kHelperRegisters = kSlices == 1 ? 144 : kKeyDim == 64 ? 104 : 88;
+  static constexpr int kStateRegisters = kSlices == 1 ? 216 : kKeyDim == 64 ? 152 : kHelpers == 2 ? 168 : 208;
 
   struct Shared {
     alignas(1024) char qk[kStages][kKeyTiles * kQkBytes];
@@ -202,7 +202,8 @@ template <class Traits>
 __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
                               ForwardMaps const& maps, ForwardUnit const& unit, int helper, int thread) {
   using T = typename Traits::T;
-  constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages, kPrepared = Traits::kPrepared;
+  constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages, kPrepared = Traits::kPrepared,
+                kHelpers = Traits::kHelpers;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
   auto const load_qk = [&](int i) {
     TileTokens const t = unit.tile(i);
@@ -225,50 +226,37 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
   auto const released = [&](int i) -> Barrier& { return shared.released[i % kStages]; };
   auto const phase = [](int i) { return (i / kStages) & 1; };  // of that barrier
   if (helper >= unit.tiles) return;
-  // The thread that loads is of a warp that waits while others invert.
-  constexpr bool kHurries = Traits::kHurries;
-  constexpr int kHelpers = Traits::kHelpers, kLoader = kHurries ? kWarpgroup - 32 : 0;
-  bool const scans = thread < kTileSide;
-  if (scans) request_gates(a.p, unit.tile(helper), unit.head, thread, shared.scratch[helper]);
-  if (thread == kLoader) load_qk(helper);
+  bool const has_k = thread < kTileSide;
+  auto const request = [&](int i) {
+    TileScratch& scratch = shared.scratch[i % 2];
+    request_gate(has_k ? a.p.beta : a.p.g, unit.tile(i), unit.head, thread % kTileSide,
+                 has_k ? scratch.beta : scratch.g);
+  };
+  request(helper);
+  if (thread == 0) {
+    load_qk(helper);
+    if (kHelpers == 1 && unit.tiles > 1) load_qk(1);
+  }
   for (int i = helper; i < unit.tiles; i += kHelpers) {
     int const stage = i % kStages, prepared = i % kPrepared, next = i + kHelpers;
     // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
     // few registers there are.
     asm volatile("" : "+r"(thread));
-    TileScalars& s = shared.scalars[prepared];
-    TileScratch& scratch = shared.scratch[i % 2];
-    int const count = unit.tile(i).count;
     if constexpr (kPrepared < kStages) {
       if (i >= kPrepared) released(i - kPrepared).wait(phase(i - kPrepared));
     }
-    if (scans) {
-      scan_gates(a.p, count, unit.head, thread, scratch, s);
-      if (next < unit.tiles) request_gates(a.p, unit.tile(next), unit.head, thread, shared.scratch[next % 2]);
-    }
     shared.loaded[stage].wait((i / kStages) & 1);
-    bool requests = next < unit.tiles;
-    prepare_tile<T, Traits::kKeyDim, kOutputs, kHurries>(
-        a.p, count, shared.qk[stage], s, scratch, shared.inverse[prepared], shared.scores[prepared / 2],
-        prepared % 2, 1 + kTileBarriers * helper, thread, [&] {
-          if (!kHurries) return;
-          if (thread == kLoader && requests &&
-              (next < kStages || released(next - kStages).test(phase(next - kStages)))) {
-            load_qk(next);
-            requests = false;
-          }
+    prepare_tile<T, Traits::kKeyDim, kOutputs>(
+        a.p, unit.tile(i).count, shared.qk[stage], shared.scalars[prepared], shared.scratch[i % 2],
+        shared.inverse[prepared], shared.scores[prepared / 2], prepared % 2, 1 + kTileBarriers * helper,
+        thread, unit.head, [&] {
+          if (next < unit.tiles) request(next);
         });
     shared.prepared[prepared].arrive();
-    if (requests) {
-      if constexpr (kHurries) {
-        if (thread == kLoader) {
-          if (next >= kStages) released(next - kStages).wait(phase(next - kStages));
-          load_qk(next);
-        }
-      } else {
-        if (next >= kStages) released(next - kStages).wait(phase(next - kStages));
-        if (thread == 0) load_qk(next);
-      }
+    if (i + 2 < unit.tiles) {
+      static_assert(kStages == 3);
+      if (i > 0) released(i - 1).wait(phase(i - 1));
+      if (thread == 0) load_qk(i + 2);
     }
   }
 }
@@ -318,6 +306,16 @@ __device__ __forceinline__ int value_offset(int token, int warp, int lane) {
   return tile_offset(token + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 }
 
+// Without a branch, so that it can stand among products.
+__device__ __forceinline__ void store_matrices_transposed_if(bool puts, uint32_t address, uint32_t r0,
+                                                             uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0;"
+      "@p stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};}" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3), "r"(static_cast<uint32_t>(puts))
+      : "memory");
+}
+
 // The first `count` rows of a tile, where a tensor map would also write the sequence that follows.
 template <class T>
 __device__ void store_rows(char const* tile, Strided const& o, TileTokens const& t, int head, int column,
@@ -329,32 +327,45 @@ __device__ void store_rows(char const* tile, Strided const& o, TileTokens const&
   }
 }
 
-// W = V - k_in (K S) of a chunk whose first token in the tile is `first`, as fragments; tokens from `count`
-// on write nothing.
-template <class T>
-__device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const* ks, char const* v_tile,
-                                          float const* k_in, int first, int count, int warp, int lane) {
+// Values and k_in of a chunk whose first token in the tile is `first`, as fragments.
+struct ChunkValues {
+  uint32_t v[kChunk / 4];
+  float2 k_in[kChunk / 8];
+};
+
+__device__ __forceinline__ void load_values(ChunkValues& x, char const* v_tile, float const* k_in, int first,
+                                            int warp, int lane) {
   uint32_t const address = shared_address(v_tile);
-  int const t = 2 * (lane % 4);
 #pragma unroll
   for (int n = 0; n < kChunk / 8; n += 2) {
     uint32_t v[4];
     load_matrices_transposed(v, address + value_offset(first + 8 * n, warp, lane));
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float2 const g = *reinterpret_cast<float2 const*>(k_in + first + 8 * (n + j) + t);
+    for (int i = 0; i < 4; ++i) x.v[2 * n + i] = v[i];
+  }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 const x = unpack<T>(v[2 * j + half]);
-        int const i = 4 * (n + j) + 2 * half;
-        w[2 * (n + j) + half] = pack<T>(x.x - g.x * ks[i], x.y - g.y * ks[i + 1]);
-      }
+  for (int n = 0; n < kChunk / 8; ++n)
+    x.k_in[n] = *reinterpret_cast<float2 const*>(k_in + first + 8 * n + 2 * (lane % 4));
+}
+
+// W = V - k_in (K S) of that chunk; tokens from `count` on write nothing.
+template <class T>
+__device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const* ks,
+                                          ChunkValues const& values, int first, int count, int lane) {
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+    float2 const g = values.k_in[n];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float2 const x = unpack<T>(values.v[2 * n + half]);
+      int const i = 4 * n + 2 * half;
+      w[2 * n + half] = pack<T>(x.x - g.x * ks[i], x.y - g.y * ks[i + 1]);
     }
   }
   if (count < first + kChunk) {
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      int const token = first + 8 * n + t;
+      int const token = first + 8 * n + 2 * (lane % 4);
       uint32_t const mask = (token < count ? 0xffffu : 0u) | (token + 1 < count ? 0xffff0000u : 0u);
       w[2 * n] &= mask;
       w[2 * n + 1] &= mask;
@@ -384,10 +395,11 @@ __device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const 
 // The power of two that brings the largest of a warp's |x| to 128..256, but at most 2^96.
 template <int kCount>
 __device__ __forceinline__ float range_factor(float const (&x)[kCount]) {
-  float largest = 0.f;
+  float largest[4] = {};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(x[i]));
-  uint32_t const exponent = __reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23;
+  for (int i = 0; i < kCount; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(x[i]));
+  float const most = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+  uint32_t const exponent = __reduce_max_sync(0xffffffffu, __float_as_uint(most)) >> 23;
   return __uint_as_float((254 + 7 - max(exponent, 254u + 7 - 127 - 96)) << 23);
 }
 
@@ -398,7 +410,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   using T = typename Traits::T;
   constexpr int kKeyDim = Traits::kKeyDim, kKeySteps = kKeyDim / 16, kStages = Traits::kStages;
   constexpr int kPrepared = Traits::kPrepared;
-  constexpr int kChunkSteps = kChunk / 16, kGainParts = std::is_same_v<T, __half> ? 1 : 2;
+  constexpr int kChunkSteps = kChunk / 16;
   int const warp = thread / 32, lane = thread % 32;
   int const barrier = 1 + kTileBarriers * Traits::kHelpers + slice;
   int const column = unit.column + slice * kTileSide;
@@ -435,15 +447,19 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   float o[kChunk / 2] = {};
   float unrange = 1.f;  // of o
   // Chunk c's output goes where its values were; after a tile's last chunk the tile leaves.
-  auto const store_output = [&](uint32_t const(&packed)[kChunk / 4], int c) {
+  auto const put_output = [&](uint32_t const(&packed)[kChunk / 4], int c, bool puts) {
     int const i = c / kTileChunks, first = c % kTileChunks * kChunk;
     char* const tile = shared.v[slice][i % 2];
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
-      store_matrices_transposed(shared_address(tile) + value_offset(first + 8 * n, warp, lane), packed[2 * n],
-                                packed[2 * n + 1], packed[2 * n + 2], packed[2 * n + 3]);
+      store_matrices_transposed_if(puts, shared_address(tile) + value_offset(first + 8 * n, warp, lane),
+                                   packed[2 * n], packed[2 * n + 1], packed[2 * n + 2], packed[2 * n + 3]);
     }
+  };
+  auto const send_output = [&](int c) {
     if (c % kTileChunks != kTileChunks - 1) return;
+    int const i = c / kTileChunks;
+    char* const tile = shared.v[slice][i % 2];
     fence_async_shared();
     named_barrier(barrier, kWarpgroup);
     TileTokens const t = unit.tile(i);
@@ -453,8 +469,15 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       store_tile(maps.o, tile, column, unit.head, t.begin, t.row);
     }
   };
+  uint32_t fragments[kKeyDim / 4];  // of S^T
+  pack_all<T>(fragments, s);
 
   int const chunks = unit.tiles * kTileChunks;
+  auto const wait_prepared = [&](int i) { shared.prepared[i % kPrepared].wait((i / kPrepared) & 1); };
+  auto const release = [&](int i) {
+    __syncwarp();  // the reads of all lanes
+    if (lane == 0) shared.released[i % kStages].arrive();
+  };
   for (int c = 0; c < chunks; ++c) {
     int const i = c / kTileChunks, part = c % kTileChunks, first = part * kChunk;
     int const stage = i % kStages, prepared = i % kPrepared;
@@ -463,16 +486,11 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     uint64_t const low = rows + k_step(2) * (1 - part);  // and the other block there
     uint64_t const qk_rows = part * (kTileBytes >> 4);
     TileScalars const& scalars = shared.scalars[prepared];
-    uint32_t fragments[kKeyDim / 4];  // of S^T
-    pack_all<T>(fragments, s);
     uint32_t packed[kChunk / 4];
     if constexpr (kOutputs) pack_all<T>(packed, o, unrange);
     if (part == 0) {
-      if (c > 0) {
-        __syncwarp();  // the reads of all lanes
-        if (lane == 0) shared.released[(i - 1) % kStages].arrive();
-      }
-      shared.prepared[prepared].wait((i / kPrepared) & 1);
+      if (c > 0) release(i - 1);
+      wait_prepared(i);
     }
     constexpr int kRows = kOutputs ? 2 * kChunk : kChunk;
     float sums[kRows / 2];  // K S, then Q S
@@ -484,17 +502,22 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 #pragma unroll
       for (int j = 0; j < kKeySteps; ++j) {
         wgmma<T, kRows>(sums, fragments + 4 * j, qk + k_step<kQkBytes>(j), j > 0);
+        if constexpr (kOutputs) {
+          if (j == 1) put_output(packed, c - 1, c > 0);
+        }
       }
       wgmma_commit();
     }
     if constexpr (kOutputs) {
-      if (c > 0) store_output(packed, c - 1);
+      if (c > 0) send_output(c - 1);
     }
     if (part == 0 && !of_keys) shared.v_loaded[slice][i % 2].wait((i / 2) & 1);
+    ChunkValues values;
+    load_values(values, shared.v[slice][i % 2], scalars.k_in, first, warp, lane);
     wgmma_wait<0>();
     pin(sums);
     uint32_t w[kChunk / 4];
-    residuals<T>(w, sums, shared.v[slice][i % 2], scalars.k_in, first, unit.tile(i).count, warp, lane);
+    residuals<T>(w, sums, values, first, unit.tile(i).count, lane);
 
     float u[kChunk / 2];
     {
@@ -517,43 +540,47 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     float const decay = scalars.decay[part];
 #pragma unroll
     for (int j = 0; j < kKeyDim / 2; ++j) s[j] *= decay;
-    if constexpr (kOutputs) {
-      if (thread == 0 && part == 0 && i > 0 && i + 1 < unit.tiles) {
-        wait_stores_read();
-        load_v(i + 1);
-      }
-    }
+    pin(s);
+    float2 k_out[kChunk / 8];
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n)
+      k_out[n] = *reinterpret_cast<float2 const*>(scalars.k_out + first + 8 * n + 2 * (lane % 4));
     wgmma_wait<0>();
     pin(u);
     float left[kChunk / 2];
 #pragma unroll
-    for (int j = 0; j < kChunk / 2; ++j) left[j] = u[j];
-    scale_tokens(left, scalars.k_out + first, lane);
-    uint32_t gain[kGainParts][kChunk / 4];
-    pack_all<T>(gain[0], left);
-    if constexpr (kGainParts == 2) {
-#pragma unroll
-      for (int j = 0; j < kChunk / 4; ++j) {
-        float2 const high = unpack<T>(gain[0][j]);
-        gain[1][j] = pack<T>(left[2 * j] - high.x, left[2 * j + 1] - high.y);
-      }
-    }
+    for (int j = 0; j < kChunk / 2; ++j) left[j] = u[j] * (j % 2 == 0 ? k_out[j / 4].x : k_out[j / 4].y);
     {
       uint64_t const k = row_major<kQkBytes>(shared.qk[stage]) + qk_rows;
+      auto const multiply = [&](uint32_t (&gain)[kChunk / 4]) {
+        pin(gain);
+        pin(s);
+        wgmma_begin();
 #pragma unroll
-      for (int g = 0; g < kGainParts; ++g) pin(gain[g]);
-      pin(s);
-      wgmma_begin();
+        for (int j = 0; j < kChunkSteps; ++j)
+          wgmma<T, kKeyDim, Major::MN>(s, gain + 4 * j, k + j * kRowStep, true);
+      };
+      uint32_t gain[kChunk / 4];
+      if constexpr (std::is_same_v<T, __half>) {
+        pack_all<T>(gain, left);
+        multiply(gain);
+      } else {  // the first of two parts is cut off rather than rounded
+        uint32_t rest[kChunk / 4];
+        auto const cut = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); };
 #pragma unroll
-      for (int j = 0; j < kChunkSteps; ++j) {
+        for (int j = 0; j < kChunk / 4; ++j)
+          gain[j] = __byte_perm(__float_as_uint(left[2 * j]), __float_as_uint(left[2 * j + 1]), 0x7632);
+        multiply(gain);
 #pragma unroll
-        for (int g = 0; g < kGainParts; ++g) {
-          wgmma<T, kKeyDim, Major::MN>(s, gain[g] + 4 * j, k + j * kRowStep, true);
-        }
+        for (int j = 0; j < kChunk / 4; ++j)
+          rest[j] = pack<T>(left[2 * j] - cut(left[2 * j]), left[2 * j + 1] - cut(left[2 * j + 1]));
+        multiply(rest);
       }
       wgmma_commit();
     }
     if constexpr (kOutputs) {
+      wait_prepared(i);  // is over: keeps what follows behind the products, which would wait for it
+      pin(u);
       float const range = range_factor(u);
       unrange = __uint_as_float((254u << 23) - __float_as_uint(range));  // 1 / range, a power of two
       uint32_t written[kChunk / 4];
@@ -572,9 +599,16 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         wgmma_commit();
       }
     }
-    wgmma_wait<0>();
+    wgmma_wait<kOutputs ? 1 : 0>();
     pin(s);
+    pack_all<T>(fragments, s);
+    pin(fragments);
     if constexpr (kOutputs) {
+      if (thread == 0 && part == 0 && i > 0 && i + 1 < unit.tiles) {
+        wait_stores_read();
+        load_v(i + 1);
+      }
+      wgmma_wait<0>();
       pin(o);
     } else if (part == kTileChunks - 1 && !of_keys && i + 2 < unit.tiles) {
       named_barrier(barrier, kWarpgroup);  // the values have been read
@@ -584,7 +618,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   if constexpr (kOutputs) {
     uint32_t packed[kChunk / 4];
     pack_all<T>(packed, o, unrange);
-    if (chunks > 0) store_output(packed, chunks - 1);
+    if (chunks > 0) {
+      put_output(packed, chunks - 1, true);
+      send_output(chunks - 1);
+    }
   }
   if (unit.final != nullptr) {
     store_state<kKeyDim>(s, unit.final, unit.final_v_first, a.p.value_dim,
@@ -596,7 +633,10 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(ForwardLaunch const a, __grid_constant__ ForwardMaps const maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
+  // The window of shared memory, once: asked for anew at every use it would be waited for.
+  uint32_t window = shared_address(dynamic_shared);
+  asm volatile("" : "+r"(window));
+  auto& shared = *static_cast<typename Traits::Shared*>(__cvta_shared_to_generic(window));
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   let_next_kernel_start();
   wait_for_previous_kernel();

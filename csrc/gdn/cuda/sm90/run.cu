@@ -12,15 +12,6 @@ namespace {
 using namespace cuda;
 using namespace cuda::sm90;
 
-// Of the current device; wgmma exists on compute capability 9.0 alone.
-bool is_hopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
-
 Status supports_inputs(Inputs const& p) {
   if (!p.delta) return "the Hopper kernels are those of the delta rule";
   if (p.dtype == Dtype::kFloat32) return "the Hopper kernels take bfloat16 and float16";
@@ -34,7 +25,7 @@ Status supports_inputs(Inputs const& p) {
         token_major(p.v, p, p.value_heads, p.value_dim)}) {
     if (!tma_compatible(x)) return "the Hopper kernels take q, k, v with strides of multiples of 8 elements";
   }
-  return is_hopper() ? kOk : "the Hopper kernels need compute capability 9.0";
+  return runs_sm90_code() ? kOk : "the Hopper kernels need compute capability 9.0";
 }
 
 template <Dtype kDtype>

@@ -68,7 +68,7 @@ __device__ inline Segment find_segment(Inputs const& p, int64_t span, int64_t nu
 }
 
 inline constexpr int kPlanWarps = 8, kPlanRounds = 4, kPlanTiles = kPlanWarps * kPlanRounds;
-inline constexpr float kForgotten = -40.f;  // log2
+inline constexpr float kForgotten = -32.f;  // log2
 
 // One block per segment and value head: a warp for each of the last tiles in turn, then a lane.
 template <class T>

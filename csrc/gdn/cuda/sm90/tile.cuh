@@ -59,36 +59,39 @@ struct TileTokens {
   int count;       // 1..64
 };
 
-// Raw g and beta of token `i` of a tile, requested before they are needed: scan_gates waits for them.
-__device__ inline void request_gates(Inputs const& p, TileTokens const& tile, int head, int i,
-                                     TileScratch& scratch) {
+// Raw g or beta of token `i` of a tile, requested before it is needed: scan_decays and read_strength wait for
+// it. Tokens that are not there neither decay nor write.
+__device__ inline void request_gate(Strided const& from, TileTokens const& tile, int head, int i, float* to) {
+  if (from.data == nullptr) return;
   int const bytes = i < tile.count ? 4 : 0;
-  auto const copy = [&](float* to, Strided const& from) {
-    if (from.data == nullptr) return;
-    asm volatile(
-        "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
-        "l"(portable::token_row<float const>(from, tile.row, tile.begin + (i < tile.count ? i : 0), head)),
-        "r"(bytes)
-        : "memory");
-  };
-  copy(scratch.g + i, p.g);
-  copy(scratch.beta + i, p.beta);
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to + i)),
+      "l"(portable::token_row<float const>(from, tile.row, tile.begin + (i < tile.count ? i : 0), head)),
+      "r"(bytes)
+      : "memory");
 }
 
-// log2_decay and strength of token `i`, by the warp of its chunk; tokens that are not there neither decay nor
-// write.
-__device__ inline void scan_gates(Inputs const& p, int count, int head, int i, TileScratch const& scratch,
-                                  TileScalars& s) {
+// `strength` of token `i`.
+__device__ inline void read_strength(Inputs const& p, int count, int i, TileScratch const& scratch,
+                                     TileScalars& s) {
   asm volatile("cp.async.wait_all;" ::: "memory");
-  float x = 0.f, y = 1.f;
+  float y = 1.f;
+  if (p.beta.data != nullptr) {
+    y = scratch.beta[i];
+    if (p.beta_sigmoid) y = sigmoid(y) * (p.neg_eigval ? 2.f : 1.f);
+  }
+  s.strength[i] = i < count ? y : 0.f;
+}
+
+// `log2_decay` of token `i`, by the warp of its chunk.
+__device__ inline void scan_decays(Inputs const& p, int count, int head, int i, TileScratch const& scratch,
+                                   TileScalars& s) {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  float x = 0.f;
   if (p.g.data != nullptr) {
     x = scratch.g[i];
     if (p.A_log != nullptr) x = portable::gate(x, p.A_log[head], p.dt_bias[head]);
     x = x < kLeastLog2Decay / kLog2E ? kLeastLog2Decay : x * kLog2E;
-  }
-  if (p.beta.data != nullptr) {
-    y = scratch.beta[i];
-    if (p.beta_sigmoid) y = sigmoid(y) * (p.neg_eigval ? 2.f : 1.f);
   }
   float sum = i < count ? x : 0.f;
   int const lane = i % 32;
@@ -98,7 +101,6 @@ __device__ inline void scan_gates(Inputs const& p, int count, int head, int i, T
     if (lane >= d) sum += before;
   }
   s.log2_decay[i] = sum;
-  s.strength[i] = i < count ? y : 0.f;
 }
 
 // One row of q or k, kTiles x 64 elements, kStride bytes apart; `row` counts from the start of a tile.
@@ -199,115 +201,86 @@ __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& 
   }
 }
 
-// Of prepare_tile: of the warpgroup; of its first two warps, which have k, one chunk each to scan and to
-// invert; and one at which the others, which have q, wait for these.
-inline constexpr int kTileBarriers = 3;
+// Of prepare_tile: of the warpgroup; of its first two warps, which have k, one chunk each to invert; one at
+// which the others, which have q and the decays, wait for the norms of k; and of these.
+inline constexpr int kTileBarriers = 4;
 
-// The whole preparation of a tile by one warpgroup with barriers `barrier`, .. q and k have arrived, and
-// scan_gates is under way. `inverse` and `scores` are tiles. Without kScores there is no q. With kHurries the
-// norms of k are read from the diagonal of K K^T, so that its products wait for nothing and the norms of q
-// are computed beside; it takes more registers. While the first warps invert, the others call `meanwhile`.
+// The whole preparation of a tile by one warpgroup with barriers `barrier`, .. q and k have arrived, beta has
+// been requested by its first 64 threads and g by the others, one token each, who call `request` when the
+// place of these may be taken. `inverse` and `scores` are tiles. Without kScores there is no q.
 // Ends with the writes of this thread ordered before later reads by wgmma.
-template <class T, int kKeyDim, bool kScores, bool kHurries, class F>
+template <class T, int kKeyDim, bool kScores, class F>
 __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch,
-                             char* inverse, char* scores, int odd, int barrier, int thread,
-                             F const& meanwhile) {
-  constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide;
-  int const warp = thread / 32, lane = thread % 32, chunk = warp % kTileChunks;
-  int const token = chunk * kChunk + lane;
+                             char* inverse, char* scores, int odd, int barrier, int thread, int head,
+                             F const& request) {
+  constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide, kRows = kScores ? 2 * kChunk : kChunk;
+  int const warp = thread / 32, lane = thread % 32, half = warp % 2, half_row = half * 16;
   bool const has_k = warp < kTileChunks;
-  int const row = chunk * 2 * kChunk + (has_k ? 0 : kChunk) + lane;
-  if (token >= count && (kScores || has_k)) {  // what follows the sequence may be anything
-    clear_row<kTiles>(qk, row);
+  if (half * kChunk + lane >= count && (kScores || has_k)) {  // what follows the sequence may be anything
+    clear_row<kTiles>(qk, half * 2 * kChunk + (has_k ? 0 : kChunk) + lane);
     fence_async_shared();
   }
-  float norm = 1.f;
-  if constexpr (kHurries) {
-    if (count < kTileSide) named_barrier(barrier, kWarpgroup);
-  } else {
-    if (p.qk_l2norm && (kScores || has_k)) norm = row_norm<T, kTiles>(qk, row);
-    if (has_k) {
-      float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
-      s.k_norm[token] = norm;
-      s.k_shift[token] = p.qk_l2norm ? decay - __log2f(norm) : decay;
-      s.k_in[token] = exp2_fast(decay) * norm;
-      s.k_out[token] = exp2_fast(last - decay) * norm;
-      if (lane == 0) s.decay[chunk] = exp2_fast(last);
-    } else {
-      s.q_factor[token] = p.scale * norm;
-    }
-    named_barrier(barrier, kWarpgroup);
-  }
-
-  // Rows 0..31 are K K^T of a chunk, rows 32..63 Q K^T.
-  float products[kTileChunks][kChunk / 2];
-#pragma unroll
-  for (int c = 0; c < kTileChunks; ++c) pin(products[c]);
-  wgmma_begin();
+  named_barrier(barrier, kWarpgroup);  // also the end of the tile before
+  // Of each chunk [K; Q] [K; Q]^T: columns 0..31 are K K^T and Q K^T, the diagonal the squares of the norms.
+  float products[kTileChunks][kChunk / 2], square = 0.f;
 #pragma unroll
   for (int c = 0; c < kTileChunks; ++c) {
+    float x[kRows / 2];
     uint64_t const rows = k_major(qk + c * kTileBytes);
+    pin(x);
+    wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < kKeyDim / 16; ++k) {
-      wgmma<T, kChunk>(products[c], rows + k_step<kQkBytes>(k), rows + k_step<kQkBytes>(k), k > 0);
-    }
-  }
-  wgmma_commit();
-  if constexpr (kHurries) {
-    if (has_k) {
-      named_barrier(barrier + 1, kWarpgroup / 2);  // the decays of both chunks
-    } else if (kScores) {
-      if (p.qk_l2norm) norm = row_norm<T, kTiles>(qk, row);
-      s.q_factor[token] = p.scale * norm;
-    }
-  } else {
-    if (!has_k) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
-  }
-  wgmma_wait<0>();
+    for (int k = 0; k < kKeyDim / 16; ++k)
+      wgmma<T, kRows>(x, rows + k_step<kQkBytes>(k), rows + k_step<kQkBytes>(k), k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(x);
+    // Rows half_row .. + 15 of the diagonal are in lanes 4 r + r / 2; lane l takes chunk l / 16, row l % 16.
 #pragma unroll
-  for (int c = 0; c < kTileChunks; ++c) pin(products[c]);
-  int const half_row = chunk * 16;
-  if constexpr (kHurries) {
-    if (has_k) {
-      // |k|^2 of rows half_row .. + 15 of either chunk is in lanes 4 r + r / 2; lane l takes chunk l / 16,
-      // row l % 16.
-      float square = 0.f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int const c = i / 2, half = i % 2;
-        float const *const low = products[c] + 6 * half, *const high = low + 8;
-        float const x = lane / 4 % 2 == 0 ? (chunk == 0 ? low[0] : high[0]) : (chunk == 0 ? low[1] : high[1]);
-        float const y = __shfl_sync(0xffffffffu, x, lane % 8 * 4 + lane % 8 / 2);
-        if (lane / 8 == i) square = y;
-      }
-      int const of = lane / 16, at = of * kChunk + half_row + lane % 16;
-      float const factor = p.qk_l2norm ? rsqrtf(square + kNormEpsilon) : 1.f;
-      float const decay = s.log2_decay[at], last = s.log2_decay[of * kChunk + kChunk - 1];
-      s.k_norm[at] = factor;
-      s.k_shift[at] = p.qk_l2norm ? decay - __log2f(factor) : decay;
-      s.k_in[at] = exp2_fast(decay) * factor;
-      s.k_out[at] = exp2_fast(last - decay) * factor;
-      if (lane == 31) s.decay[1] = exp2_fast(last);
-      if (lane == 15) s.decay[0] = exp2_fast(last);
-      arrive_at_named_barrier(barrier + 2, kWarpgroup);
-      named_barrier(barrier + 1, kWarpgroup / 2);
-    } else {
-      named_barrier(barrier + 2, kWarpgroup);
+    for (int i = 0; i < 2; ++i) {
+      auto const pick = [&](int j) {
+        j += 6 * i;
+        float const of_k = half == 0 ? x[j] : x[8 + j];
+        return !kScores || has_k ? of_k : half == 0 ? x[kRows / 4 + j] : x[kRows / 4 + 8 + j];
+      };
+      float const y =
+          __shfl_sync(0xffffffffu, lane / 4 % 2 == 0 ? pick(0) : pick(1), lane % 8 * 4 + lane % 8 / 2);
+      if (lane / 8 == 2 * c + i) square = y;
     }
-    if (!has_k) s.q_in[token] = exp2_fast(s.log2_decay[token]) * p.scale * norm;
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) products[c][j] = x[j];
   }
+  int const chunk = lane / 16, token = chunk * kChunk + half_row + lane % 16;
+  float const norm = p.qk_l2norm ? rsqrtf(square + kNormEpsilon) : 1.f;
   if (has_k) {
+    s.k_norm[token] = norm;
+    read_strength(p, count, thread, scratch, s);
+    request();
+    arrive_at_named_barrier(barrier + 2, kWarpgroup);
+    named_barrier(barrier + 1, kWarpgroup / 2);
 #pragma unroll
     for (int c = 0; c < kTileChunks; ++c)
       store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
     named_barrier(barrier + 1, kWarpgroup / 2);
-    invert_32(scratch.inverse[chunk], lane);
+    invert_32(scratch.inverse[half], lane);
   } else {
+    scan_decays(p, count, head, thread % kTileSide, scratch, s);
+    request();
+    named_barrier(barrier + 2, kWarpgroup);      // the norms of k
+    named_barrier(barrier + 3, kWarpgroup / 2);  // the decays of both chunks
+    float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
+    float const k_norm = s.k_norm[token];
+    s.k_shift[token] = p.qk_l2norm ? decay - __log2f(k_norm) : decay;
+    s.k_in[token] = exp2_fast(decay) * k_norm;
+    s.k_out[token] = exp2_fast(last - decay) * k_norm;
+    if (lane % 16 == 0) s.decay[chunk] = exp2_fast(last);
     if constexpr (kScores) {
+      s.q_factor[token] = p.scale * norm;
+      s.q_in[token] = exp2_fast(decay) * p.scale * norm;
+      named_barrier(barrier + 3, kWarpgroup / 2);
 #pragma unroll
       for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, odd, c, half_row, lane);
     }
-    meanwhile();
   }
   named_barrier(barrier, kWarpgroup);
   store_inverse<T>(scratch.inverse[thread / 64], s, inverse, thread / 64, thread % 64);
