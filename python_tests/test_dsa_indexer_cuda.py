@@ -142,6 +142,7 @@ def test_the_same_every_time_beside_other_work(HI, topk, T):
     x = on_cuda(normals(1, T, max(T, 3000), HI, 64, BF16))
     first = ops.lightning_indexer(**x, topk=topk)
     noise, side = torch.zeros(2, 8 << 20, device="cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # whose first selection may still use what is noise now
     for _ in range(250):
         with torch.cuda.stream(side):
             noise[0].copy_(noise[1])

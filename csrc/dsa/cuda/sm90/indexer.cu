@@ -1,18 +1,8 @@
-#include <cuda_runtime.h>
-
+#include "common/cuda/overlap.cuh"
 #include "dsa/cuda/sm90/indexer_launch.h"
 
 namespace lt2::dsa::sm90 {
 namespace {
-
-// Of the current device; wgmma exists on compute capability 9.0 alone.
-bool is_hopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
 
 bool in_pieces_of_16_bytes(void const* data, int64_t size, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (size <= 1 || (stride > 0 && stride % 8 == 0));
@@ -37,7 +27,7 @@ Status indexer_supports(IndexerParams const& p) {
       return "the Hopper kernels take q_idx, k_idx with strides of multiples of 8 elements";
     }
   }
-  return is_hopper() ? kOk : "the Hopper kernels need compute capability 9.0";
+  return cuda::runs_sm90_code() ? kOk : "the Hopper kernels need compute capability 9.0";
 }
 
 int64_t indexer_workspace(IndexerParams const& p) {

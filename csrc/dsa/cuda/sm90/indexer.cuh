@@ -517,14 +517,16 @@ __device__ void select(IndexLaunch const& a, typename Traits::Shared& shared) {
       }
       __syncwarp();
       shared.judged.wait((samples - 1) & 1);
-      if (*static_cast<uint32_t volatile*>(&shared.again) != samples) break;
+      bool const anew = *static_cast<uint32_t volatile*>(&shared.again) == samples;
+      named_barrier(2, 32 * kSelectWarps);  // all have looked before one may say it of the next item
+      if (!anew) break;
       cut_to(a.most, a.most);  // a later cut would raise their bounds from NaN
       due = a.due;
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
-        bool const anew = failed >> j & 1;
-        least[j] = anew ? -INFINITY : NAN;
-        if (anew) counts[j] = 0;
+        bool const emptied = failed >> j & 1;
+        least[j] = emptied ? -INFINITY : NAN;
+        if (emptied) counts[j] = 0;
       }
     }
     cut_to(a.kept, a.kept);
