@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,7 +221,7 @@ class LT2(nn.Module):
         if tokens.step:
             mixers = (block.mixer for block in self.layers)
             tokens.cast([p for m in mixers if isinstance(m, Mixer) for p in m.step_floats()])
-        rho: Sequence[Tensor | None] = [None] * len(self.schedule) if self.rho is None else self.rho.unbind()
+        rho = (None,) * len(self.schedule) if self.rho is None else tokens.as_float(self.rho).unbind()
         for loop, layers in enumerate(self.schedule):
             h_in = h
             for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
