@@ -293,7 +293,7 @@ class Tokens:
         self.batch_size, count = shape
         self.plain, self.visible, self.from_start = cu_seqlens is None and attention_mask is None, count, True
         self.segment = start is not None
-        self.index = torch.arange(count, device=device)[None] + (start or 0)
+        self.index = torch.arange(start or 0, (start or 0) + count, device=device)[None]
         self.first = torch.zeros_like(self.index)
         self.pads = None if attention_mask is None else attention_mask == 0
         self.padding: Tensor | int = 0
@@ -318,7 +318,7 @@ class Tokens:
             self.index = lengths[:, None] + self.index
             self.lengths, self.visible = self.index[:, -1] + 1, used + count
             self.rows = (torch.arange(self.batch_size, device=device) if self.slots is None else self.slots)[:, None]
-        self.positions = self.index - self.first
+        self.positions = self.index if cu_seqlens is None else self.index - self.first
         self.offset = None if state is None else self.index[:, 0]
         self.bounds = cu_seqlens
         if state is None and self.pads is not None:
@@ -370,8 +370,8 @@ class Tokens:
         """Cosine and sine of the rotary angles of heads of ``dim``, fp32 ``[B or 1, T, dim / 2]``."""
 
         def angles() -> tuple[Tensor, Tensor]:
-            half = torch.arange(0, dim, 2, device=self.positions.device, dtype=torch.float32)
-            x = self.positions[..., None] * self.config.rope_theta ** (-half / dim)
+            powers = torch.arange(0, -dim, -2, device=self.positions.device, dtype=torch.float32) / dim
+            x = self.positions[..., None] * self.config.rope_theta**powers
             return x.cos(), x.sin()
 
         return self.once(("rope", dim), angles)
