@@ -560,12 +560,12 @@ def test_poisoned_memory_changes_nothing(device, op, poison):
 
 @every_rule
 def test_deterministic(device, op, threads):
-    for dtype, (B, T, HV) in product((FP32, BF16), ((1, 200, 2), (2, 65, 4))):
+    for dtype, (B, T, HV) in product((FP32, BF16), ((1, 200, 2), (2, 65, 4), (1, 40, 10))):
         x = gdn_inputs(B=B, T=T, HV=HV, dtype=dtype, device=device)
         cotangents = cotangents_for(x)
         threads(1)
         first = with_gradients(op, x, cotangents)
-        for n in (1, 2, 2, 3):
+        for n in (1, 2, 3, 4):  # so many heads walk the tokens together as all threads are busy with
             threads(n)
             assert_equal(with_gradients(op, x, cotangents), first)
 

@@ -20,6 +20,8 @@ struct Panels {
   float* row(int i, int panel) const { return data + (static_cast<int64_t>(panel) * rows + i) * kPanel; }
   float& at(int i, int j) const { return row(i, j / kPanel)[j % kPanel]; }
   int panels() const { return cols / kPanel; }
+  int64_t panel_size() const { return static_cast<int64_t>(rows) * kPanel; }
+  Panels columns(int begin, int n) const { return {row(0, begin / kPanel), rows, n}; }  // multiples of kPanel
   int64_t size() const { return static_cast<int64_t>(rows) * cols; }
 };
 
@@ -37,22 +39,23 @@ constexpr int kTileRows = 4;
 constexpr int kTileCols = 2 * kLanes;
 static_assert(kPanel % kTileCols == 0);
 
-// c[r][:] = beta c[r][:] + sum over k in [begin, end) of A(r, k) b[k][:], b and c rows kPanel apart.
-// A(r, k) is a[r * kPanel + k], continued one panel (a_panel floats) further on every 32 k; transposed,
-// it is a[k * kPanel + r].
-template <bool kTransposed, class F = Nothing>
-inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t a_panel, float const* b,
-                                                         float* c, int begin, int end, float beta,
-                                                         F&& between = F{}) {
-  Vec acc[kTileRows][2];
-  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = Vec{};
+template <int kVecs>
+using TileOf = Vec[kTileRows][kVecs];
+using Tile = TileOf<2>;
+
+// acc[r] += sum over k in [begin, end) of A(r, k) b[k][:], b rows kPanel apart. A(r, k) is a[r * kPanel + k],
+// continued one panel (a_panel floats) further on every 32 k; transposed, it is a[k * kPanel + r].
+template <bool kTransposed, int kVecs, class F = Nothing>
+inline __attribute__((always_inline)) void accumulate_tile(float const* a, int64_t a_panel, float const* b,
+                                                           TileOf<kVecs>& acc, int begin, int end,
+                                                           F&& between = F{}) {
   auto const step = [&](float const* a_k, int64_t a_stride, float const* b_k) __attribute__((always_inline)) {
-    Vec const b0 = load(b_k), b1 = load(b_k + kLanes);
+    Vec row[kVecs];
+    for (int v = 0; v < kVecs; ++v) row[v] = load(b_k + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
       Vec const x = splat(a_k[r * a_stride]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += x * row[v];
     }
   };
   if constexpr (kTransposed) {
@@ -70,14 +73,21 @@ inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t
       }
     }
   }
+}
+
+// c <- beta c + the same sum, c rows kPanel apart.
+template <bool kTransposed, int kVecs, class F>
+inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t a_panel, float const* b,
+                                                         float* c, int begin, int end, float beta,
+                                                         F&& between) {
+  TileOf<kVecs> acc{};
+  accumulate_tile<kTransposed>(a, a_panel, b, acc, begin, end, between);
   for (int r = 0; r < kTileRows; ++r) {
-    float* const out = c + r * kPanel;
-    if (beta != 0.f) {
-      acc[r][0] += load(out) * beta;
-      acc[r][1] += load(out + kLanes) * beta;
+    for (int v = 0; v < kVecs; ++v) {
+      float* const out = c + r * kPanel + v * kLanes;
+      if (beta != 0.f) acc[r][v] += load(out) * beta;
+      store(out, acc[r][v]);
     }
-    store(out, acc[r][0]);
-    store(out + kLanes, acc[r][1]);
   }
 }
 
@@ -86,7 +96,7 @@ enum class Triangle {
   kNone,
   kLowerA,    // A(i, k) = 0 for k > i
   kUpperA,    // A(i, k) = 0 for k < i
-  kLowerOut,  // only C(i, j) with j <= i is read afterwards
+  kLowerOut,  // of C(i, j) with j > i nothing is wanted but that panels with other elements are finite
 };
 
 // C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
@@ -102,8 +112,13 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
       int const end = kTriangle == Triangle::kLowerA && i + kTileRows < depth ? i + kTileRows : depth;
       float const* const a_rows = kTransposed ? a.row(0, i / kPanel) + i % kPanel : a.row(i, 0);
       for (int j = 0; j < kPanel; j += kTileCols) {
-        multiply_tile<kTransposed>(a_rows, static_cast<int64_t>(a.rows) * kPanel, b.row(0, panel) + j,
-                                   c.row(i, panel) + j, begin, end, beta, between);
+        float *const b_rows = b.row(0, panel) + j, *const out = c.row(i, panel) + j;
+        if (kTriangle == Triangle::kLowerOut && panel * kPanel + j + kLanes > i + kTileRows - 1) {
+          multiply_tile<kTransposed, 1>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);
+          for (int r = 0; r < kTileRows; ++r) store(out + r * kPanel + kLanes, Vec{});
+        } else {
+          multiply_tile<kTransposed, 2>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);
+        }
       }
     }
   }
@@ -112,7 +127,7 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
 // Exchanges blocks of kStep rows with blocks of kStep columns; after all steps 1, 2, 4, .. rows is
 // transposed.
 template <int kStep>
-inline void exchange(Vec (&rows)[kLanes]) {
+inline __attribute__((always_inline)) void exchange(Vec (&rows)[kLanes]) {
   VecI low{}, high{};
   for (int j = 0; j < kLanes; ++j) {
     low[j] = j & kStep ? kLanes + j - kStep : j;
@@ -128,7 +143,8 @@ inline void exchange(Vec (&rows)[kLanes]) {
 }
 
 // out[kLanes][kLanes] = in^T, rows in_stride and out_stride apart.
-inline void transpose_block(float const* in, int64_t in_stride, float* out, int64_t out_stride) {
+inline __attribute__((always_inline)) void transpose_block(float const* in, int64_t in_stride, float* out,
+                                                           int64_t out_stride) {
   Vec rows[kLanes];
   for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * in_stride);
   exchange<1>(rows);

@@ -159,17 +159,14 @@ inline void add_head(IndexerParams const& p, float weight, int64_t j, Vec const 
 // scores[i][:] of one panel of keys, for all queries of the block.
 inline void score(IndexerParams const& p, Queries const& queries, float const* keys,
                   float (*scores)[kPanel]) {
-  alignas(64) float dots[kTileRows][kPanel];
   for (int i = 0; i < queries.count; i += kTileRows) {
     for (int c = 0; c < kPanel; c += kTileCols) {
       for (int64_t j = 0; j < p.heads; ++j) {
-        multiply_tile<true>(queries.packed + j * p.dim * kPanel + i, 0, keys + c, dots[0], 0,
-                            static_cast<int>(p.dim), 0.f);
+        Tile products{};
+        accumulate_tile<true>(queries.packed + j * p.dim * kPanel + i, 0, keys + c, products, 0,
+                              static_cast<int>(p.dim));
         float const* const weights = queries.weights + j * kPanel + i;
-        for (int r = 0; r < kTileRows; ++r) {
-          Vec const products[] = {load(dots[r]), load(dots[r] + kLanes)};
-          add_head(p, weights[r], j, products, scores[i + r] + c);
-        }
+        for (int r = 0; r < kTileRows; ++r) add_head(p, weights[r], j, products[r], scores[i + r] + c);
       }
     }
   }

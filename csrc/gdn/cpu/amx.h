@@ -314,6 +314,7 @@ inline void amx_chunk(ForwardParams const& p, int64_t row, int head, ValueSlice 
     }
   }
   load_rows<Bf16>(p.v, row, head, c, slice.begin, n, b.u);
+  expect_rows<Bf16>(p.v, row, head, c, c.begin + c.size, slice.begin, n);
   if (p.delta) {
     erase_and_solve(b, panels);
   } else {

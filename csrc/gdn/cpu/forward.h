@@ -12,33 +12,36 @@ namespace {
 
 struct ForwardBuffers {
   Chunk chunk;
-  Panels s, y, u, o;
+  States states;
+  Panels y, u;
 
-  ForwardBuffers(Arena& arena, Geometry const& g)
+  ForwardBuffers(Arena& arena, Geometry const& g, int heads)
       : chunk(arena, g.key_padded, kForwardChunk),
-        s(arena.panels(g.key_padded, g.value_padded)),
+        states(arena, g, heads),
         y(arena.panels(kForwardChunk, g.value_padded)),
-        u(arena.panels(kForwardChunk, g.value_padded)),
-        o(arena.panels(kForwardChunk, g.value_padded)) {}
+        u(arena.panels(kForwardChunk, g.value_padded)) {}
 };
 
+// One chunk after the other of all these heads: their rows are side by side in memory.
 template <class T>
-void forward_chunks(ForwardParams const& p, Span span, int head, ValueSlice slice, ForwardBuffers& b) {
+void forward_chunks(ForwardParams const& p, Span span, Heads heads, ValueSlice slice, ForwardBuffers& b) {
   Chunk& c = b.chunk;
   int const n = slice.end - slice.begin;
+  alignas(64) float factor[kForwardChunk];
   c.ahead.spread = true;
-  for (int64_t t = span.begin; t < span.end; t += kForwardChunk) {
-    int const tokens = static_cast<int>(span.end - t < kForwardChunk ? span.end - t : kForwardChunk);
-    prepare_chunk<T>(p, span.row, head, t, tokens, true, false, c);
-    compute_writes<T>(p, span.row, head, c, b.s, slice.begin, n, b.y, b.u);
-    for (int i = 0; i < c.rows; ++i) b.y.data[i] = p.scale * c.gamma[i];
-    multiply<false>(c.q, b.s, b.o, c.rows, b.s.rows, 0.f, c.ahead);
-    scale_rows(b.o, b.y.data, c.rows);
-    multiply<false, Triangle::kLowerA>(c.attention, b.u, b.o, c.rows, c.rows, 1.f, c.ahead);
-    store_rows<T>(b.o, p.o, span.row, head, c, slice.begin, n);
-    expect_rows<T>(p.o, span.row, head, c, c.begin + c.size, slice.begin, n);
-    scale_rows(b.u, c.delta, c.rows);
-    multiply<true>(c.k, b.u, b.s, b.s.rows, c.rows, c.last_decay, c.ahead);
+  for (c.begin = span.begin; c.begin < span.end; c.begin += kForwardChunk) {
+    int const tokens =
+        static_cast<int>(span.end - c.begin < kForwardChunk ? span.end - c.begin : kForwardChunk);
+    expect_next_chunk<T>(p, span, heads, slice, c);
+    for (int head = heads.begin; head < heads.end; ++head) {
+      Panels const s = b.states[head - heads.begin];
+      prepare_chunk<T>(p, span.row, head, c.begin, tokens, true, false, c);
+      compute_writes<T>(p, span.row, head, c, s, slice.begin, n, b.y, b.u);
+      for (int i = 0; i < c.rows; ++i) factor[i] = p.scale * c.gamma[i];
+      store_outputs<T>(c.q, s, factor, c.attention, b.u, p.o, span.row, head, c, slice.begin, n);
+      scale_rows(b.u, c.delta, c.rows);
+      multiply<true>(c.k, b.u, s, s.rows, c.rows, c.last_decay, c.ahead);
+    }
   }
 }
 
@@ -72,42 +75,52 @@ inline int64_t token_scratch(ForwardParams const& p, int value_dim) {
 }
 
 template <class T>
-void forward_item(ForwardParams const& p, int64_t sequence, int head, ValueSlice slice, float* workspace) {
+void forward_item(ForwardParams const& p, int64_t sequence, Heads heads, ValueSlice slice, float* workspace) {
   Arena arena{workspace};
   Span const span = sequence_span(p, sequence);
-  int64_t const states = (sequence * p.value_heads + head) * p.key_dim * p.value_dim;
 #if defined(__AMX_BF16__)
   if (sizeof(T) == sizeof(Bf16) && !p.recurrent && span.length() >= kMinAmxTokens) {
     AmxBuffers b(arena, geometry(p, slice));
-    load_state(p, p.initial_state == nullptr ? nullptr : p.initial_state + states, slice, b.s);
+    int const head = heads.begin;  // the only one, see forward_heads
+    load_initial_state(p, sequence, head, slice, b.s);
     forward_amx(p, span, head, slice, b);
-    if (p.final_state != nullptr) store_state(p, b.s, slice, p.final_state + states);
-    return;
+    return store_final_state(p, sequence, head, slice, b.s);
   }
 #endif
-  ForwardBuffers b(arena, geometry(p, slice));
-  load_state(p, p.initial_state == nullptr ? nullptr : p.initial_state + states, slice, b.s);
+  ForwardBuffers b(arena, geometry(p, slice), heads.end - heads.begin);
+  for (int h = heads.begin; h < heads.end; ++h)
+    load_initial_state(p, sequence, h, slice, b.states[h - heads.begin]);
   if (p.recurrent) {
-    forward_tokens<T>(p, span, head, slice, b.s, arena.floats(token_scratch(p, slice.end - slice.begin)));
+    float* const scratch = arena.floats(token_scratch(p, slice.end - slice.begin));
+    for (int h = heads.begin; h < heads.end; ++h)
+      forward_tokens<T>(p, span, h, slice, b.states[h - heads.begin], scratch);
   } else {
-    forward_chunks<T>(p, span, head, slice, b);
+    forward_chunks<T>(p, span, heads, slice, b);
   }
-  if (p.final_state != nullptr) store_state(p, b.s, slice, p.final_state + states);
+  for (int h = heads.begin; h < heads.end; ++h)
+    store_final_state(p, sequence, h, slice, b.states[h - heads.begin]);
 }
 
-void forward(ForwardParams const& p, int64_t sequence, int head, ValueSlice slice, float* workspace) {
-  if (p.dtype == Dtype::kBFloat16) return forward_item<Bf16>(p, sequence, head, slice, workspace);
-  forward_item<float>(p, sequence, head, slice, workspace);
+void forward(ForwardParams const& p, int64_t sequence, Heads heads, ValueSlice slice, float* workspace) {
+  if (p.dtype == Dtype::kBFloat16) return forward_item<Bf16>(p, sequence, heads, slice, workspace);
+  forward_item<float>(p, sequence, heads, slice, workspace);
 }
 
-int64_t forward_workspace(ForwardParams const& p, int slices) {
+int forward_heads(ForwardParams const& p) {
+#if defined(__AMX_BF16__)
+  if (p.dtype == Dtype::kBFloat16) return 1;  // with its parts a state is twice as large, and all are slower
+#endif
+  return p.recurrent ? 1 : heads_in_cache(p);
+}
+
+int64_t forward_workspace(ForwardParams const& p, int heads, int slices) {
   Arena arena{nullptr};
-  int const width = (p.value_dim + slices - 1) / slices;
-  ForwardBuffers const b(arena, geometry(p, {0, round_up(width, kPanel)}));
-  arena.floats(token_scratch(p, round_up(width, kPanel)));
+  int const width = round_up((p.value_dim + slices - 1) / slices, kPanel);
+  ForwardBuffers const b(arena, geometry(p, {0, width}), heads);
+  arena.floats(token_scratch(p, width));
 #if defined(__AMX_BF16__)
   Arena amx{nullptr};
-  AmxBuffers const buffers(amx, geometry(p, {0, round_up(width, kPanel)}));
+  AmxBuffers const buffers(amx, geometry(p, {0, width}));
   if (amx.used > arena.used) return amx.used;
 #endif
   return arena.used;

@@ -8,6 +8,7 @@
 namespace lt2::gdn::LT2_ISA {
 
 extern Kernels const kKernels;
-Kernels const kKernels = {&forward_workspace, &backward_workspace, &forward, &backward, &step, &gated_norm};
+Kernels const kKernels = {&forward_heads, &forward_workspace, &backward_workspace, &forward, &backward,
+                          &step,          &gated_norm};
 
 }  // namespace lt2::gdn::LT2_ISA

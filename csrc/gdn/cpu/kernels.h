@@ -1,6 +1,8 @@
 // What one instruction set provides: the work of one item, for dispatch.cpp to spread over threads.
 #pragma once
 
+#include <unistd.h>
+
 #include "gdn/gdn.h"
 
 namespace lt2::gdn {
@@ -10,12 +12,18 @@ struct ValueSlice {
   int begin, end;
 };
 
+// Value heads of a forward item, which walk the tokens together.
+struct Heads {
+  int begin, end;
+};
+
 struct Kernels {
-  int64_t (*forward_workspace)(ForwardParams const& p, int slices);
+  // Of how many heads an item should be at most.
+  int (*forward_heads)(ForwardParams const& p);
+  int64_t (*forward_workspace)(ForwardParams const& p, int heads, int slices);
   int64_t (*backward_workspace)(BackwardParams const& p, int64_t longest);
-  // One sequence and value head.
-  void (*forward)(ForwardParams const& p, int64_t sequence, int value_head, ValueSlice slice,
-                  float* workspace);
+  // One sequence.
+  void (*forward)(ForwardParams const& p, int64_t sequence, Heads heads, ValueSlice slice, float* workspace);
   // One sequence and query/key head, with all its value heads.
   void (*backward)(BackwardParams const& p, int64_t sequence, int head, float* workspace);
   // One batch row and value head.
@@ -23,6 +31,12 @@ struct Kernels {
   // The same: p.step.o out of x, fp32, the output of a step.
   void (*gated_norm)(FusedStepParams const& p, Strided const& x, int64_t row, int value_head);
 };
+
+// Heads whose states take a quarter of a core's second-level cache.
+static inline int heads_in_cache(Inputs const& p) {
+  int64_t const state = static_cast<int64_t>(p.key_dim) * p.value_dim * static_cast<int64_t>(sizeof(float));
+  return state == 0 ? 1 : static_cast<int>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 4 / state);
+}
 
 // Tokens [begin, end) of batch row `row` are one sequence.
 struct Span {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cpu/gemm.h"
+#include "common/cpu/rows.h"
 #include "gdn/cpu/kernels.h"
 
 namespace lt2::gdn::LT2_ISA {
@@ -37,32 +38,46 @@ struct Arena {
 };
 
 // Lines of rows that will be needed or written, which are too far apart for the hardware to foresee. Fetched
-// all at once they wait for each other; with `spread`, between() of products fetches one at a time.
+// all at once they wait for each other; with `spread`, between() of products fetches one at a time. A row is
+// some pieces, one after the other in memory if there is nothing between them, so that a page is visited
+// once.
 struct Ahead {
   static constexpr int kMost = 8, kLine = 64;
   struct Rows {
     char const* next;
-    int64_t stride, bytes;
-    int left;
+    int64_t stride, piece_stride, bytes;  // bytes of a piece
+    int pieces, left;
   } queue[kMost] = {};
-  int first = 0, count = 0;
-  int64_t at = 0;  // bytes of the first row in the queue that are on their way
+  int first = 0, count = 0, piece = 0;
+  int64_t at = 0, end = 0;  // of the current piece, from the start of its row: all before `at` is under way
   bool spread = false;
 
-  void add(void const* rows, int64_t stride, int64_t bytes, int n) {
-    if (n == 0 || bytes == 0) return;
-    queue[(first + count++) % kMost] = {static_cast<char const*>(rows), stride, bytes, n};
+  void add(Rows const& rows) {
+    if (rows.left <= 0 || rows.bytes == 0) return;
+    queue[(first + count) % kMost] = rows;
+    if (count++ == 0) start_row();
     while (count > (spread ? kMost - 1 : 0)) fetch();
+  }
+  void start_row() {
+    piece = 0;
+    at = 0;
+    end = queue[first].bytes;
   }
   void fetch() {
     Rows& rows = queue[first];
     __builtin_prefetch(rows.next + at, 0, 2);
-    if ((at += kLine) < rows.bytes) return;
-    at = 0;
+    if ((at += kLine) < end) return;
+    if (++piece < rows.pieces) {
+      at = piece * rows.piece_stride;
+      end = at + rows.bytes;
+      return;
+    }
     rows.next += rows.stride;
-    if (--rows.left > 0) return;
-    first = (first + 1) % kMost;
-    --count;
+    if (--rows.left == 0) {
+      first = (first + 1) % kMost;
+      --count;
+    }
+    start_row();
   }
   void operator()() {
     if (count > 0) fetch();
@@ -119,22 +134,47 @@ void store_row(Panels const& x, int i, int n, T* dst) {
   }
 }
 
-// Columns [column, column + n) of as many rows as the chunk has, from token `begin` on, go ahead.
+// Columns [column, column + n) of these heads go ahead, of `tokens` rows from token `begin` on.
+template <class T>
+void expect_rows(Strided const& x, int64_t row, Heads heads, TokenRows const& c, int64_t begin,
+                 int64_t tokens, int column, int n) {
+  auto const bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); };
+  T const* const rows = token_row<T const>(x, row, begin, heads.begin) + column;
+  c.ahead.add({reinterpret_cast<char const*>(rows), bytes(x.token), bytes(x.head), bytes(n),
+               heads.end - heads.begin, static_cast<int>(tokens)});
+}
+// As many rows as the chunk has, of one head.
 template <class T>
 void expect_rows(Strided const& x, int64_t row, int head, TokenRows const& c, int64_t begin, int column,
                  int n) {
-  auto const bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); };
-  c.ahead.add(token_row<T const>(x, row, begin, head) + column, bytes(x.token), bytes(n), c.tokens);
+  expect_rows<T>(x, row, Heads{head, head + 1}, c, begin, c.tokens, column, n);
+}
+// Rows of the chunk behind c.
+template <class T>
+void expect_next(Strided const& x, Span span, Heads heads, TokenRows const& c, int column, int n) {
+  int64_t const begin = c.begin + c.size, left = span.end - begin;
+  expect_rows<T>(x, span.row, heads, c, begin, left < c.size ? left : c.size, column, n);
+}
+// What the forward pass reads and writes of these heads in the chunk behind c, but for the gates.
+template <class T>
+void expect_next_chunk(ForwardParams const& p, Span span, Heads heads, ValueSlice slice, TokenRows const& c) {
+  int const share = p.value_heads / p.heads, n = slice.end - slice.begin;
+  Heads const qk{heads.begin / share, (heads.end - 1) / share + 1};
+  expect_next<T>(p.k, span, qk, c, 0, p.key_dim);
+  expect_next<T>(p.q, span, qk, c, 0, p.key_dim);
+  expect_next<T>(p.v, span, heads, c, slice.begin, n);
+  expect_next<T>(p.o, span, heads, c, slice.begin, n);
 }
 
-// The chunk's rows of one head, columns [column, column + n); those of the chunk that comes next go ahead.
+// The chunk's rows of one head, columns [column, column + n). Those of the chunk that comes next go ahead,
+// unless with `spread` the pass has asked for them.
 template <class T>
 void load_rows(Strided const& x, int64_t row, int head, TokenRows const& c, int column, int n,
                Panels const& out) {
   for (int i = 0; i < c.tokens; ++i) {
     load_row(token_row<T const>(x, row, c.begin + i, head) + column, n, out, i);
   }
-  expect_rows<T>(x, row, head, c, c.begin + c.direction * c.size, column, n);
+  if (!c.ahead.spread) expect_rows<T>(x, row, head, c, c.begin + c.direction * c.size, column, n);
   for (int i = c.tokens; i < c.rows; ++i) load_row(static_cast<T const*>(nullptr), 0, out, i);
 }
 
@@ -142,6 +182,38 @@ template <class T>
 void store_rows(Panels const& x, Strided const& out, int64_t row, int head, TokenRows const& c, int column,
                 int n) {
   for (int i = 0; i < c.tokens; ++i) store_row(x, i, n, token_row<T>(out, row, c.begin + i, head) + column);
+}
+
+// Rows of the chunk in memory, columns [column, column + n) of one head: diag(factor) Q S + P U, with P lower
+// triangular.
+template <class T>
+void store_outputs(Panels const& q, Panels const& s, float const* factor, Panels const& attention,
+                   Panels const& u, Strided const& o, int64_t row, int head, TokenRows const& c, int column,
+                   int n) {
+  for (int panel = 0; panel < s.panels(); ++panel) {
+    for (int i = 0; i < c.rows; i += kTileRows) {
+      for (int j = 0; j < kPanel; j += kTileCols) {
+        Tile acc{};
+        accumulate_tile<false>(q.row(i, 0), q.panel_size(), s.row(0, panel) + j, acc, 0, s.rows, c.ahead);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+          acc[r][0] *= factor[i + r];
+          acc[r][1] *= factor[i + r];
+        }
+        accumulate_tile<false>(attention.row(i, 0), attention.panel_size(), u.row(0, panel) + j, acc, 0,
+                               i + kTileRows, c.ahead);
+        int const first = panel * kPanel + j, left = n - first;
+        int const halves[] = {left < kLanes ? left : kLanes, left < kTileCols ? left - kLanes : kLanes};
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+          if (i + r >= c.tokens) break;
+          T* const to = token_row<T>(o, row, c.begin + i + r, head) + column + first;
+          if (halves[0] > 0) store_some(to, acc[r][0], halves[0]);
+          if (halves[1] > 0) store_some(to + kLanes, acc[r][1], halves[1]);
+        }
+      }
+    }
+  }
 }
 
 // A row in memory to and from plain fp32.
@@ -188,6 +260,30 @@ inline void store_state(Inputs const& p, Panels const& s, ValueSlice slice, floa
     for (int v = slice.begin; v < slice.end; ++v) state[state_index(p, k, v)] = s.at(k, v - slice.begin);
   }
 }
+
+// Those of a head at the ends of the forward pass.
+inline int64_t state_offset(Inputs const& p, int64_t sequence, int head) {
+  return (sequence * p.value_heads + head) * p.key_dim * p.value_dim;
+}
+inline void load_initial_state(Inputs const& p, int64_t sequence, int head, ValueSlice slice,
+                               Panels const& s) {
+  load_state(p, p.initial_state == nullptr ? nullptr : p.initial_state + state_offset(p, sequence, head),
+             slice, s);
+}
+inline void store_final_state(ForwardParams const& p, int64_t sequence, int head, ValueSlice slice,
+                              Panels const& s) {
+  if (p.final_state != nullptr) store_state(p, s, slice, p.final_state + state_offset(p, sequence, head));
+}
+
+// States of the heads of a forward item.
+struct States {
+  Panels all;
+  int value_padded;
+
+  States(Arena& arena, Geometry const& g, int heads)
+      : all(arena.panels(g.key_padded, heads * g.value_padded)), value_padded(g.value_padded) {}
+  Panels operator[](int i) const { return all.columns(i * value_padded, value_padded); }
+};
 
 // Beta of one token, activated.
 inline float write_strength(Inputs const& p, int64_t row, int64_t token, int head) {

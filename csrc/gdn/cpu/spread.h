@@ -18,6 +18,18 @@ inline int slice_count(int64_t items, int value_dim, ThreadPool const& pool) {
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1)));
 }
 
+// Heads of an item: the most that the kernel wants with which it takes no longer than head by head.
+template <class Kernels>
+int forward_heads(Kernels const& kernels, ForwardParams const& p, ThreadPool const& pool) {
+  auto const longest = [&](int heads) {  // heads that one thread has; packed sequences are of any length
+    int64_t const groups = (p.value_heads + heads - 1) / heads * (p.cu_seqlens == nullptr ? p.sequences : 1);
+    return (groups + pool.num_threads - 1) / pool.num_threads * heads;
+  };
+  int heads = std::clamp(kernels.forward_heads(p), 1, std::max(1, p.value_heads));
+  while (longest(heads) > longest(1)) --heads;
+  return heads;
+}
+
 inline ValueSlice value_slice(int value_dim, int index, int count) {
   int const panels = (value_dim + kSliceMultiple - 1) / kSliceMultiple;
   int const width = (panels + count - 1) / count * kSliceMultiple;
@@ -49,23 +61,27 @@ inline int64_t element_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
 // `kernels` is the function table of a family, whose entries take these items.
 template <class Kernels>
 int64_t spread_forward_workspace(Kernels const& kernels, ForwardParams const& p, ThreadPool const& pool) {
-  int64_t const heads = p.sequences * p.value_heads;
-  int const slices = slice_count(heads, p.value_dim, pool);
-  return kernels.forward_workspace(p, slices) * pool.lanes(heads * slices);
+  int const heads = forward_heads(kernels, p, pool);
+  int64_t const groups = p.sequences * ((p.value_heads + heads - 1) / heads);
+  int const slices = slice_count(p.sequences * p.value_heads, p.value_dim, pool);
+  return kernels.forward_workspace(p, heads, slices) * pool.lanes(groups * slices);
 }
 
 template <class Kernels>
 void spread_forward(Kernels const& kernels, ForwardParams const& p, float* workspace,
                     ThreadPool const& pool) {
-  int64_t const heads = p.sequences * p.value_heads, size = element_bytes(p.dtype);
-  int const slices = slice_count(heads, p.value_dim, pool);
-  int64_t const lane_floats = kernels.forward_workspace(p, slices);
+  int64_t const size = element_bytes(p.dtype);
+  int const heads = forward_heads(kernels, p, pool), per_sequence = (p.value_heads + heads - 1) / heads;
+  int64_t const groups = p.sequences * per_sequence;
+  int const slices = slice_count(p.sequences * p.value_heads, p.value_dim, pool);
+  int64_t const lane_floats = kernels.forward_workspace(p, heads, slices);
   zero_outside(p, p.o, p.value_heads, p.value_dim * size, size);
-  pool.items(heads * slices, [&](int64_t item, int lane) {
+  pool.items(groups * slices, [&](int64_t item, int lane) {
     ValueSlice const slice = value_slice(p.value_dim, static_cast<int>(item % slices), slices);
     if (slice.begin == slice.end) return;
-    int64_t const head = item / slices;
-    kernels.forward(p, head / p.value_heads, static_cast<int>(head % p.value_heads), slice,
+    int64_t const group = item / slices;
+    int const begin = static_cast<int>(group % per_sequence) * heads;
+    kernels.forward(p, group / per_sequence, {begin, std::min(begin + heads, p.value_heads)}, slice,
                     workspace + lane * lane_floats);
   });
 }

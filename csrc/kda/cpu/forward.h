@@ -9,38 +9,44 @@ namespace {
 
 struct ForwardBuffers {
   Chunk chunk;
-  Panels s, y, u, o;
+  States states;
+  Panels y, u;
 
-  ForwardBuffers(Arena& arena, Geometry const& g)
+  ForwardBuffers(Arena& arena, Geometry const& g, int heads)
       : chunk(arena, g.key_padded),
-        s(arena.panels(g.key_padded, g.value_padded)),
+        states(arena, g, heads),
         y(arena.panels(kChunk, g.value_padded)),
-        u(arena.panels(kChunk, g.value_padded)),
-        o(arena.panels(kChunk, g.value_padded)) {}
+        u(arena.panels(kChunk, g.value_padded)) {}
 };
 
+// One chunk after the other of all these heads: their rows are side by side in memory.
 template <class T>
-void forward_chunks(ForwardParams const& p, Span span, int head, ValueSlice slice, ForwardBuffers& b) {
+void forward_chunks(ForwardParams const& p, Span span, Heads heads, ValueSlice slice, ForwardBuffers& b) {
   Chunk& c = b.chunk;
   int const n = slice.end - slice.begin;
-  for (int64_t t = span.begin; t < span.end; t += kChunk) {
-    int const tokens = static_cast<int>(span.end - t < kChunk ? span.end - t : kChunk);
-    prepare_chunk<T>(p, span.row, head, t, tokens, true, false, c);
-    expect_rows<T>(p.o, span.row, head, c, c.begin, slice.begin, n);
-    load_rows<T>(p.v, span.row, head, c, slice.begin, n, b.u);
-    if (p.delta) {
-      multiply<false>(c.k_head, b.s, b.y, c.rows, b.s.rows, 0.f);
-      subtract_rows(b.u, b.y, c.rows);
-      scale_by_beta(c, b.u);
-      multiply<false, Triangle::kLowerA>(c.inverse, b.u, b.y, c.rows, c.rows, 0.f);
-    } else {
-      scale_by_beta(c, b.u);
+  alignas(64) float ones[kChunk];
+  for (float& x : ones) x = 1.f;
+  c.ahead.spread = true;
+  for (c.begin = span.begin; c.begin < span.end; c.begin += kChunk) {
+    int const tokens = static_cast<int>(span.end - c.begin < kChunk ? span.end - c.begin : kChunk);
+    expect_next_chunk<T>(p, span, heads, slice, c);
+    expect_next<float>(p.g, span, heads, c, 0, p.key_dim);
+    for (int head = heads.begin; head < heads.end; ++head) {
+      Panels const s = b.states[head - heads.begin];
+      prepare_chunk<T>(p, span.row, head, c.begin, tokens, true, false, c);
+      load_rows<T>(p.v, span.row, head, c, slice.begin, n, b.u);
+      if (p.delta) {
+        multiply<false>(c.k_head, s, b.y, c.rows, s.rows, 0.f, c.ahead);
+        subtract_rows(b.u, b.y, c.rows);
+        scale_by_beta(c, b.u);
+        multiply<false, Triangle::kLowerA>(c.inverse, b.u, b.y, c.rows, c.rows, 0.f);
+      } else {
+        scale_by_beta(c, b.u);
+      }
+      Panels const& u = p.delta ? b.y : b.u;
+      store_outputs<T>(c.q_head, s, ones, c.attention, u, p.o, span.row, head, c, slice.begin, n);
+      update_state(c, u, s);
     }
-    Panels const& u = p.delta ? b.y : b.u;
-    multiply<false>(c.q_head, b.s, b.o, c.rows, b.s.rows, 0.f);
-    multiply<false, Triangle::kLowerA>(c.attention, u, b.o, c.rows, c.rows, 1.f);
-    store_rows<T>(b.o, p.o, span.row, head, c, slice.begin, n);
-    update_state(c, u, b.s);
   }
 }
 
@@ -64,30 +70,34 @@ void forward_tokens(ForwardParams const& p, Span span, int head, ValueSlice slic
 }
 
 template <class T>
-void forward_item(ForwardParams const& p, int64_t sequence, int head, ValueSlice slice, float* workspace) {
+void forward_item(ForwardParams const& p, int64_t sequence, Heads heads, ValueSlice slice, float* workspace) {
   Arena arena{workspace};
   Span const span = sequence_span(p, sequence);
-  int64_t const states = (sequence * p.value_heads + head) * p.key_dim * p.value_dim;
-  ForwardBuffers b(arena, geometry(p, slice));
-  load_state(p, p.initial_state == nullptr ? nullptr : p.initial_state + states, slice, b.s);
+  ForwardBuffers b(arena, geometry(p, slice), heads.end - heads.begin);
+  for (int h = heads.begin; h < heads.end; ++h)
+    load_initial_state(p, sequence, h, slice, b.states[h - heads.begin]);
   if (p.recurrent) {
-    int64_t const floats = static_cast<int64_t>(p.key_dim) * (slice.end - slice.begin);
-    forward_tokens<T>(p, span, head, slice, b.s, arena.floats(floats));
+    float* const state = arena.floats(static_cast<int64_t>(p.key_dim) * (slice.end - slice.begin));
+    for (int h = heads.begin; h < heads.end; ++h)
+      forward_tokens<T>(p, span, h, slice, b.states[h - heads.begin], state);
   } else {
-    forward_chunks<T>(p, span, head, slice, b);
+    forward_chunks<T>(p, span, heads, slice, b);
   }
-  if (p.final_state != nullptr) store_state(p, b.s, slice, p.final_state + states);
+  for (int h = heads.begin; h < heads.end; ++h)
+    store_final_state(p, sequence, h, slice, b.states[h - heads.begin]);
 }
 
-void forward(ForwardParams const& p, int64_t sequence, int head, ValueSlice slice, float* workspace) {
-  (p.dtype == Dtype::kBFloat16 ? forward_item<Bf16> : forward_item<float>)(p, sequence, head, slice,
+void forward(ForwardParams const& p, int64_t sequence, Heads heads, ValueSlice slice, float* workspace) {
+  (p.dtype == Dtype::kBFloat16 ? forward_item<Bf16> : forward_item<float>)(p, sequence, heads, slice,
                                                                            workspace);
 }
 
-int64_t forward_workspace(ForwardParams const& p, int slices) {
+int forward_heads(ForwardParams const& p) { return p.recurrent ? 1 : heads_in_cache(p); }
+
+int64_t forward_workspace(ForwardParams const& p, int heads, int slices) {
   Arena arena{nullptr};
   int const width = round_up((p.value_dim + slices - 1) / slices, kPanel);
-  ForwardBuffers const b(arena, geometry(p, {0, width}));
+  ForwardBuffers const b(arena, geometry(p, {0, width}), heads);
   arena.floats(static_cast<int64_t>(p.key_dim) * width);
   return arena.used;
 }

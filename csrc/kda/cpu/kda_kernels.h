@@ -7,6 +7,7 @@
 namespace lt2::kda::LT2_ISA {
 
 extern Kernels const kKernels;
-Kernels const kKernels = {&forward_workspace, &backward_workspace, &forward, &backward, &step};
+Kernels const kKernels = {&forward_heads, &forward_workspace, &backward_workspace,
+                          &forward,       &backward,          &step};
 
 }  // namespace lt2::kda::LT2_ISA
