@@ -111,6 +111,40 @@ def test_values_of_any_size(device):
         check_outputs(x | {"v": x["v"] * scale})
 
 
+def test_columns_and_tokens_of_any_size(device):
+    """Nor on how large other columns and tokens are: on Hopper a warp has one power of two for 16 columns."""
+    x = long_inputs(device, T=300, gate="small")
+    x["initial_state"] *= 0
+    sizes = torch.logspace(-6, 0, 128, device=device)[torch.randperm(128).to(device)]
+    columns = x | {"v": x["v"] * sizes.to(x["v"].dtype)}
+    tokens = x | {"v": x["v"].clone()}
+    tokens["v"][:, 70] *= 1e6
+    for y, pieces in (columns, lambda t: t.split(1, -1)), (tokens, lambda t: (t[:, :70], t[:, 70:])):
+        with torch.no_grad():
+            o = chunk_gated_delta_rule(**y)[0]
+            exact = {name: t.double() for name, t in y.items()}
+            ref = reference.gated_delta_rule(**exact, rule=reference.chunks)[0]
+        for ours, theirs in zip(pieces(o), pieces(ref), strict=True):
+            testing.check_close("o", ours, theirs, hard=True)
+
+
+@pytest.mark.parametrize("length", [1e-8, 1e-2, 10])
+def test_keys_of_any_length(device, length):
+    x = long_inputs(device, T=300, gate="small")
+    x["k"] = (torch.nn.functional.normalize(x["k"].float(), dim=-1) * length).to(x["k"].dtype)
+    x["beta"] = x["beta"] / max(1, length**2)
+    check_outputs(x)
+
+
+def test_a_column_of_nan_stays_one(device):
+    x = long_inputs(device, T=200, V=64, gate="small")
+    expected = chunk_gated_delta_rule(**x, output_final_state=True)
+    x["v"][:, 20:, :, 8::16] = x["v"][:, 20:, :, 0::16] = torch.nan  # both columns of a thread
+    for ours, theirs in zip(chunk_gated_delta_rule(**x, output_final_state=True), expected, strict=True):
+        kept = torch.arange(64, device=device) % 8 != 0
+        testing.check_close("other columns", ours[..., kept], theirs[..., kept].double(), dtype=torch.bfloat16)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("T", [100, 3000])
 def test_cuda_graph(T):

@@ -5,8 +5,9 @@
 //   W = V - e^G K S;  U = T~ W;  O = scale e^G Q S + P U;  S <- e^(G_last) S + (e^(G_last - G) K)^T U
 // All of it is transposed (value columns are the rows of every product), so that S, W and U are operands from
 // registers. Operands have the type of the inputs, which bounds their range, but for P U: it cancels where
-// keys repeat, so it is in fp16, U times a power of two. For the same reason what S gains is a pair of bf16
-// that add up.
+// keys repeat, so it is in fp16, U times a power of two. So does what S gains: with bf16 inputs and kFolds it
+// is a product of the same U with keys in fp16, which helpers have made, and S is kept times that power of
+// two; without kFolds it is a pair of bf16 that add up.
 #pragma once
 
 #include "gdn/cuda/sm90/segments.cuh"
@@ -33,6 +34,8 @@ struct ForwardTraits {
       kKeyDim == 192 && kSlices == 2 ? 1 : 2;  // warpgroups that prepare tiles, in turn
   // Tiles of q and k, and of what is prepared of them.
   static constexpr int kStages = 3, kPrepared = kHelpers == 2 ? 3 : 2;
+  // Whether k times what is left of a write lies in memory in fp16; there is no room for it beside long keys.
+  static constexpr bool kFolds = kKeyDim <= 128 && std::is_same_v<T, __nv_bfloat16>;
   static constexpr int kThreads = (kSlices + kHelpers) * kWarpgroup;
   // Registers a thread, where the helpers have to give up what the states need.
   static constexpr bool kMovesRegisters = kThreads > 256;
@@ -43,11 +46,13 @@ struct ForwardTraits {
     alignas(1024) char qk[kStages][kKeyTiles * kQkBytes];
     char v[kSlices][2][kTileBytes];  // then the output of the same tile
     char inverse[kPrepared][kTileBytes];
-    char scores[(kPrepared + 1) / 2][kTileBytes];  // of two tiles
-    TileScratch scratch[2];                        // of tile i % 2
+    char scores[(kPrepared + 1) / 2][kTileBytes];        // of two tiles
+    char gains[2][kFolds ? kKeyTiles * kTileBytes : 1];  // of tile i % 2
+    TileScratch scratch[2];                              // of tile i % 2
     TileScalars scalars[kPrepared];
     MapCounts counts;
-    Barrier loaded[kStages], released[kStages], prepared[kPrepared], v_loaded[kSlices][2];
+    // read: of q and k; released: of all that is prepared of a tile.
+    Barrier loaded[kStages], read[kStages], released[kStages], prepared[kPrepared], v_loaded[kSlices][2];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
@@ -204,7 +209,7 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
   using T = typename Traits::T;
   constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages, kPrepared = Traits::kPrepared,
                 kHelpers = Traits::kHelpers;
-  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
+  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs, kFolds = Traits::kFolds;
   auto const load_qk = [&](int i) {
     TileTokens const t = unit.tile(i);
     Barrier& loaded = shared.loaded[i % kStages];
@@ -212,7 +217,7 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       char* to = shared.qk[i % kStages] + tile * kQkBytes;
-#pragma unroll
+#pragma unroll 1
       for (int c = 0; c < kTileChunks; ++c) {
         load_tile(to, maps.k, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row, loaded);
         if constexpr (kOutputs) {
@@ -223,14 +228,27 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
       }
     }
   };
-  auto const released = [&](int i) -> Barrier& { return shared.released[i % kStages]; };
-  auto const phase = [](int i) { return (i / kStages) & 1; };  // of that barrier
+  auto const wait_read = [&](int i) { shared.read[i % kStages].wait((i / kStages) & 1); };
+  auto const wait_released = [&](int i) {
+    if (i >= 0) shared.released[i % kStages].wait((i / kStages) & 1);
+  };
   if (helper >= unit.tiles) return;
   bool const has_k = thread < kTileSide;
   auto const request = [&](int i) {
     TileScratch& scratch = shared.scratch[i % 2];
     request_gate(has_k ? a.p.beta : a.p.g, unit.tile(i), unit.head, thread % kTileSide,
                  has_k ? scratch.beta : scratch.g);
+    if constexpr (kFolds) {  // and its row of q or k, which the copy engine then finds in the L2 cache
+      int const token = thread % kTileSide;
+      TileTokens const t = unit.tile(i);
+      if (token < t.count && (has_k || kOutputs)) {
+        auto const* const row = reinterpret_cast<char const*>(
+            portable::token_row<T const>(has_k ? a.p.k : a.p.q, t.row, t.begin + token, unit.qk_head));
+#pragma unroll
+        for (int line = 0; line < kTiles; ++line)
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line * 128));
+      }
+    }
   };
   request(helper);
   if (thread == 0) {
@@ -242,20 +260,20 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
     // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
     // few registers there are.
     asm volatile("" : "+r"(thread));
-    if constexpr (kPrepared < kStages) {
-      if (i >= kPrepared) released(i - kPrepared).wait(phase(i - kPrepared));
-    }
+    wait_released(i - kPrepared);
     shared.loaded[stage].wait((i / kStages) & 1);
-    prepare_tile<T, Traits::kKeyDim, kOutputs>(
+    prepare_tile<T, Traits::kKeyDim, kOutputs, kFolds>(
         a.p, unit.tile(i).count, shared.qk[stage], shared.scalars[prepared], shared.scratch[i % 2],
-        shared.inverse[prepared], shared.scores[prepared / 2], prepared % 2, 1 + kTileBarriers * helper,
-        thread, unit.head, [&] {
+        shared.inverse[prepared], shared.scores[prepared / 2], prepared % 2, shared.gains[i % 2],
+        1 + kTileBarriers * helper, thread, unit.head,
+        [&] {
           if (next < unit.tiles) request(next);
-        });
+        },
+        [&] { wait_released(i - 2); });
     shared.prepared[prepared].arrive();
+    static_assert(kStages == 3);
     if (i + 2 < unit.tiles) {
-      static_assert(kStages == 3);
-      if (i > 0) released(i - 1).wait(phase(i - 1));
+      if (i > 0) wait_read(i - 1);
       if (thread == 0) load_qk(i + 2);
     }
   }
@@ -320,6 +338,7 @@ __device__ __forceinline__ void store_matrices_transposed_if(bool puts, uint32_t
 template <class T>
 __device__ void store_rows(char const* tile, Strided const& o, TileTokens const& t, int head, int column,
                            int thread) {
+#pragma unroll 1
   for (int i = thread; i < t.count * 8; i += kWarpgroup) {
     T* const row = portable::token_row<T>(o, t.row, t.begin + i / 8, head);
     *reinterpret_cast<uint4*>(row + column + i % 8 * 8) =
@@ -392,15 +411,42 @@ __device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const 
   for (int i = 0; i < kCount / 2; ++i) a[i] = pack<T>(x[2 * i] * factor, x[2 * i + 1] * factor);
 }
 
-// The power of two that brings the largest of a warp's |x| to 128..256, but at most 2^96.
+// The biased exponent of the largest of a warp's |x|.
 template <int kCount>
-__device__ __forceinline__ float range_factor(float const (&x)[kCount]) {
+__device__ __forceinline__ uint32_t warp_exponent(float const (&x)[kCount]) {
   float largest[4] = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(x[i]));
   float const most = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-  uint32_t const exponent = __reduce_max_sync(0xffffffffu, __float_as_uint(most)) >> 23;
-  return __uint_as_float((254 + 7 - max(exponent, 254u + 7 - 127 - 96)) << 23);
+  return __reduce_max_sync(0xffffffffu, __float_as_uint(most)) >> 23;
+}
+
+// The power of two that brings the largest of a warp's |x| to 128..256, but at most 2^96.
+template <int kCount>
+__device__ __forceinline__ float range_factor(float const (&x)[kCount]) {
+  return __uint_as_float((254 + 7 - max(warp_exponent(x), 254u + 7 - 127 - 96)) << 23);
+}
+
+__device__ __forceinline__ float power_of_two(int biased) { return __uint_as_float(biased << 23); }
+
+inline constexpr int kScaleSlack = 4;  // how far below the most a scale may be
+
+// The largest scale of S (biased exponent) at which a warp's |U| = |T~ W| is at most 2^15 where S is
+// kGainUnit times as large: from the packed bf16 W and the largest |T~|. Without a finite W there is nothing
+// to fit.
+__device__ __forceinline__ int most_scale(uint32_t const (&w)[kChunk / 4], float most, int otherwise) {
+  uint32_t largest[2] = {w[0], w[1]};
+#pragma unroll
+  for (int i = 2; i < kChunk / 4; ++i)
+    asm("max.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(largest[i % 2]) : "r"(w[i]));
+  asm("max.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(largest[0]) : "r"(largest[1]));
+  uint32_t bits = largest[0] & 0x7fff7fffu;
+  bits = max(bits, bits << 16);
+  int const exponent = __reduce_max_sync(0xffffffffu, bits < 0x7f800000u ? bits : 0) >> 23;
+  // 32 products, each less than 2^(exponent + 1) times 2^(that of T~ + 1).
+  int const fits =
+      15 + kGainExponent - 7 + 3 * 127 - exponent - static_cast<int>(__float_as_uint(most) >> 23);
+  return exponent == 0 ? otherwise : min(max(fits, 20), 240);
 }
 
 // A state warpgroup.
@@ -415,6 +461,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   int const barrier = 1 + kTileBarriers * Traits::kHelpers + slice;
   int const column = unit.column + slice * kTileSide;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
+  constexpr bool kFolds = Traits::kFolds;
   // A column past the values is one of the identity, and has no values: its tiles of v stay zero.
   bool const of_keys = !kOutputs && column >= a.p.value_dim;
   auto const load_v = [&](int i) {
@@ -444,26 +491,23 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     });
   }
 
-  float o[kChunk / 2] = {};
-  float unrange = 1.f;  // of o
-  // Chunk c's output goes where its values were; after a tile's last chunk the tile leaves.
-  auto const put_output = [&](uint32_t const(&packed)[kChunk / 4], int c, bool puts) {
-    int const i = c / kTileChunks, first = c % kTileChunks * kChunk;
-    char* const tile = shared.v[slice][i % 2];
+  // S is kept times a power of two, by which U (times kGainUnit) fits into fp16; this is its biased exponent.
+  int scale = 127;
+  uint32_t packed[kChunk / 4];  // of the output of a chunk, which goes where its values were
+  auto const put_output = [&](int i, int part, bool puts) {
+    uint32_t const tile = shared_address(shared.v[slice][i % 2]);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
-      store_matrices_transposed_if(puts, shared_address(tile) + value_offset(first + 8 * n, warp, lane),
+      store_matrices_transposed_if(puts, tile + value_offset(part * kChunk + 8 * n, warp, lane),
                                    packed[2 * n], packed[2 * n + 1], packed[2 * n + 2], packed[2 * n + 3]);
     }
   };
-  auto const send_output = [&](int c) {
-    if (c % kTileChunks != kTileChunks - 1) return;
-    int const i = c / kTileChunks;
+  auto const send_output = [&](int i) {  // a tile's, after its last chunk
     char* const tile = shared.v[slice][i % 2];
     fence_async_shared();
     named_barrier(barrier, kWarpgroup);
     TileTokens const t = unit.tile(i);
-    if (t.count < kTileSide) {
+    if (t.count < kTileSide) [[unlikely]] {
       store_rows<T>(tile, a.o, t, unit.head, column, thread);
     } else if (thread == 0) {
       store_tile(maps.o, tile, column, unit.head, t.begin, t.row);
@@ -472,48 +516,46 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   uint32_t fragments[kKeyDim / 4];  // of S^T
   pack_all<T>(fragments, s);
 
-  int const chunks = unit.tiles * kTileChunks;
   auto const wait_prepared = [&](int i) { shared.prepared[i % kPrepared].wait((i / kPrepared) & 1); };
-  auto const release = [&](int i) {
+  auto const release = [&](Barrier* barriers, int i) {
     __syncwarp();  // the reads of all lanes
-    if (lane == 0) shared.released[i % kStages].arrive();
+    if (lane == 0) barriers[i % kStages].arrive();
   };
-  for (int c = 0; c < chunks; ++c) {
-    int const i = c / kTileChunks, part = c % kTileChunks, first = part * kChunk;
-    int const stage = i % kStages, prepared = i % kPrepared;
+  auto const chunk = [&](int i, int part) {
+    int const first = part * kChunk, stage = i % kStages, prepared = i % kPrepared;
     uint64_t const rows = part * (kChunk * 128 >> 4);    // of descriptors: the chunk's rows of a tile
     uint64_t const block = rows + k_step(2) * part;      // and its diagonal block
     uint64_t const low = rows + k_step(2) * (1 - part);  // and the other block there
-    uint64_t const qk_rows = part * (kTileBytes >> 4);
     TileScalars const& scalars = shared.scalars[prepared];
-    uint32_t packed[kChunk / 4];
-    if constexpr (kOutputs) pack_all<T>(packed, o, unrange);
-    if (part == 0) {
-      if (c > 0) release(i - 1);
-      wait_prepared(i);
-    }
+    if (!kFolds && part == 0) wait_prepared(i);
     constexpr int kRows = kOutputs ? 2 * kChunk : kChunk;
     float sums[kRows / 2];  // K S, then Q S
     {
-      uint64_t const qk = k_major(shared.qk[stage]) + qk_rows;
+      uint64_t const qk = k_major(shared.qk[stage]) + part * (kTileBytes >> 4);
       pin(fragments);
       pin(sums);
       wgmma_begin();
 #pragma unroll
       for (int j = 0; j < kKeySteps; ++j) {
         wgmma<T, kRows>(sums, fragments + 4 * j, qk + k_step<kQkBytes>(j), j > 0);
-        if constexpr (kOutputs) {
-          if (j == 1) put_output(packed, c - 1, c > 0);
+        if constexpr (kOutputs && !kFolds) {
+          if (j == 1) put_output(part == 0 ? i - 1 : i, 1 - part, i + part > 0);
         }
       }
       wgmma_commit();
     }
+    float const decay = scalars.decay[part];
     if constexpr (kOutputs) {
-      if (c > 0) send_output(c - 1);
+      if (part == 0 && i > 0) send_output(i - 1);
     }
     if (part == 0 && !of_keys) shared.v_loaded[slice][i % 2].wait((i / 2) & 1);
     ChunkValues values;
     load_values(values, shared.v[slice][i % 2], scalars.k_in, first, warp, lane);
+    if constexpr (kFolds) {
+      float const inverse = power_of_two(254 - scale);
+#pragma unroll
+      for (float2& x : values.k_in) x = {x.x * inverse, x.y * inverse};
+    }
     wgmma_wait<0>();
     pin(sums);
     uint32_t w[kChunk / 4];
@@ -532,98 +574,162 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + low + k_step(j), true);
       wgmma_commit();
     }
+    float o[kChunk / 2];
     if constexpr (kOutputs) {
 #pragma unroll
       for (int j = 0; j < kChunk / 2; ++j) o[j] = sums[kChunk / 2 + j];
       scale_tokens(o, scalars.q_in + first, lane);
     }
-    float const decay = scalars.decay[part];
 #pragma unroll
-    for (int j = 0; j < kKeyDim / 2; ++j) s[j] *= decay;
+    for (float& x : s) x *= decay;
     pin(s);
-    float2 k_out[kChunk / 8];
+    pin(o);
+    if constexpr (kFolds) {
+      float2 const most = scalars.most[part];
+      int const fits = most_scale(w, fmaxf(most.x, most.y), scale);
+      if (scale > fits || scale < fits - kScaleSlack) [[unlikely]] {
+        // But S stays finite.
+        int const goal = min(fits - 1, scale + 245 - static_cast<int>(warp_exponent(s)));
+        while (scale != goal) {
+          int const step = max(min(goal - scale, 120), -120);
+          scale += step;
 #pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n)
-      k_out[n] = *reinterpret_cast<float2 const*>(scalars.k_out + first + 8 * n + 2 * (lane % 4));
+          for (float& x : s) x *= power_of_two(127 + step);
+          if constexpr (kOutputs) {
+#pragma unroll
+            for (float& x : o) x *= power_of_two(127 + step);
+          }
+        }
+      }
+    }
+    if (kFolds && part == kTileChunks - 1) release(shared.read, i);
+    float2 k_out[kChunk / 8];
+    if constexpr (!kFolds) {
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n)
+        k_out[n] = *reinterpret_cast<float2 const*>(scalars.k_out + first + 8 * n + 2 * (lane % 4));
+    }
     wgmma_wait<0>();
     pin(u);
-    float left[kChunk / 2];
-#pragma unroll
-    for (int j = 0; j < kChunk / 2; ++j) left[j] = u[j] * (j % 2 == 0 ? k_out[j / 4].x : k_out[j / 4].y);
-    {
-      uint64_t const k = row_major<kQkBytes>(shared.qk[stage]) + qk_rows;
-      auto const multiply = [&](uint32_t (&gain)[kChunk / 4]) {
-        pin(gain);
-        pin(s);
-        wgmma_begin();
+    uint32_t written[kChunk / 4];
+    float unrange = 1.f;  // of o
+    auto const gain = [&] {
+      if constexpr (kFolds) {
+        uint64_t const k = row_major(shared.gains[i % 2]) + rows;
 #pragma unroll
         for (int j = 0; j < kChunkSteps; ++j)
-          wgmma<T, kKeyDim, Major::MN>(s, gain + 4 * j, k + j * kRowStep, true);
-      };
-      uint32_t gain[kChunk / 4];
-      if constexpr (std::is_same_v<T, __half>) {
-        pack_all<T>(gain, left);
-        multiply(gain);
-      } else {  // the first of two parts is cut off rather than rounded
-        uint32_t rest[kChunk / 4];
-        auto const cut = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); };
+          wgmma<__half, kKeyDim, Major::MN>(s, written + 4 * j, k + j * kRowStep, true);
+      } else {
+        float left[kChunk / 2];
 #pragma unroll
-        for (int j = 0; j < kChunk / 4; ++j)
-          gain[j] = __byte_perm(__float_as_uint(left[2 * j]), __float_as_uint(left[2 * j + 1]), 0x7632);
-        multiply(gain);
+        for (int j = 0; j < kChunk / 2; ++j) left[j] = u[j] * (j % 2 == 0 ? k_out[j / 4].x : k_out[j / 4].y);
+        uint64_t const k = row_major<kQkBytes>(shared.qk[stage]) + part * (kTileBytes >> 4);
+        auto const multiply = [&](uint32_t (&x)[kChunk / 4]) {
+          pin(x);
+          pin(s);
+          wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < kChunk / 4; ++j)
-          rest[j] = pack<T>(left[2 * j] - cut(left[2 * j]), left[2 * j + 1] - cut(left[2 * j + 1]));
-        multiply(rest);
+          for (int j = 0; j < kChunkSteps; ++j)
+            wgmma<T, kKeyDim, Major::MN>(s, x + 4 * j, k + j * kRowStep, true);
+        };
+        uint32_t high[kChunk / 4], rest[kChunk / 4];
+        if constexpr (std::is_same_v<T, __half>) {
+          pack_all<T>(high, left);
+          multiply(high);
+        } else {  // the first of two parts is cut off rather than rounded
+          auto const cut = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); };
+#pragma unroll
+          for (int j = 0; j < kChunk / 4; ++j)
+            high[j] = __byte_perm(__float_as_uint(left[2 * j]), __float_as_uint(left[2 * j + 1]), 0x7632);
+          multiply(high);
+#pragma unroll
+          for (int j = 0; j < kChunk / 4; ++j)
+            rest[j] = pack<T>(left[2 * j] - cut(left[2 * j]), left[2 * j + 1] - cut(left[2 * j + 1]));
+          multiply(rest);
+        }
       }
       wgmma_commit();
-    }
-    if constexpr (kOutputs) {
-      wait_prepared(i);  // is over: keeps what follows behind the products, which would wait for it
-      pin(u);
-      float const range = range_factor(u);
-      unrange = __uint_as_float((254u << 23) - __float_as_uint(range));  // 1 / range, a power of two
-      uint32_t written[kChunk / 4];
-      pack_all<__half>(written, u, range);
+    };
+    auto const look = [&] {
+      uint64_t const scores =
+          k_major(shared.scores[prepared / 2]) + rows + k_step(2) * ((part + prepared) % 2);
 #pragma unroll
-      for (int j = 0; j < kChunk / 2; ++j) o[j] *= range;
-      {
-        uint64_t const scores =
-            k_major(shared.scores[prepared / 2]) + rows + k_step(2) * ((part + prepared) % 2);
+      for (int j = 0; j < kChunkSteps; ++j)
+        wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
+      wgmma_commit();
+    };
+    if constexpr (kFolds) {
+      pack_all<__half>(written, u, power_of_two(scale - kGainExponent));
+      unrange = power_of_two(254 - scale + kGainExponent);
+      pin(written);
+      pin(s);
+      pin(o);
+      wgmma_begin();
+      if constexpr (kOutputs) look();
+      gain();
+    } else {
+      gain();
+      // What follows stays behind the products, which would wait for it.
+      wait_prepared(i);
+      if constexpr (kOutputs) {
+        pin(u);
+        float const range = range_factor(u);
+        unrange = __uint_as_float((254u << 23) - __float_as_uint(range));  // 1 / range, a power of two
+        pack_all<__half>(written, u, range);
+#pragma unroll
+        for (float& x : o) x *= range;
         pin(written);
         pin(o);
         wgmma_begin();
-#pragma unroll
-        for (int j = 0; j < kChunkSteps; ++j)
-          wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
-        wgmma_commit();
+        look();
       }
     }
-    wgmma_wait<kOutputs ? 1 : 0>();
+    if (kFolds && part == kTileChunks - 1 && i + 1 < unit.tiles) wait_prepared(i + 1);
+    if constexpr (kFolds && kOutputs) {
+      wgmma_wait<1>();
+      pin(o);
+      pack_all<T>(packed, o, unrange);
+      put_output(i, part, true);
+      wgmma_wait<0>();
+    } else {
+      wgmma_wait<kOutputs ? 1 : 0>();
+    }
     pin(s);
     pack_all<T>(fragments, s);
     pin(fragments);
+    if constexpr (!kFolds && kOutputs) {
+      wgmma_wait<0>();
+      pin(o);
+      pack_all<T>(packed, o, unrange);
+    }
     if constexpr (kOutputs) {
       if (thread == 0 && part == 0 && i > 0 && i + 1 < unit.tiles) {
         wait_stores_read();
         load_v(i + 1);
       }
-      wgmma_wait<0>();
-      pin(o);
     } else if (part == kTileChunks - 1 && !of_keys && i + 2 < unit.tiles) {
       named_barrier(barrier, kWarpgroup);  // the values have been read
       if (thread == 0) load_v(i + 2);
     }
-  }
+    if (part == kTileChunks - 1) {
+      if (!kFolds) release(shared.read, i);
+      release(shared.released, i);
+    }
+  };
+  if (kFolds && unit.tiles > 0) wait_prepared(0);
+  for (int c = 0; c < unit.tiles * kTileChunks; ++c) chunk(c / kTileChunks, c % kTileChunks);
   if constexpr (kOutputs) {
-    uint32_t packed[kChunk / 4];
-    pack_all<T>(packed, o, unrange);
-    if (chunks > 0) {
-      put_output(packed, chunks - 1, true);
-      send_output(chunks - 1);
+    if (unit.tiles > 0) {
+      if constexpr (!kFolds) put_output(unit.tiles - 1, kTileChunks - 1, true);
+      send_output(unit.tiles - 1);
     }
   }
   if (unit.final != nullptr) {
+    if constexpr (kFolds) {
+      float const inverse = power_of_two(254 - scale);
+#pragma unroll
+      for (float& x : s) x *= inverse;
+    }
     store_state<kKeyDim>(s, unit.final, unit.final_v_first, a.p.value_dim,
                          of_keys ? column - a.p.value_dim : column, thread);
   }
@@ -643,6 +749,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   ForwardUnit const unit = forward_unit<Traits>(a, shared.counts);
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);
+    for (Barrier& b : shared.read) b.init(unit.slices * 4);
     for (Barrier& b : shared.released) b.init(unit.slices * 4);
     for (Barrier& b : shared.prepared) b.init(kWarpgroup);
     for (auto& slice : shared.v_loaded) {

@@ -35,17 +35,27 @@ inline constexpr int kTileChunks = kTileSide / kChunk;
 // Of q and k, 64 elements wide: rows of k of the first chunk, then of q, then the same of the second.
 inline constexpr int kHalfTileBytes = kTileBytes / 2, kQkBytes = 2 * kTileBytes;
 
-// One value per token of the tile.
+// What S gains is (k_out k)^T U. Folded into k, which is at most one then, k_out is in units that leave most
+// of the range of fp16 to decays: S, and what of it q sees, are as many times larger.
+inline constexpr int kGainExponent = 14;
+inline constexpr float kGainUnit = 1 << kGainExponent;
+// Keys that are not normalised are so for that, and U is multiplied by their lengths. At least:
+inline constexpr float kLeastLength2 = 1e-30f;
+
+// One value per token of the tile. With `folded` gains (see prepare_tile) kn is 1 / |k| also where keys are
+// not normalised.
 struct alignas(16) TileScalars {
   float log2_decay[kTileSide];  // G / ln 2
-  float strength[kTileSide];    // b
+  float strength[kTileSide];    // b; folded, times |k| where keys are not normalised
   float k_norm[kTileSide];      // kn
   float k_shift[kTileSide];     // G / ln 2 - log2 kn
   float q_factor[kTileSide];    // scale qn
-  float q_in[kTileSide];        // scale e^G qn
-  float k_in[kTileSide];        // e^G kn: what k sees of the state before the chunk
-  float k_out[kTileSide];       // e^(G_last - G) kn: what is left of a write at the end of the chunk
+  float q_in[kTileSide];        // scale e^G qn; folded, / kGainUnit
+  float k_in[kTileSide];        // e^G kn (1 / kn is 1 there): what k sees of the state before the chunk
+  float k_out[kTileSide];       // e^(G_last - G) kn: what is left of a write at the end of the chunk; folded,
+                                // times kGainUnit
   float decay[kTileChunks];     // e^(G_last)
+  float2 most[kTileChunks];     // folded: of each half of the columns the largest |T~|
 };
 
 struct alignas(16) TileScratch {
@@ -133,11 +143,12 @@ __device__ float row_norm(char const* qk, int row) {
 
 // T~ of chunk c from its inverse to a tile, by 64 threads: block (c, c) of 32 x 32 the high parts, block (c,
 // 1 - c) the low ones.
-template <class T>
-__device__ void store_inverse(float const* inverse, TileScalars const& s, char* tile, int chunk, int thread) {
+template <class T, bool kMost>
+__device__ void store_inverse(float const* inverse, TileScalars& s, char* tile, int chunk, int thread) {
   int const row = thread % kChunk, first = thread / kChunk * 16;
   float const *const log2_decay = s.log2_decay + chunk * kChunk, *const strength =
                                                                      s.strength + chunk * kChunk;
+  uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int const col = first + 8 * i;
@@ -147,22 +158,68 @@ __device__ void store_inverse(float const* inverse, TileScalars const& s, char* 
                         inverse_pair<T>(log2_decay, strength, row, col + 2, x.z, x.w),
                         inverse_pair<T>(log2_decay, strength, row, col + 4, y.x, y.y),
                         inverse_pair<T>(log2_decay, strength, row, col + 6, y.z, y.w)};
+    if constexpr (kMost) {
+#pragma unroll
+      for (Split const& x : t) most = __vmaxu2(most, x.high & 0x7fff7fffu);
+    }
     int const tile_row = chunk * kChunk + row;
     *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, chunk * 4 + col / 8)) = {t[0].high, t[1].high,
                                                                                     t[2].high, t[3].high};
     *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {t[0].low, t[1].low,
                                                                                           t[2].low, t[3].low};
   }
+  if constexpr (kMost) {
+    most = __reduce_max_sync(0xffffffffu, max(most >> 16, most & 0xffffu));
+    if (thread % 32 == 0) reinterpret_cast<float*>(s.most + chunk)[thread / 32] = unpack<T>(most).x;
+  }
+}
+
+// What S gains of k: rows times k_out in fp16, to tiles of their own, by 64 threads, four pieces of 16 bytes
+// at a time each.
+template <class T, int kKeyDim>
+__device__ void store_gains(char const* qk, TileScalars const& s, char* gains, int thread) {
+  constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide, kRows = kTiles == 1 ? 4 : 2;
+  int const chunk = thread % 8;
+  qk += tile_offset(thread / 8, chunk);
+  gains += tile_offset(thread / 8, chunk);
+  bool const last = (kTiles - 1) * kTileSide + chunk * 8 < kKeyDim;  // has a piece of the last tile
+#pragma unroll 1
+  for (int first = 0; first < kTileSide; first += 8 * kRows) {
+    uint4 x[kRows][kTiles];
+    float factor[kRows];
+    char const* const from = qk + first / kChunk * kTileBytes + first % kChunk * 128;
+    char* const to = gains + first * 128;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      factor[r] = s.k_out[first + 8 * r + thread / 8];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        x[r][tile] = *reinterpret_cast<uint4 const*>(from + tile * kQkBytes + 8 * r * 128);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        for (uint32_t* const word : {&x[r][tile].x, &x[r][tile].y, &x[r][tile].z, &x[r][tile].w}) {
+          float2 const y = unpack<T>(*word);
+          *word = pack<__half>(y.x * factor[r], y.y * factor[r]);
+        }
+        if (tile + 1 < kTiles || last)
+          *reinterpret_cast<uint4*>(to + tile * kTileBytes + 8 * r * 128) = x[r][tile];
+      }
+    }
+  }
 }
 
 // The strictly lower part of b_i kn_i kn_j k_i.k_j of a warp's 16 rows; `half_row` is the first of them in
 // the chunk.
 __device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileScalars const& s, float* m,
-                                          int chunk, int half_row, int lane) {
+                                          bool normalised, int chunk, int half_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = half_row + lane / 4 + 8 * half;
-    float const factor = s.strength[chunk * kChunk + row] * s.k_norm[chunk * kChunk + row];
+    float const strength = s.strength[chunk * kChunk + row], own = s.k_norm[chunk * kChunk + row];
+    float const factor = normalised ? strength * own : __fdividef(strength, own);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
       int const col = 8 * n + 2 * (lane % 4);
@@ -207,12 +264,13 @@ inline constexpr int kTileBarriers = 4;
 
 // The whole preparation of a tile by one warpgroup with barriers `barrier`, .. q and k have arrived, beta has
 // been requested by its first 64 threads and g by the others, one token each, who call `request` when the
-// place of these may be taken. `inverse` and `scores` are tiles. Without kScores there is no q.
-// Ends with the writes of this thread ordered before later reads by wgmma.
-template <class T, int kKeyDim, bool kScores, class F>
+// place of these may be taken. `inverse` and `scores` are tiles. Without kScores there is no q. With kFolds
+// what S gains of k is written to `gains`, after `wait_gains` by half of the warps. Ends with the writes of
+// this thread ordered before later reads by wgmma.
+template <class T, int kKeyDim, bool kScores, bool kFolds, class F, class G>
 __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch,
-                             char* inverse, char* scores, int odd, int barrier, int thread, int head,
-                             F const& request) {
+                             char* inverse, char* scores, int odd, char* gains, int barrier, int thread,
+                             int head, F const& request, G const& wait_gains) {
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide, kRows = kScores ? 2 * kChunk : kChunk;
   int const warp = thread / 32, lane = thread % 32, half = warp % 2, half_row = half * 16;
   bool const has_k = warp < kTileChunks;
@@ -251,7 +309,9 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     for (int j = 0; j < kChunk / 2; ++j) products[c][j] = x[j];
   }
   int const chunk = lane / 16, token = chunk * kChunk + half_row + lane % 16;
-  float const norm = p.qk_l2norm ? rsqrtf(square + kNormEpsilon) : 1.f;
+  float const norm = p.qk_l2norm       ? rsqrtf(square + kNormEpsilon)
+                     : kFolds && has_k ? rsqrtf(square + kLeastLength2)
+                                       : 1.f;
   if (has_k) {
     s.k_norm[token] = norm;
     read_strength(p, count, thread, scratch, s);
@@ -260,8 +320,9 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     named_barrier(barrier + 1, kWarpgroup / 2);
 #pragma unroll
     for (int c = 0; c < kTileChunks; ++c)
-      store_correlations(products[c], s, scratch.inverse[c], c, half_row, lane);
+      store_correlations(products[c], s, scratch.inverse[c], p.qk_l2norm, c, half_row, lane);
     named_barrier(barrier + 1, kWarpgroup / 2);
+    if (kFolds && !p.qk_l2norm) s.strength[thread] = __fdividef(s.strength[thread], s.k_norm[thread]);
     invert_32(scratch.inverse[half], lane);
   } else {
     scan_decays(p, count, head, thread % kTileSide, scratch, s);
@@ -270,20 +331,25 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     named_barrier(barrier + 3, kWarpgroup / 2);  // the decays of both chunks
     float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
     float const k_norm = s.k_norm[token];
-    s.k_shift[token] = p.qk_l2norm ? decay - __log2f(k_norm) : decay;
-    s.k_in[token] = exp2_fast(decay) * k_norm;
-    s.k_out[token] = exp2_fast(last - decay) * k_norm;
+    s.k_shift[token] = decay - __log2f(k_norm);
+    s.k_in[token] = exp2_fast(decay) * (p.qk_l2norm ? k_norm : 1.f);
+    s.k_out[token] = exp2_fast(last - decay) * k_norm * (kFolds ? kGainUnit : 1.f);
     if (lane % 16 == 0) s.decay[chunk] = exp2_fast(last);
     if constexpr (kScores) {
       s.q_factor[token] = p.scale * norm;
-      s.q_in[token] = exp2_fast(decay) * p.scale * norm;
+      s.q_in[token] = exp2_fast(decay) * p.scale * norm / (kFolds ? kGainUnit : 1.f);
       named_barrier(barrier + 3, kWarpgroup / 2);
 #pragma unroll
       for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, odd, c, half_row, lane);
     }
+    if constexpr (kFolds) {
+      if (!kScores) named_barrier(barrier + 3, kWarpgroup / 2);
+      wait_gains();
+      store_gains<T, kKeyDim>(qk, s, gains, thread - kTileSide);
+    }
   }
   named_barrier(barrier, kWarpgroup);
-  store_inverse<T>(scratch.inverse[thread / 64], s, inverse, thread / 64, thread % 64);
+  store_inverse<T, kFolds>(scratch.inverse[thread / 64], s, inverse, thread / 64, thread % 64);
   fence_async_shared();
 }
 
