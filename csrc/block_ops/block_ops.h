@@ -70,7 +70,7 @@ struct LinearStepParams {
   void const* residual;     // [rows, outputs] or null; of one output
   float eps;
   bool float_norm_weight, swiglu;
-  bool settled;  // no kernel that still runs writes weights or residual
+  bool settled;  // no kernel that still runs writes weights, norm_weight or residual
 };
 
 // [B, t, H, D], a cache [slots, S, H, D], with a contiguous last axis; strides in elements.

@@ -122,8 +122,8 @@ def linear_step(
         residual: ``[.., N]`` in the dtype of x, added to the only output.
         eps: added to the mean square by the norm.
         swiglu: of two weights of one shape the output is ``silu(x W_0^T) * (x W_1^T)``.
-        settled: the operation right before this one on its stream wrote neither the weights nor the residual: on CUDA
-            they are then read while it still runs.
+        settled: the operation right before this one on its stream wrote neither a weight (of the norm, too) nor the
+            residual: on CUDA they are then read while it still runs.
         floats: the last so many outputs are float32, not rounded; 0 with swiglu or a residual.
 
     Returns:
@@ -142,7 +142,7 @@ def mlp_step(o: Tensor, residual: Tensor, weights: Sequence[Tensor], *, eps: flo
         h = residual + o output^T
         h + (silu(x gate^T) * (x up^T)) down^T   with x = rmsnorm(h) * norm_weight
 
-    Inference only, dtypes and rows as there. The operation right before it must not have written the weights or the
+    Inference only, dtypes and rows as there. The operation right before it must not have written a weight or the
     residual (``settled``).
 
     Args:

@@ -24,8 +24,15 @@ constexpr int kMostShared = 132 << 10;
 constexpr int kSumRows = 8;     // rows of x in one product
 constexpr int kNarrowRows = 4;  // most rows of x with narrow tiles: more blocks have more of x to prepare
 
+// What a launch is of: parts with tiles of their own, narrow tiles of one part, or gate and up.
+enum class Kind { kParts, kNarrow, kGated };
+
+// A block begins as the one before it ends, when every instruction before its first loads counts: it divides
+// nothing.
 struct Tiles {
-  int count, of[kMostLinears];  // in all, and of each weight
+  int count, each, more;  // in all, of every block, and blocks that have one more
+  int width_bits;         // of the number of threads to each row of x
+  int of[kMostLinears];   // of each weight
 };
 
 template <int kGroups>
@@ -48,26 +55,19 @@ __device__ __forceinline__ uint4 read_once(void const* p, uint64_t policy) {
 }
 
 // Where tile `tile` is: its first rows in both halves, and how many there are in each.
+template <Kind kKind>
 struct Place {
-  int part, second_part, first, second, rows, second_rows;
+  int part = 0, second_part = kKind == Kind::kGated, first, second, rows, second_rows;
 
-  __device__ Place(LinearStepParams const& p, Tiles const& tiles, int tile, bool narrow) {
-    part = 0, second_part = 1;
-    if (narrow) {
+  __device__ __forceinline__ Place(LinearStepParams const& p, Tiles const& tiles, int tile) {
+    if constexpr (kKind == Kind::kParts) {
+      while (tile >= tiles.of[part]) tile -= tiles.of[part++];
+      second_part = part;
+      first = tile * kTile;
+      second = first + kHalf;
+    } else {
       first = second = tile * kHalf;
-      rows = second_rows = min(kHalf, p.parts[0].outputs - first);
-      second_part = 0;
-      return;
     }
-    if (p.swiglu) {
-      first = second = tile * kHalf;
-      rows = second_rows = min(kHalf, p.parts[0].outputs - first);
-      return;
-    }
-    while (tile >= tiles.of[part]) tile -= tiles.of[part++];
-    second_part = part;
-    first = tile * kTile;
-    second = first + kHalf;
     rows = min(kHalf, p.parts[part].outputs - first);
     second_rows = min(kHalf, p.parts[part].outputs - second);
   }
@@ -78,32 +78,36 @@ __device__ __forceinline__ T const* weight_row(LinearStepParams const& p, int pa
   return static_cast<T const*>(p.parts[part].weight) + static_cast<int64_t>(row) * p.channels;
 }
 
-// Rows of x to shared memory, normalised if wanted: a number of adjacent threads to each row. `norm` has room
-// for the weight of the norm. A row's squares are added in an order that does not depend on that number:
-// those of 8 channels, those kThreads pieces apart, those of each lane, the lanes.
+// The weight of the norm on its way to shared memory.
+__device__ __forceinline__ void copy_norm(LinearStepParams const& p, unsigned char* norm) {
+  if (p.norm_weight == nullptr) return;
+  int const bytes = p.channels * (p.float_norm_weight ? 4 : 2);
+#pragma unroll 1
+  for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kThreads) {
+    copy_16(norm + i, static_cast<unsigned char const*>(p.norm_weight) + i, true);
+  }
+}
+
+// Rows of x to shared memory, normalised if wanted: a number of adjacent threads to each row. The weight of
+// the norm is on its way to `norm`. A row's squares are added in an order that does not depend on that
+// number: those of 8 channels, those kThreads pieces apart, those of each lane, the lanes.
 template <class T, int kGroups>
-__device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm, Shared<kGroups>& shared) {
+__device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char const* norm,
+                           Shared<kGroups>& shared, int width_bits) {
   using Row = RowOf<T, 8>;
-  int width = kThreads;
-  while (width > kWarp && kThreads / width < p.rows) width /= 2;
-  int const row = threadIdx.x / width, pieces = p.channels / 8;
+  int const width = 1 << width_bits, row = threadIdx.x >> width_bits, column = threadIdx.x & (width - 1),
+            pieces = p.channels / 8;
   T const* const from = static_cast<T const*>(p.x) + row * static_cast<int64_t>(p.channels);
   T* const to = x + row * (p.channels + kSkew);
   if (row < p.rows) {
-    for (int i = threadIdx.x % width; i < pieces; i += width) copy_16(to + 8 * i, from + 8 * i, true);
-  }
-  if (p.norm_weight != nullptr) {
-    int const bytes = p.channels * (p.float_norm_weight ? 4 : 2);
-    for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kThreads) {
-      copy_16(norm + i, static_cast<unsigned char const*>(p.norm_weight) + i, true);
-    }
+    for (int i = column; i < pieces; i += width) copy_16(to + 8 * i, from + 8 * i, true);
   }
   wait_copies();
   if (p.norm_weight != nullptr) {
     static_assert(sizeof(shared.sums) >= sizeof(float) * kGroups * kSumRows * kThreads);
     float* const squares = &shared.sums[0][0][0][0] + row * kThreads;
     if (row < p.rows) {
-      for (int i = threadIdx.x % width; i < pieces; i += width) {
+      for (int i = column; i < pieces; i += width) {
         Row const piece = Row::load(to + 8 * i);  // its own copy
         float sum = i < kThreads ? 0.f : squares[i % kThreads];
 #pragma unroll
@@ -117,7 +121,7 @@ __device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm,
       for (int i = threadIdx.x % kWarp; i < min(pieces, kThreads); i += kWarp) total += squares[i];
       total = lane_sum(total);
       float const rstd = rsqrtf(total / static_cast<float>(p.channels) + p.eps);
-      for (int i = threadIdx.x % width; i < pieces; i += width) {
+      for (int i = column; i < pieces; i += width) {
         Row piece = Row::load(to + 8 * i);
         float weight[8];
         if (p.float_norm_weight) {
@@ -137,18 +141,18 @@ __device__ void stage_rows(LinearStepParams const& p, T* x, unsigned char* norm,
 }
 
 // kGroups: of kSumRows rows of x.
-template <class T, int kGroups, bool kNarrow>
+template <class T, int kGroups, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kResident)
     linear_step_tiles(__grid_constant__ LinearStepParams const p, __grid_constant__ Tiles const tiles) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kGroups>*>(memory);
   T* const x = reinterpret_cast<T*>(&shared + 1);
   constexpr int kRows = kGroups * kSumRows;
-  constexpr int kApart = kWarps * kPiece;   // between a warp's pieces
+  constexpr int kApart = kWarps * kPiece;  // between a warp's pieces
+  constexpr bool kNarrow = kKind == Kind::kNarrow;
   constexpr int kPieces = kNarrow ? 2 : 1;  // of them at a time
-  int const blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  int const begin = static_cast<int>(int64_t{tiles.count} * block / blocks),
-            end = static_cast<int>(int64_t{tiles.count} * (block + 1) / blocks);
+  int const block = static_cast<int>(blockIdx.x), begin = block * tiles.each + min(block, tiles.more),
+            end = begin + tiles.each + (block < tiles.more);
   int const channels = p.channels, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   uint64_t const policy = read_once_policy();
   int const per_tile = (channels + kPieces * kApart - 1) / (kPieces * kApart);
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   int next_tile = begin, next_piece = 0;
   auto const load = [&](uint4(&w)[2][2]) {
     if (next_piece == 0) {
-      Place const place(p, tiles, next_tile, kNarrow);
+      Place<kKind> const place(p, tiles, next_tile);
       // Beyond the last row the last one again; its results are not written.
       rows[0] = weight_row<T>(p, place.part, place.first + min(row, place.rows - 1));
       rows[1] = place.second_rows <= 0
@@ -178,25 +182,27 @@ __global__ void __launch_bounds__(kThreads, kResident)
   };
   // Of the sums of a tile a thread has one of row `own_row` of W; the residual there is on its way early.
   int const own_row = threadIdx.x / kRows, own_column = threadIdx.x % kRows;
-  bool const has_sum = own_column < p.rows && own_row < (kNarrow || p.swiglu ? kHalf : kTile);
+  bool const has_sum = own_column < p.rows && own_row < (kKind == Kind::kParts ? kTile : kHalf);
   float residual = 0.f;
   auto const load_residual = [&](int tile) {
     if (p.residual == nullptr || !has_sum || tile >= end) return;
-    Place const place(p, tiles, tile, kNarrow);
+    Place<kKind> const place(p, tiles, tile);
     int const output = place.first + own_row;
     if (output < p.parts[0].outputs)
       residual =
           to_float(static_cast<T const*>(p.residual)[int64_t{own_column} * p.parts[0].outputs + output]);
   };
   if (!p.settled) wait_for_previous_kernel();
-  load_residual(begin);
+  auto* const norm = reinterpret_cast<unsigned char*>(x + p.rows * (channels + kSkew));
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
     if (s < steps) load(weights[s]);
   }
+  load_residual(begin);
+  copy_norm(p, norm);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  stage_rows<T>(p, x, reinterpret_cast<unsigned char*>(x + p.rows * (channels + kSkew)), shared);
+  stage_rows<T>(p, x, norm, shared, tiles.width_bits);
 
   float sums[kGroups][4] = {};
   int piece = 0, tile = begin;
@@ -221,13 +227,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     };
     int const r = own_row, m = own_column;
     if (has_sum) {
-      Place const place(p, tiles, tile, kNarrow);
+      Place<kKind> const place(p, tiles, tile);
       LinearStepParams::Part const& part = p.parts[place.part];
       int const output = place.first + r;
       if (output < part.outputs) {
         int64_t const at = int64_t{m} * part.outputs + output;
         float y = total(r, m);
-        if (p.swiglu) y *= fast_sigmoid(y) * total(r + kHalf, m);
+        if (kKind == Kind::kGated) y *= fast_sigmoid(y) * total(r + kHalf, m);
         if (p.residual != nullptr) y += residual;
         if (part.float_out) {
           static_cast<float*>(part.out)[at] = y;
@@ -309,9 +315,20 @@ Status linear_step(LinearStepParams const& p, void* stream) {
     // one where it is much.
     int const resident = kResident * used <= kMostShared ? kResident : 1;
     int const carveout = std::min(100, (100 * resident * used + all_shared - 1) / all_shared);
-    auto const blocks = static_cast<unsigned>(std::min(tiles.count, resident * multiprocessors));
-    auto* const kernel = narrow ? linear_step_tiles<T, kGroups, true> : linear_step_tiles<T, kGroups, false>;
-    return launch_overlapped_carved(kernel, dim3(blocks), kThreads, bytes, 1, carveout, stream, some, tiles);
+    int const blocks = std::min(tiles.count, resident * multiprocessors);
+    Tiles shares = tiles;
+    shares.each = tiles.count / blocks;
+    shares.more = tiles.count % blocks;
+    for (shares.width_bits = 9; kThreads >> shares.width_bits < some.rows;) --shares.width_bits;
+    auto const start = [&](auto* kernel) {
+      return launch_overlapped_carved(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, bytes, 1,
+                                      carveout, stream, some, shares);
+    };
+    if (p.swiglu) return start(linear_step_tiles<T, kGroups, Kind::kGated>);
+    if constexpr (kGroups == 1) {
+      if (narrow) return start(linear_step_tiles<T, kGroups, Kind::kNarrow>);
+    }
+    return start(linear_step_tiles<T, kGroups, Kind::kParts>);
   };
   // As many rows at a time as shared memory takes.
   int const fit = (most_shared - shared_bytes<2>(p, 0)) / ((p.channels + kSkew) * 2);
