@@ -41,6 +41,40 @@ def test_gated_delta_net(randn, slots, device):
     assert all(torch.equal(p, q) for p, q in zip(pools, theirs, strict=True))
 
 
+@pytest.mark.cuda
+def test_a_chain_in_a_graph():
+    """Blocks that share a state, and slots that are written right before each, with launches that overlap."""
+
+    def randn(*shape, dtype=BF16):
+        return (torch.randn(*shape, device="cuda") * 0.3).to(dtype)
+
+    B, H, K, V, W = 2, 2, 96, 192, 4
+    D, slots = 2 * H * K + H * V, torch.zeros(B, dtype=torch.int64, device="cuda")
+    small = [randn(*s, dtype=FP32) for s in ((D, W), (H,), (H,), (V,))]
+    layers = [(block(randn, H * V, D, H * V, H, H), torch.tensor([i % 3, (i + 1) % 3]).cuda()) for i in range(12)]
+    pools = randn(3, H, K, V, dtype=FP32), randn(3, D, W)
+    h, start = randn(B, 1, HIDDEN), [p.clone() for p in pools]
+
+    def run(after=lambda: None):
+        out = h
+        for pool, first in zip(pools, start, strict=True):
+            pool.copy_(first)
+        for (norm, first, rest), where in layers:
+            slots.copy_(where)
+            after()
+            out = ops.gdn_block_step_(out, *pools, norm, first, small, rest, slots=slots, eps=1e-5)
+            after()
+        return out
+
+    expected = run(torch.cuda.synchronize), *(p.clone() for p in pools)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(50):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip((out, *pools), expected, strict=True))
+
+
 @pytest.mark.parametrize("slots", [None, [2, 0]])
 def test_attention(randn, slots, device):
     B, t, HQ, H, D, S = 2, 2, 4, 2, 16, 40

@@ -28,8 +28,8 @@ Tensor gdn_block_step_(Tensor const& h, Tensor const& state, Tensor const& conv_
   LT2_CHECK_DIM(op, state, 4);
   auto const x = linear_step(h, projections, norm_weight, {}, eps, false, true, 0);
   double const scale = 1. / std::sqrt(static_cast<double>(std::max<int64_t>(1, state.size(2))));
-  Tensor const o = gdn_decode_fused_(state, conv_state, x[0], x[1], x[2], x[3], conv_weight, {}, A_log,
-                                     dt_bias, head_norm_weight, slots, scale, eps, true, false, false);
+  Tensor const o = gdn_fused_step(state, conv_state, x[0], x[1], x[2], x[3], conv_weight, {}, A_log, dt_bias,
+                                  head_norm_weight, slots, scale, eps, true, false, false, true);
   return after(o, h, rest, eps);
 }
 

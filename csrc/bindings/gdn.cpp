@@ -176,11 +176,11 @@ Tensor gdn_step_(Tensor const& state, Tensor const& q, Tensor const& k, Tensor c
 
 }  // namespace
 
-Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
-                         Tensor const& a, Tensor const& b, Tensor const& conv_weight,
-                         OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
-                         Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
-                         bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
+Tensor gdn_fused_step(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
+                      Tensor const& a, Tensor const& b, Tensor const& conv_weight,
+                      OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
+                      Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
+                      bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first, bool settled) {
   LT2_CHECK_DIM(OP, qkv, 3);
   check_activation_dtype(OP, qkv, "qkv");
   LT2_CHECK_DIM(OP, state, 4);
@@ -225,6 +225,7 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
              : strided(gates);
   p.norm_weight = static_cast<float const*>(norm.const_data_ptr());
   p.eps = static_cast<float>(eps);
+  p.settled = settled && (!slots || slots->is_contiguous());  // else they are a copy that was just made
   p.conv.dtype = p.step.dtype;
   p.conv.batch = B;
   p.conv.tokens = T;
@@ -248,6 +249,19 @@ Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor c
   }
   return o;
 }
+
+namespace {
+
+Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
+                         Tensor const& a, Tensor const& b, Tensor const& conv_weight,
+                         OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
+                         Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
+                         bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first) {
+  return gdn_fused_step(state, conv_state, qkv, z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight,
+                        slots, scale, eps, use_qk_l2norm, allow_neg_eigval, state_v_first, false);
+}
+
+}  // namespace
 
 #undef OP
 

@@ -12,11 +12,12 @@ std::vector<Tensor> linear_step(Tensor const& x, std::vector<Tensor> const& weig
                                 bool swiglu, bool settled, int64_t floats);
 Tensor mlp_step(Tensor const& o, Tensor const& residual, Tensor const& output, Tensor const& norm_weight,
                 Tensor const& gate, Tensor const& up, Tensor const& down, double eps);
-Tensor gdn_decode_fused_(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
-                         Tensor const& a, Tensor const& b, Tensor const& conv_weight,
-                         OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
-                         Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
-                         bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first);
+// gdn_decode_fused_. settled: the kernel before writes nothing but qkv, z, a and b.
+Tensor gdn_fused_step(Tensor const& state, Tensor const& conv_state, Tensor const& qkv, Tensor const& z,
+                      Tensor const& a, Tensor const& b, Tensor const& conv_weight,
+                      OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
+                      Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
+                      bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first, bool settled);
 Tensor rope_cache_(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
                    Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
                    OptionalTensor const& slots);

@@ -81,6 +81,7 @@ struct FusedStepParams {
   Strided z;                 // [B, t, HV, V]
   float const* norm_weight;  // [V]
   float eps;
+  bool settled;  // no kernel that still runs writes state or slots
 };
 
 namespace cpu {

@@ -10,6 +10,7 @@
 
 #include "causal_conv1d/cuda/portable/forward.cuh"
 #include "common/cuda/cluster.cuh"
+#include "common/cuda/sm90/barrier.cuh"
 #include "gdn/cuda/sm90/decode.cuh"
 
 namespace lt2::gdn::portable {
@@ -18,6 +19,7 @@ using namespace sm90;  // tiles of states
 using causal_conv1d::portable::kFewTaps;
 using causal_conv1d::portable::StepChannel;
 using causal_conv1d::portable::WideStepChannel;
+using cuda::sm90::Barrier;
 
 // Blocks of a cluster, at most.
 inline constexpr int kMaxCluster = 8;
@@ -36,7 +38,29 @@ template <class Tile>
 struct FusedShared {
   typename Tile::Keys keys;
   typename Tile::Shared sums;
+  Barrier joined;  // has what all blocks of the cluster send
 };
+
+// x to `to` in block `rank`. A message, or a barrier of the cluster that made ordinary writes visible would
+// wait for all that the block wrote to global memory.
+__device__ __forceinline__ void deliver(float* to, float x, Barrier& joined, int rank, int blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) return cuda::sm90::send(to, x, joined, rank);
+#endif
+  *to = x;
+}
+// All threads of the block call it once.
+__device__ __forceinline__ void await_delivery(Barrier& joined, int blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) return joined.wait(0);
+#endif
+  __syncthreads();
+}
+
+// To L2.
+__device__ __forceinline__ void ask_for(void const* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 
 struct FusedSizes {
   int slices, blocks;  // of a state, of a cluster
@@ -74,9 +98,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   auto const first_column = [&](int n) { return (rank + remainder(n, own) * blocks) * kColumns; };
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
-  cluster_arrive();
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+#if __CUDA_ARCH__ >= 900
+  if (warp == 0) {
+    if (lane == 0) {
+      shared.joined.init(1);
+      shared.joined.arrive_expecting(blocks * group * s.tokens * sizeof(float));
+      cuda::sm90::fence_barrier_init();
+    }
+    __syncwarp();
+  }
+#endif
+  cluster_arrive_relaxed();
+  if (!p.settled) wait_for_previous_kernel();
   int64_t const slot = s.slot_ids == nullptr ? row : s.slot_ids[row];
   bool const live = slot >= 0 && slot < s.slots;
   Tile tile;
@@ -92,18 +125,36 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
         token_row<T>(s.o, row, i, head)[column] = from_float<T>(value(n, i, c, head, column));
     }
   };
+  int const keys = 2 * s.key_dim, begin = rank * sizes.share;
+  auto const key_channel = [&](int e) {
+    int const head = e < s.key_dim ? key_head : s.heads + key_head, c = e < s.key_dim ? e : e - s.key_dim;
+    return int64_t{head} * s.key_dim + c;
+  };
+  auto const value_channel = [&](int n, int column) {
+    return int64_t{s.heads} * keys + int64_t{first_head + quotient(n, own)} * s.value_dim + column;
+  };
+  if (p.settled && live) {
+    auto const ask = [&](int64_t channel) {
+      ask_for(static_cast<T const*>(p.conv.state.data) + slot * p.conv.state.sequence +
+              channel * p.conv.state.channel);
+      ask_for(p.conv.weight + channel * p.conv.width);
+    };
+    for (int e = threadIdx.x; e < keys; e += kThreads) ask(key_channel(e));
+    for (int e = threadIdx.x; e < items * kColumns; e += kThreads) {
+      int const n = e / kColumns, column = first_column(n) + e % kColumns;
+      if (column < s.value_dim) ask(value_channel(n, column));
+    }
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   if (!live) {
     each_output([](int, int, int, int, int) { return 0.f; });
     return cluster_wait();
   }
 
-  int const keys = 2 * s.key_dim, begin = rank * sizes.share;
   auto const convolve = [&](auto channel_kind) {
     using Channel = decltype(channel_kind);
-    auto const load_key = [&](Channel& step, int e) {
-      int const head = e < s.key_dim ? key_head : s.heads + key_head, c = e < s.key_dim ? e : e - s.key_dim;
-      step.load(p.conv, row, slot, int64_t{head} * s.key_dim + c);
-    };
+    auto const load_key = [&](Channel& step, int e) { step.load(p.conv, row, slot, key_channel(e)); };
     auto const advance_key = [&](Channel& step, int e) {
       float* const to = e < s.key_dim ? &shared.keys.q[0][e] : &shared.keys.k[0][e - s.key_dim];
       step.advance(p.conv, [&](int64_t i, float x) { to[i * Tile::kKeys] = x; });
@@ -124,8 +175,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
       if (e < channels) {
         int const n = e / kColumns, c = e % kColumns, column = first_column(n) + c;
         if (column < s.value_dim) {
-          int64_t const channel =
-              int64_t{s.heads} * keys + int64_t{first_head + quotient(n, own)} * s.value_dim + column;
+          int64_t const channel = value_channel(n, column);
           Channel of_value;
           of_value.load(p.conv, row, slot, channel);
           of_value.advance(p.conv, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
@@ -166,8 +216,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
     int const i = e / padding, c = s.key_dim + e % padding;
     shared.keys.q[i][c] = shared.keys.k[i][c] = 0.f;
   }
-  cluster_wait();    // every block of the cluster runs: its shared memory may be written
-  cluster_arrive();  // this one has read the windows of q and k
+  cluster_wait();            // every block of the cluster runs: its shared memory may be written
+  cluster_arrive_relaxed();  // this one has read the windows of q and k
   __syncthreads();
 
   for (int i = warp; i < s.tokens; i += kWarps) {
@@ -192,7 +242,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   }
   __syncthreads();
 
-  cluster_wait();
   for (int e = warp; e < group * s.tokens; e += kWarps) {
     int const g = quotient(e, s.tokens), i = remainder(e, s.tokens);
     float sum = 0.f;  // columns beyond the state are zeros
@@ -201,9 +250,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
       sum = fmaf(x, x, sum);
     }
     sum = lane_sum(sum);
-    if (lane < blocks) *of_rank(squares + rank * group * kMaxStepTokens + e, lane) = sum;
+    if (lane < blocks) deliver(squares + rank * group * kMaxStepTokens + e, sum, shared.joined, lane, blocks);
   }
-  cluster_arrive();
+  cluster_wait();  // every block has read the windows
   for (int e = threadIdx.x; e < min(sizes.share, keys - begin) * p.conv.width; e += kThreads) {
     int const c = begin + e / p.conv.width, w = e % p.conv.width;
     int64_t const head = c < s.key_dim ? key_head : s.heads + key_head;
@@ -211,7 +260,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
     static_cast<T*>(p.conv.state.data)[slot * p.conv.state.sequence + channel * p.conv.state.channel +
                                        w * p.conv.state.tap] = windows[e];
   }
-  cluster_wait();
+  await_delivery(shared.joined, blocks);
   each_output([&](int n, int i, int c, int, int) {
     float sum = 0.f;
     for (int r = 0; r < blocks; ++r)
