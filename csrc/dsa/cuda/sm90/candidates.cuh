@@ -1,4 +1,4 @@
-// The best scores of one query so far, kept by one warp that meets its keys in order.
+// Lists of a query's best scores so far, in no order, and what a warp does with one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,54 +36,52 @@ __device__ __forceinline__ uint32_t order(uint32_t bits) {
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
-// f(order) for the scores of all candidates, several loads under way at once; some f(0) after the last.
-template <class F>
-__device__ __forceinline__ void for_each(Candidate const* list, int count, F const& f) {
-  constexpr int kBatch = 16;
-  for (int base = threadIdx.x % 32; base < count; base += 32 * kBatch) {
-    uint32_t bits[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      bits[i] = base + 32 * i < count ? __float_as_uint(list[base + 32 * i].score) : kNothing;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) f(order(bits[i]));
-  }
-}
-
-// Ascending by index, none NaN; the k best of all scores met are among them.
-struct Candidates {
-  Candidate* list;  // in shared or global memory
-  int count;
-  float least;  // only scores from here on are wanted: k candidates are better than all below
-
-  // Four scores per lane, not -0, of keys index .. index + 3, in the order of lanes. Without a branch, so
-  // that several queries overlap.
-  __device__ void append(float4 x, int index) {
-    float const scores[4] = {x.x, x.y, x.z, x.w};
-    bool wanted[4];
-    int mine = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wanted[i] = scores[i] >= least;  // NaN is not
-      mine += wanted[i];
-    }
-    unsigned below;
-    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-    unsigned const ones = __ballot_sync(kAll, mine & 1), twos = __ballot_sync(kAll, mine & 2),
-                   fours = __ballot_sync(kAll, mine & 4);
-    Candidate* to =
-        list + (count + __popc(ones & below) + 2 * __popc(twos & below) + 4 * __popc(fours & below));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      store_if(wanted[i], to, {scores[i], index + i});
-      to += wanted[i];
-    }
-    count += __popc(ones) + 2 * __popc(twos) + 4 * __popc(fours);
+// Ranks of candidates, unsigned numbers: the better, the greater; 0: not one of them.
+struct ByScore {
+  using Loaded = uint32_t;
+  static constexpr int kBatch = 16;
+  __device__ static Loaded nothing() { return kNothing; }
+  __device__ static Loaded load(Candidate const& c) { return __float_as_uint(c.score); }
+  __device__ uint32_t operator()(Loaded bits) const { return order(bits); }
+};
+// Of those with one score the first are the best.
+struct ByIndex {
+  using Loaded = Candidate;
+  static constexpr int kBatch = 4;
+  uint32_t score;  // its order
+  __device__ static Loaded nothing() { return {__uint_as_float(kNothing), 0}; }
+  __device__ static Loaded load(Candidate const& c) { return c; }
+  __device__ uint32_t operator()(Loaded c) const {
+    return order(__float_as_uint(c.score)) == score ? ~static_cast<uint32_t>(c.index) : 0;
   }
 };
 
-// The best candidates: all with an order from `low` on, or of those that equal it only the first `equals`.
+// f(rank) for all candidates, several loads under way at once; some f(0) after the last.
+template <class Rank, class F>
+__device__ __forceinline__ void for_each(Candidate const* list, int count, Rank const& rank, F const& f) {
+  constexpr int kBatch = Rank::kBatch;
+  for (int base = threadIdx.x % 32; base < count; base += 32 * kBatch) {
+    typename Rank::Loaded x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      x[i] = base + 32 * i < count ? Rank::load(list[base + 32 * i]) : Rank::nothing();
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) f(rank(x[i]));
+  }
+}
+
+// The sum over lanes up to this one.
+__device__ __forceinline__ int sum_up_to(int x) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    int const y = __shfl_up_sync(kAll, x, distance);
+    if (static_cast<int>(threadIdx.x % 32) >= distance) x += y;
+  }
+  return x;
+}
+
+// The best candidates: all with a rank from `low` on, or of those that equal it only `equals`.
 struct Bound {
   uint32_t low;
   bool all;
@@ -92,11 +90,13 @@ struct Bound {
 
 // Of at least the k best of `count` candidates and at most `most`, k <= most < count. bins: kBins of the
 // warp's own.
-__device__ inline Bound find_bound(Candidate const* list, int count, int k, int most, uint32_t* bins) {
+template <class Rank = ByScore>
+__device__ inline Bound find_bound(Candidate const* list, int count, int k, int most, uint32_t* bins,
+                                   Rank const& rank = {}) {
   int const lane = threadIdx.x % 32;
   __syncwarp();
   uint32_t low = UINT32_MAX, high = 0;  // the k-th best is in [low, high]
-  for_each(list, count, [&](uint32_t key) {
+  for_each(list, count, rank, [&](uint32_t key) {
     low = min(low, key == 0 ? UINT32_MAX : key);
     high = max(high, key);
   });
@@ -110,7 +110,7 @@ __device__ inline Bound find_bound(Candidate const* list, int count, int k, int 
     int const shift = max(0, 24 - __clz(high - low));
     for (int i = lane; i < kBins; i += 32) bins[i] = 0;
     __syncwarp();
-    for_each(list, count, [&](uint32_t key) {
+    for_each(list, count, rank, [&](uint32_t key) {
       increment(counters + (key - low <= high - low ? (key - low) >> shift : kBins) * 4);
     });
     __syncwarp();
@@ -118,13 +118,7 @@ __device__ inline Bound find_bound(Candidate const* list, int count, int k, int 
     int local[kBins / 32], sum = 0;
 #pragma unroll
     for (int i = 0; i < kBins / 32; ++i) sum += local[i] = bins[kBins - 1 - (kBins / 32 * lane + i)];
-    int before = sum;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      int const x = __shfl_up_sync(kAll, before, distance);
-      if (lane >= distance) before += x;
-    }
-    before += above - sum;
+    int before = sum_up_to(sum) + above - sum;
     int bin = -1, better = 0, size = 0;
 #pragma unroll
     for (int i = 0; i < kBins / 32; ++i) {
@@ -148,11 +142,14 @@ __device__ inline Bound find_bound(Candidate const* list, int count, int k, int 
   return {low, kept <= most, equals};
 }
 
-// Keeps the best `most` candidates at most, but all of the k best; of equals the first ones.
-__device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
-  Candidate* const list = c.list;
-  int const count = c.count, lane = threadIdx.x % 32;
-  auto [low, all, equals] = find_bound(list, count, k, most, bins);
+// Keeps the best `most` candidates at most, but all of the k best; of equals those of the lowest indices.
+// Gives the score from which on later ones are wanted, whose indices are higher: not those that equal the
+// last.
+__device__ inline float cut(Candidate* list, int& count, int k, int most, uint32_t* bins) {
+  int const lane = threadIdx.x % 32;
+  auto const [low, all, equals] = find_bound(list, count, k, most, bins);
+  ByIndex const by_index{low};
+  uint32_t const first = all ? 1 : find_bound(list, count, equals, equals, bins, by_index).low;
   int written = 0;
   unsigned below;
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
@@ -161,26 +158,57 @@ __device__ inline void cut(Candidates& c, int k, int most, uint32_t* bins) {
     Candidate x[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      x[i] = base + 32 * i < count ? list[base + 32 * i] : Candidate{__uint_as_float(kNothing), 0};
+      x[i] = base + 32 * i < count ? ByIndex::load(list[base + 32 * i]) : ByIndex::nothing();
     }
     __syncwarp();  // all have read what is overwritten now
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      uint32_t const key = order(__float_as_uint(x[i].score));
-      bool chosen = key >= low;
-      if (!all) {
-        unsigned const equal = __ballot_sync(kAll, key == low);
-        chosen = key > low || (key == low && __popc(equal & below) < equals);
-        equals -= min(equals, __popc(equal));
-      }
+      bool const chosen = order(__float_as_uint(x[i].score)) > low || by_index(x[i]) >= first;
       unsigned const chosens = __ballot_sync(kAll, chosen);
       store_if(chosen, list + (written + __popc(chosens & below)), x[i]);
       written += __popc(chosens);
     }
   }
   __syncwarp();
-  c.count = written;
-  c.least = portable::score_of(low + 1);  // of later ones, equals are not wanted
+  count = written;
+  return portable::score_of(low + 1);
+}
+
+// The indices of candidates, those of keys begin .. end - 1, ascending.
+__device__ inline void sort_indices(Candidate const* list, int count, int begin, int end, uint32_t* bits,
+                                    int* to) {
+  constexpr int kWords = kBins / 32;
+  int const lane = threadIdx.x % 32;
+  for (int low = begin; low < end; low += 32 * kBins) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) bits[32 * i + lane] = 0;
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane; i < count; i += 32) {
+      uint32_t const at = list[i].index - low;
+      if (at < 32 * kBins) atomicOr(&bits[at / 32], 1u << at % 32);
+    }
+    __syncwarp();
+    uint32_t words[kWords];
+    int mine = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = bits[kWords * lane + i];
+      mine += __popc(words[i]);
+    }
+    int const before = sum_up_to(mine);
+    int const all = __shfl_sync(kAll, before, 31);
+    int* at = to + before - mine;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      for (uint32_t word = words[i]; word != 0; word &= word - 1) {
+        *at++ = low + 32 * (kWords * lane + i) + __ffs(word) - 1;
+      }
+    }
+    to += all;
+  }
+  __syncwarp();
 }
 
 }  // namespace lt2::dsa::sm90::indexer

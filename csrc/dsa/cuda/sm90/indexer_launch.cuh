@@ -1,11 +1,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/cuda/launch.cuh"
-#include "dsa/cuda/sm90/indexer.cuh"
 #include "dsa/cuda/sm90/indexer_launch.h"
+#include "dsa/cuda/sm90/indexer_select.cuh"
 #include "dsa/cuda/sm90/indexer_step.cuh"
 
 namespace lt2::dsa::sm90::indexer {
@@ -27,13 +26,12 @@ inline bool streams(IndexerParams const& p, int tile_queries) {
 
 // Lists have room for as many again as are kept.
 template <class Traits>
-IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int* shared_bytes) {
-  IndexLaunch a{p, {}, 1, 0, 0, static_cast<int>(std::min(p.topk, p.keys)), nullptr, 0, 0, 0.f, 0.f};
+SelectLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int* shared_bytes) {
+  SelectLaunch a{};
+  a.p = p;
+  a.kept = static_cast<int>(std::min(p.topk, p.keys));
   a.capacity = static_cast<int>(portable::ceil_div(a.kept + std::max(a.kept, 256), kKeys) + 1) * kKeys;
   a.most = a.kept + (a.capacity - a.kept) / 4;
-  float const fill = .75f * static_cast<float>(a.capacity - kKeys);  // of lists that are cut
-  a.due = fill / kKeys;
-  a.growth = std::exp(fill / static_cast<float>(a.kept) - 1.f);
   int64_t const lists = Traits::kQueries * a.capacity * static_cast<int64_t>(sizeof(Candidate));
   bool const shared = static_cast<int64_t>(sizeof(typename Traits::Shared)) + lists <= kSharedBytes;
   a.rows.tile_rows = Traits::kQueries;
@@ -42,7 +40,7 @@ IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int*
   int64_t const blocks = std::min<int64_t>(a.rows.tiles, kMultiprocessors);
   *floats = shared ? 0 : blocks * lists / 4;
   *shared_bytes = static_cast<int>(sizeof(typename Traits::Shared) + (shared ? lists : 0));
-  a.candidates = shared ? nullptr : reinterpret_cast<Candidate*>(workspace);
+  a.lists = shared ? nullptr : reinterpret_cast<Candidate*>(workspace);
   constexpr int kClosest = 16;
   a.stride = kClosest;
   while (p.keys > int64_t{a.stride} * (1 << (kStrides - 1)) * (a.capacity - kKeys)) a.stride *= 2;
@@ -50,19 +48,28 @@ IndexLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int*
 }
 
 template <class Traits>
-Status launch_items(IndexLaunch const& a, int shared_bytes, Dtype dtype, void* stream) {
+Status launch_select(SelectLaunch const& a, int shared_bytes, Dtype dtype, void* stream) {
   KeyMaps maps;
   TokenMajor keys = keys_of(a.p);
   if (Status const made = make_tensor_map(&maps.all, keys, dtype, kTileSide); made != kOk) return made;
-  for (int i = 0; Traits::kSelect && i < kStrides; ++i) {
+  for (int i = 0; i < kStrides; ++i) {
     int64_t const stride = int64_t{a.stride} << i;
     TokenMajor const sampled{keys.data, keys.batch,   stride * keys.token,
                              0,         keys.batches, portable::ceil_div(keys.tokens, stride),
                              1,         keys.dim};
     if (Status const s = make_tensor_map(&maps.sampled[i], sampled, dtype, kTileSide); s != kOk) return s;
   }
+  int64_t const blocks = std::min<int64_t>(a.rows.tiles, kMultiprocessors);
+  return launch(select_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, maps);
+}
+
+template <class Traits>
+Status launch_scores(ScoreLaunch const& a, Dtype dtype, void* stream) {
+  CUtensorMap map;
+  if (Status const made = make_tensor_map(&map, keys_of(a.p), dtype, kTileSide); made != kOk) return made;
   int64_t const blocks = std::min<int64_t>(a.rows.tiles * a.spans, kMultiprocessors);
-  return launch(index_kernel<Traits>, blocks, Traits::kThreads, shared_bytes, stream, a, maps);
+  return launch(score_kernel<Traits>, blocks, Traits::kThreads, sizeof(typename Traits::Shared), stream, a,
+                map);
 }
 
 // So few queries that each may read its keys alone, if a cluster's shared memory holds its scores.
@@ -103,8 +110,8 @@ Status launch_step(IndexerParams const& p, Dtype dtype, void* stream) {
 template <class T, Dtype kDtype, int kDim, int kHeads>
 struct Indexer {
   using Step = StepTraits<T, kDim, kHeads == 16 ? 16 : 8, kDim == 64 ? 4 : 2>;
-  using Select = Traits<T, kDim, kHeads, true>;
-  using Scores = Traits<T, kDim, kHeads, false>;
+  using Select = SelectTraits<T, kDim, kHeads>;
+  using Scores = ScoreTraits<T, kDim, kHeads>;
 
   static int64_t workspace(IndexerParams const& p) {
     if (is_step<Step>(p)) return 0;
@@ -120,16 +127,16 @@ struct Indexer {
     if (streams(p, Select::kQueries)) {
       int64_t floats;
       int shared_bytes;
-      IndexLaunch const a = plan<Select>(p, workspace, &floats, &shared_bytes);
-      return launch_items<Select>(a, shared_bytes, kDtype, stream);
+      SelectLaunch const a = plan<Select>(p, workspace, &floats, &shared_bytes);
+      return launch_select<Select>(a, shared_bytes, kDtype, stream);
     }
     return portable::score_and_select(p, Scores::kQueries, workspace, stream, [&](ScoreRows const& rows) {
       // A few items per block, for an even load.
       int64_t const spans = portable::ceil_div(4 * kMultiprocessors, rows.tiles);
       int64_t const span =
           std::max(portable::ceil_div(portable::ceil_div(p.keys, spans), kKeys) * kKeys, int64_t{8 * kKeys});
-      IndexLaunch const a{p, rows, portable::ceil_div(p.keys, span), span, 0, 0, nullptr, 0, 0, 0.f, 0.f};
-      return launch_items<Scores>(a, sizeof(typename Scores::Shared), kDtype, stream);
+      ScoreLaunch const a{p, rows, portable::ceil_div(p.keys, span), span};
+      return launch_scores<Scores>(a, kDtype, stream);
     });
   }
 };

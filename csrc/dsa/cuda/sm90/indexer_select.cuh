@@ -1,0 +1,347 @@
+// Scores by wgmma, and selection as they come: the lanes that have them append those that may be among the
+// best to their query's list.
+#pragma once
+
+#include "dsa/cuda/sm90/candidates.cuh"
+#include "dsa/cuda/sm90/indexer.cuh"
+
+namespace lt2::dsa::sm90::indexer {
+
+inline constexpr int kStrides = 4;  // of samples: a.stride, and 2, 4, 8 times as much
+
+struct KeyMaps {
+  CUtensorMap all, sampled[kStrides];
+};
+
+struct SelectLaunch {
+  IndexerParams p;
+  ScoreRows rows;            // of the tiles
+  int capacity, kept, most;  // of a list; min(topk, S); after a cut before the end
+  Candidate* lists;          // [blocks, kQueries, capacity], null: in shared memory after Shared
+  int stride;                // of samples
+};
+
+// Queries of one tile and all keys that they see; those with most keys are the first items.
+__device__ inline Item find_item(SelectLaunch const& a, int64_t number, Sight& own) {
+  int64_t const batches = a.rows.tiles / a.rows.row_tiles;
+  int64_t const tile = number % batches * a.rows.row_tiles + (a.rows.row_tiles - 1 - number / batches);
+  return find_item(a.p, a.rows, tile, 0, INT32_MAX, own);
+}
+
+// A sample of the keys, evenly spread, passes before all keys. It tells what a query's topk-th best score may
+// be, so that fewer candidates are kept; if the guess was too high, all keys pass again without one.
+struct Sample {
+  int steps;                 // 0: none
+  int which, stride, first;  // of the maps; first: row of the map
+};
+__device__ inline Sample sample_of(SelectLaunch const& a, Item const& item) {
+  Sample sample{0, 0, a.stride, 0};
+  int const keys = item.steps * kKeys, most = a.capacity / kKeys - 1;
+  if (keys <= a.capacity) return sample;
+  while (sample.which + 1 < kStrides && keys > most * kKeys * sample.stride) {
+    ++sample.which;
+    sample.stride *= 2;
+  }
+  sample.first = (item.begin + sample.stride - 1) / sample.stride;
+  sample.steps = min(most, (keys / sample.stride + kKeys - 1) / kKeys);
+  return sample;
+}
+
+template <class T>
+__device__ __forceinline__ T read(T const& x) {
+  return *static_cast<T const volatile*>(&x);
+}
+__device__ __forceinline__ void red_max(int* to, int x) {
+  asm volatile("red.shared.max.s32 [%0], %1;" ::"r"(shared_address(to)), "r"(x) : "memory");
+}
+
+// Counts of two queries of a lane are in one word, so that one atomic addition gets room in both lists.
+__device__ constexpr int count_at(int q) { return q / 8 * 8 + q % 4 * 2 + q / 4 % 2; }
+__device__ __forceinline__ uint32_t reserve(uint32_t counter, uint32_t n) {
+  uint32_t at = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %2, 0;\n"
+      "@wanted atom.shared.add.u32 %0, [%1], %2;\n"
+      "}\n"
+      : "+r"(at)
+      : "r"(counter), "r"(n)
+      : "memory");
+  return at;
+}
+
+template <class T, int kDim_, int kHeads_>
+struct SelectTraits : TileTraits<T, kDim_, kHeads_> {
+  using Tile = TileTraits<T, kDim_, kHeads_>;
+  static constexpr int kTiles = 2;  // a warpgroup has 64 keys of a step, a part of the columns
+  static constexpr int kScoreThreads = Tile::kParts * kTiles * kWarpgroup, kScoreWarps = kScoreThreads / 32;
+  static constexpr int kThreads = kScoreThreads + kWarpgroup;  // and a warp that loads keys
+  static constexpr int kScoreRegisters = 112, kLoadRegisters = 32;
+  static constexpr int kStages = kDim_ == 64 && kHeads_ != 8 ? 4 : 3;
+
+  struct alignas(1024) Shared {
+    unsigned char keys[kStages][kTiles][Tile::kHalves][kTileBytes];
+    unsigned char queries[Tile::kHalves][Tile::kColumns * 128];
+    uint32_t bins[kScoreWarps][kBins + 1];
+    Item item;
+    Sample sample;
+    Sight sights[Tile::kQueries];
+    uint16_t counts[Tile::kQueries];  // of the lists, at count_at(query)
+    float bounds[Tile::kQueries];     // scores from here on are wanted
+    int fullest[2];                   // the longest list's count, as known at meetings in turn
+    Barrier key_full[kStages], key_empty[kStages];
+    Barrier judged;  // an item with a sample has passed: whether its keys have to pass again
+    uint32_t again;  // number of the last item with a sample of which they have to
+  };
+};
+
+// Keys of a tile's steps, by one thread.
+template <class Traits>
+__device__ void load_keys(SelectLaunch const& a, KeyMaps const& maps, typename Traits::Shared& shared) {
+  Turn<Traits::kStages> keys;
+  uint32_t samples = 0;
+  for (int64_t round = 0; round * gridDim.x < a.rows.tiles; ++round) {
+    int64_t const number = item_number(round);
+    if (number >= a.rows.tiles) continue;
+    Sight sight;
+    Item const item = find_item(a, number, sight);
+    Sample const sample = sample_of(a, item);
+    auto const load = [&](CUtensorMap const& map, int at, int steps) {
+      for (int i = 0; i < steps; ++i, at += kKeys) {
+        Barrier& full = shared.key_full[keys.at];
+        shared.key_empty[keys.at].wait(keys.phase ^ 1);
+        full.arrive_expecting(Traits::kTiles * Traits::kHalves * kTileBytes);
+        for (int tile = 0; tile < Traits::kTiles; ++tile) {
+          for (int half = 0; half < Traits::kHalves; ++half) {
+            load_tile(shared.keys[keys.at][tile][half], map, half * kTileSide, 0, at + tile * kTileSide,
+                      static_cast<int>(item.batch), full);
+          }
+        }
+        keys.advance();
+      }
+    };
+    if (threadIdx.x % 32 == 0) {
+      if (sample.steps > 0) load(maps.sampled[sample.which], sample.first, sample.steps);
+      load(maps.all, item.begin, item.steps);
+      if (sample.steps > 0) {
+        shared.judged.wait(samples++ & 1);
+        if (read(shared.again) == samples) load(maps.all, item.begin, item.steps);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+template <class Traits>
+__device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
+  constexpr int kGroups = Traits::kGroups, kQueries = Traits::kQueries, kPairs = (kGroups + 1) / 2;
+  int const thread = threadIdx.x, lane = thread % 32;
+  int const warp = __shfl_sync(kAll, thread / 32, 0);  // ptxas sees that it is the same in all lanes
+  int const tile = warp / 4 % Traits::kTiles, part = warp / 4 / Traits::kTiles;
+  int const row = tile * kTileSide + warp % 4 * 16 + lane / 4;  // also row + 8
+  int const own = part * 4 * kGroups + lane % 4;                // query of group 0
+  auto const shift = [&](int g) { return kGroups == 1 ? 16 * part : 16 * (g % 2); };
+  auto const meet = [] { named_barrier(1, Traits::kScoreThreads); };
+  Candidate* const lists = a.lists == nullptr ? reinterpret_cast<Candidate*>(&shared + 1)
+                                              : a.lists + int64_t{blockIdx.x} * kQueries * a.capacity;
+  auto const list_of = [&](int q) { return lists + q * a.capacity; };
+  uint32_t const counter = shared_address(&shared.counts[count_at(own) & ~1]);
+  Turn<Traits::kStages> keys;
+  uint32_t samples = 0;
+  for (int round = 0; round * int64_t{gridDim.x} < a.rows.tiles; ++round) {
+    if (item_number(round) >= a.rows.tiles) continue;
+    meet();  // nobody reads what belongs to the last item any more
+    if (warp == 0) {
+      Sight sight;
+      Item const found = find_item(a, item_number(round), sight);
+      if (lane < kQueries) {
+        shared.sights[lane] = sight;
+        shared.counts[count_at(lane)] = 0;
+        shared.bounds[lane] = sight.count > 0 ? -INFINITY : NAN;
+      }
+      if (lane < 2) shared.fullest[lane] = 0;
+      if (lane == 0) {
+        shared.item = found;
+        shared.sample = sample_of(a, found);
+      }
+    }
+    meet();
+    Item const& item = shared.item;
+    Sample const& sample = shared.sample;
+    load_queries<Traits, Traits::kScoreThreads>(a.p, a.rows, item, shared.queries);
+    typename Traits::Weights weights;
+    load_weights<Traits>(a.p, a.rows, item, own, weights);
+    fence_async_shared();
+    meet();
+
+    int const inner_begin = item.inner_begin, inner_end = item.inner_end;
+    typename Traits::Dots dots;
+    float least[kGroups];
+    auto const read_bounds = [&] {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) least[g] = read(shared.bounds[own + 4 * g]);
+    };
+    // A step, keys first, first + stride, ..
+    auto const take = [&](int first, int stride) {
+      shared.key_full[keys.at].wait(keys.phase);
+      multiply<Traits>(shared.keys[keys.at][tile], shared.queries, part, dots);
+      wgmma_wait<0>();
+      pin(dots);
+      if (lane == 0) shared.key_empty[keys.at].arrive();
+      keys.advance();
+      typename Traits::Scores scores;
+      add_heads<Traits>(a.p, dots, weights, scores);
+      int const key = first + row * stride, next = key + 8 * stride;
+      if (first < inner_begin || first + kKeys * stride > inner_end) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          Sight const s = shared.sights[own + 4 * g];
+          if (key < s.first || key >= s.first + s.count) scores[g][0] = NAN;
+          if (next < s.first || next >= s.first + s.count) scores[g][1] = NAN;
+        }
+      }
+      bool wanted[kGroups][2];
+      uint32_t at[kPairs];
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        uint32_t n = 0;
+#pragma unroll
+        for (int g = 2 * pair; g < min(kGroups, 2 * pair + 2); ++g) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            wanted[g][r] = scores[g][r] >= least[g];  // NaN is not
+            n += wanted[g][r] ? 1 << shift(g) : 0;
+          }
+        }
+        at[pair] = reserve(counter + 16 * pair, n);
+      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        int const position = static_cast<uint16_t>(at[g / 2] >> shift(g));
+        Candidate* const to = lists + ((own + 4 * g) * a.capacity + position);
+        store_if(wanted[g][0], to, {scores[g][0] + 0.f, key});  // no -0
+        store_if(wanted[g][1], to + wanted[g][0], {scores[g][1] + 0.f, next});
+      }
+    };
+    uint32_t turn = 0;
+    // All meet, and know how long the longest list is.
+    auto const fullest = [&] {
+      __syncwarp();
+      int const count = __reduce_max_sync(kAll, lane < kQueries ? int{read(shared.counts[lane])} : 0);
+      if (lane == 0) red_max(&shared.fullest[turn], count);
+      meet();
+      int const longest = read(shared.fullest[turn]);
+      turn ^= 1;
+      return longest;
+    };
+    // Until a list of `count` may be full.
+    auto const steps_after = [&](int count) { return (a.capacity - count) / kKeys; };
+    auto const cut_lists = [&] {
+      for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
+        int count = read(shared.counts[count_at(q)]);
+        if (count <= a.most) continue;
+        float const bound = cut(list_of(q), count, a.kept, a.most, shared.bins[warp]);
+        if (lane == 0) shared.counts[count_at(q)] = count, shared.bounds[q] = bound;
+      }
+    };
+    auto const run = [&](int first, int stride, int steps, int room) {
+      read_bounds();
+      while (steps > 0) {
+        int now = min(steps, room);
+        steps -= now;
+#pragma unroll 1
+        for (; now > 0; --now, first += kKeys * stride) take(first, stride);
+        if (steps == 0) break;
+        int const count = fullest();
+        room = steps_after(count);
+        if (room > 0) continue;
+        meet();
+        if (thread < 2) shared.fullest[thread] = 0;
+        cut_lists();
+        meet();
+        read_bounds();
+        room = steps_after(a.most);
+      }
+      meet();  // all have appended
+    };
+    if (sample.steps > 0) {
+      run(sample.first * sample.stride, sample.stride, sample.steps, sample.steps);
+      for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
+        // As many of the sample are expected among the topk best, and more for safety.
+        int const count = read(shared.counts[count_at(q)]), seen = shared.sights[q].count;
+        float const expected = static_cast<float>(a.kept) * count / max(seen, 1);
+        int const rank = static_cast<int>(expected + 4.f * sqrtf(expected) + 4.f), most = rank + rank / 4;
+        if (most < count) {
+          uint32_t const low = find_bound(list_of(q), count, rank, most, shared.bins[warp]).low;
+          if (lane == 0) shared.bounds[q] = portable::score_of(low);
+        }
+        __syncwarp();
+        if (lane == 0) shared.counts[count_at(q)] = 0;
+      }
+      meet();
+    }
+    run(item.begin, 1, item.steps, steps_after(0));
+    if (sample.steps > 0) {
+      bool const guessed = lane < kQueries && read(shared.bounds[lane]) > -INFINITY;
+      unsigned const failed =
+          __ballot_sync(kAll, guessed && read(shared.counts[count_at(lane % kQueries)]) < a.kept);
+      ++samples;
+      if (thread == 0) {
+        if (failed != 0) shared.again = samples;
+        shared.judged.arrive();
+      }
+      if (failed != 0) {
+        meet();
+        cut_lists();  // not later, as that would raise their bounds from NaN
+        __syncwarp();
+        for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
+          bool const empty = failed >> q & 1;
+          if (lane == 0) shared.bounds[q] = empty ? -INFINITY : NAN;
+          if (lane == 0 && empty) shared.counts[count_at(q)] = 0;
+        }
+        if (thread < 2) shared.fullest[thread] = 0;
+        meet();
+        run(item.begin, 1, item.steps, steps_after(a.most));
+      }
+    }
+    for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
+      if (q >= a.rows.tile_rows || item.query + q >= a.p.tokens) continue;
+      Candidate* const list = list_of(q);
+      int count = read(shared.counts[count_at(q)]);
+      if (count > a.kept) cut(list, count, a.kept, a.kept, shared.bins[warp]);
+      Sight const s = shared.sights[q];
+      int* const sorted = reinterpret_cast<int*>(list + a.kept);
+      sort_indices(list, count, s.first, s.first + s.count, shared.bins[warp], sorted);
+      int32_t* const out = a.p.indices + (item.batch * a.p.tokens + item.query + q) * a.p.topk;
+      for (int64_t i = lane; i < a.p.topk; i += 32) out[i] = i < count ? sorted[i] - s.first : -1;
+      __syncwarp();
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    select_kernel(__grid_constant__ SelectLaunch const a, __grid_constant__ KeyMaps const maps) {
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(bytes);
+  if (threadIdx.x == 0) {
+    shared.judged.init(1);
+    shared.again = 0;
+    for (int i = 0; i < Traits::kStages; ++i) {
+      shared.key_full[i].init(1);
+      shared.key_empty[i].init(Traits::kScoreWarps);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < Traits::kScoreThreads) {
+    grow_registers<Traits::kScoreRegisters>();
+    select<Traits>(a, shared);
+  } else {
+    shrink_registers<Traits::kLoadRegisters>();
+    if (threadIdx.x < Traits::kScoreThreads + 32) load_keys<Traits>(a, maps, shared);
+  }
+}
+
+}  // namespace lt2::dsa::sm90::indexer
