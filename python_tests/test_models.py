@@ -613,6 +613,21 @@ def test_decay_parameters_stay_fp32_and_exact(move):
         assert torch.equal(p.grad, before[name][1])
 
 
+# Of logits in bf16 and under autocast: half as much again as the larger of both errors, which differ by a tenth between
+# instruction sets. The norm after a memory magnifies rounding.
+ROUNDED = {
+    0.02: "full dsa kv_first_window all_first nsa linear hgrn2",
+    0.03: "window mamba2",
+    0.04: "kv_first schedule",
+    0.06: "kv_first_dsa read_and_first retnet",
+    0.07: "hybrid grouped gdn_read segment delta gla",
+    0.08: "dsa_hybrid kda",
+    0.1: "sandwich segment_first",
+    0.12: "gdn dsa_reuse",
+}
+LIMITS = {kind: limit for limit, kinds in ROUNDED.items() for kind in kinds.split()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtype_reaches_everything_else_and_bf16_runs(kind):
     model, x = make(kind).bfloat16(), ids(2, 20)
@@ -621,7 +636,7 @@ def test_dtype_reaches_everything_else_and_bf16_runs(kind):
     loss, logits, _ = model(x, labels=x, logits_to_keep=0)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    assert token_error(logits.float(), want) < 0.1
+    assert token_error(logits.float(), want) < LIMITS[kind]
     loss.backward()
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -637,8 +652,7 @@ def test_autocast_trains(kind):
         loss, logits, _ = model(x, labels=x, logits_to_keep=0)
     loss.backward()
     assert loss.dtype == torch.float32
-    # Of twelve models of the kind gdn the median token is off by 0.13 at most, with torch 2.11 as with 2.13.
-    assert token_error(logits.float(), want) < 0.15
+    assert token_error(logits.float(), want) < LIMITS[kind]
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
