@@ -194,7 +194,7 @@ def test_every_tail(device, T):
         check_against_oracle(chunk_gated_delta_rule, gdn_inputs(T=T, dtype=dtype, device=device))
 
 
-SIZES = [(8, 8, 1, 2), (24, 40, 2, 4), (96, 192, 1, 1), (100, 36, 2, 2), (1, 3, 1, 1), (256, 512, 1, 1)]
+SIZES = [(8, 8, 1, 2), (24, 29, 2, 4), (96, 192, 1, 1), (100, 36, 2, 2), (1, 3, 1, 1), (256, 512, 1, 1)]
 SIZES += [(80, 40, 2, 4), (256, 64, 1, 2)]
 SIZES += [(128, 128, 1, 4), (64, 192, 2, 2), (96, 128, 1, 3), (128, 64, 2, 2), (192, 384, 1, 1)]
 SIZES += [(64, 64, 34, 34), (64, 128, 17, 34), (64, 192, 24, 48)]  # more slices than multiprocessors
