@@ -96,7 +96,8 @@ enum class Triangle {
   kNone,
   kLowerA,    // A(i, k) = 0 for k > i
   kUpperA,    // A(i, k) = 0 for k < i
-  kLowerOut,  // of C(i, j) with j > i nothing is wanted but that panels with other elements are finite
+  kLowerOut,  // of C(i, j) only j <= i is wanted: vectors above the diagonal of a tile's last row stay as
+              // they are
 };
 
 // C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
@@ -115,7 +116,6 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
         float *const b_rows = b.row(0, panel) + j, *const out = c.row(i, panel) + j;
         if (kTriangle == Triangle::kLowerOut && panel * kPanel + j + kLanes > i + kTileRows - 1) {
           multiply_tile<kTransposed, 1>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);
-          for (int r = 0; r < kTileRows; ++r) store(out + r * kPanel + kLanes, Vec{});
         } else {
           multiply_tile<kTransposed, 2>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);
         }
