@@ -1,6 +1,7 @@
 """chunk_gated_delta_rule and fused_recurrent_gated_delta_rule against the oracle, and against themselves; the same
 kernels without the delta rule."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -700,7 +701,7 @@ def test_agrees_with_transformers(device):
     *tensors, state0 = x.values()
     tensors[:2] = (t.repeat_interleave(2, 2) for t in tensors[:2])  # its older versions take no grouped heads
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        theirs, their_state = getattr(qwen, name)(
+        theirs, their_state = inspect.unwrap(getattr(qwen, name))(  # wrapped, it is fla's where that is installed
             *tensors, initial_state=state0, use_qk_l2norm_in_kernel=True, output_final_state=True
         )
         assert rel_err(theirs, o) < 1e-5
