@@ -613,17 +613,18 @@ def test_decay_parameters_stay_fp32_and_exact(move):
         assert torch.equal(p.grad, before[name][1])
 
 
-# Of logits in bf16 and under autocast: half as much again as the larger of both errors, which differ by a tenth between
-# instruction sets. The norm after a memory magnifies rounding.
+# Of logits in bf16 and under autocast: half as much again as the larger of both errors (of gla with torch 2.11, which
+# rounds elsewhere), which differ by a tenth between instruction sets. The norm after a memory magnifies rounding.
 ROUNDED = {
     0.02: "full dsa kv_first_window all_first nsa linear hgrn2",
     0.03: "window mamba2",
     0.04: "kv_first schedule",
     0.06: "kv_first_dsa read_and_first retnet",
-    0.07: "hybrid grouped gdn_read segment delta gla",
+    0.07: "hybrid grouped gdn_read segment delta",
     0.08: "dsa_hybrid kda",
     0.1: "sandwich segment_first",
     0.12: "gdn dsa_reuse",
+    0.16: "gla",
 }
 LIMITS = {kind: limit for limit, kinds in ROUNDED.items() for kind in kinds.split()}
 
