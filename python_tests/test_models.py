@@ -613,8 +613,8 @@ def test_decay_parameters_stay_fp32_and_exact(move):
         assert torch.equal(p.grad, before[name][1])
 
 
-# Of logits in bf16 and under autocast: half as much again as the larger of both errors (of gla with torch 2.11, which
-# rounds elsewhere), which differ by a tenth between instruction sets. The norm after a memory magnifies rounding.
+# Of logits in bf16 (at most 0.1) and under autocast: half as much again as the larger of both errors, which differ by a
+# tenth between instruction sets; of gla less: it is 0.11 with torch 2.11. The norm after a memory magnifies rounding.
 ROUNDED = {
     0.02: "full dsa kv_first_window all_first nsa linear hgrn2",
     0.03: "window mamba2",
@@ -624,7 +624,7 @@ ROUNDED = {
     0.08: "dsa_hybrid kda",
     0.1: "sandwich segment_first",
     0.12: "gdn dsa_reuse",
-    0.16: "gla",
+    0.15: "gla",
 }
 LIMITS = {kind: limit for limit, kinds in ROUNDED.items() for kind in kinds.split()}
 
@@ -637,7 +637,7 @@ def test_dtype_reaches_everything_else_and_bf16_runs(kind):
     loss, logits, _ = model(x, labels=x, logits_to_keep=0)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    assert token_error(logits.float(), want) < LIMITS[kind]
+    assert token_error(logits.float(), want) < min(0.1, LIMITS[kind])
     loss.backward()
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
     assert all(p.grad.isfinite().all() for p in model.parameters())
