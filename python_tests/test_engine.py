@@ -1,5 +1,6 @@
 """Engine: every sequence is what it would be alone, through thousands of arrivals, branches and departures."""
 
+import gc
 import random
 
 import pytest
@@ -75,6 +76,26 @@ def test_steps_for_graphs_give_the_same(kind, monkeypatch):
     """The way that is captured on CUDA, where the host reads no slot, run without a graph."""
     monkeypatch.setattr("lt2_ext.models.engine.EAGER", 10**9)
     churn(make(kind, 2), (1, 2, 4, 6), 300, as_if_captured=True)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_an_older_engine_that_is_garbage_does_not_end_a_capture(monkeypatch):
+    """Its graphs free their memory when the cycle that it is part of is collected, which any allocation may begin."""
+    model, held = make("interleaved", 2).cuda(), []
+    for _ in range(2):
+        engine = Engine(model, 1, ROOM)
+        engine.itself = engine
+        generation = engine.add([1, 2], ROOM - 2)
+        held.append(generation.tokens)
+        capture = torch.cuda.graph.__enter__
+        monkeypatch.setattr(torch.cuda.graph, "__enter__", lambda g, capture=capture: (capture(g), gc.collect()))
+        while engine.running:
+            engine.step()
+        monkeypatch.undo()
+        assert engine.graphs
+        del engine, generation
+    assert held[0] == held[1]
 
 
 def churn(model, buckets, operations: int, as_if_captured: bool = False) -> None:

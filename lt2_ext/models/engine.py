@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -195,8 +196,7 @@ class Engine:
     def _fill_options(self, rows: list[Generation]) -> Tensor:
         most = self.model.config.vocab_size
         values = [(g.random.random(), g.temperature, g.top_k or most, g.top_p or 1.0) for g in rows]
-        self.options[:, : len(rows)] = torch.tensor(values).T
-        return self.options[:, : len(rows)]
+        return self.options[:, : len(rows)].copy_(torch.tensor(values).T)
 
     def _forward(self, size: int, drawn: bool, slots: list[int] | None = None) -> Tensor:
         """The next token of each row; on CUDA the host reads no slot."""
@@ -212,13 +212,13 @@ class Engine:
         if self.calls[key] <= EAGER:
             return self._forward(size, drawn)
         if key not in self.graphs:
+            gc.collect()  # graphs of an engine that is garbage, freed during this capture, would end it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 tokens = self._forward(size, drawn)
             self.graphs[key] = graph, tokens
-        graph, tokens = self.graphs[key]
-        graph.replay()
-        return tokens
+        self.graphs[key][0].replay()
+        return self.graphs[key][1]
 
 
 def _drawn(rows: list[Generation]) -> bool:
