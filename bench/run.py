@@ -73,6 +73,7 @@ def run_case(
     rounds: int = QUICK_ROUNDS,
     budget: float = QUICK_BUDGET,
     graph: bool = False,
+    plain_torch: bool = True,
 ) -> list[Result]:
     """Check every implementation, then time the right ones side by side. Ours is first, plain torch second. Where the
     check is on smaller inputs, the outputs on those that are timed must at least be finite."""
@@ -85,7 +86,7 @@ def run_case(
         builds[name] = build
 
     add("lt2_ext", lt2_ext.__version__, "ours", case.ours)
-    add("torch", torch.__version__, "torch", case.torch)
+    add("torch", torch.__version__, "torch", case.torch, "" if plain_torch or case.beside_torch else "left out")
     for name, build in case.peers.items():
         if (package := name.split()[0]) in chosen:
             peer = peers.find(package, device.type)
@@ -186,6 +187,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--graph", action="store_true", help="cuda: time replays of a CUDA graph (decode steps always)")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and runs: about two minutes on 2 cores")
+    parser.add_argument("--rounds", type=int, help=f"samples of each implementation; default: {ROUNDS}")
+    parser.add_argument("--seconds", type=float, help=f"until an implementation drops out of a case; default: {BUDGET}")
+    parser.add_argument("--no-torch", action="store_true", help="leave plain PyTorch out where no check is beside it")
     parser.add_argument("--match", default="", help='only cases in whose "op shape" this regular expression is found')
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no case after so long")
     parser.add_argument("--json", type=Path, help="the data, saved after every case; default: OUT_DIR/<machine>.json")
@@ -195,6 +199,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     rounds, budget = (QUICK_ROUNDS, QUICK_BUDGET) if options.quick else (ROUNDS, BUDGET[device.type])
+    rounds, budget = options.rounds or rounds, options.seconds or budget
 
     run = describe(device, arguments, timing.measure_ceilings(device))
     suites = options.suite or SUITES
@@ -207,7 +212,8 @@ def main(arguments: Sequence[str]) -> int:
             if time.monotonic() > end:
                 break
             progress.set_postfix_str(f"{case.op} {case.shape}")
-            results = run_case(case, suite, device, run.ceilings, options.peers, rounds, budget, options.graph)
+            how = rounds, budget, options.graph, not options.no_torch
+            results = run_case(case, suite, device, run.ceilings, options.peers, *how)
             run.results += results
             run.save(path)
             progress.write(report.line(run, results))

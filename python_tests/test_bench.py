@@ -185,6 +185,17 @@ def test_a_killed_run_keeps_the_cases_before_it(monkeypatch, tmp_path: Path):
     assert report.Run.load(file).results == []
 
 
+def test_rounds_are_as_asked_for_and_plain_torch_is_left_out(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(timing, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(gdn, "cases", lambda device, quick: [gdn.chunk_case(SMALL, F32, False, CPU)])
+    file = tmp_path / "run.json"
+    command = ["--suite", "gdn", "--rounds", "3", "--no-torch", "--peers", "--json", str(file)]
+    assert bench.main([*command, "--out-dir", str(tmp_path)]) == 0
+    ours, plain = report.Run.load(file).results
+    assert ours.times.runs == 3
+    assert (plain.times, plain.note) == (None, "left out")
+
+
 def test_a_missing_peer_and_a_failure_are_rows_with_their_reason(monkeypatch):
     def failing(x):
         raise RuntimeError("out of\norder")
