@@ -41,7 +41,7 @@ def draw(run: Run, path: Path) -> None:
     points = measured(run)
     contexts = sorted({context for line in points.values() for context, _ in line})
     patterns = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in points))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, line in points.items():
         pattern, loops = name.rsplit(" T=", 1)
@@ -58,7 +58,7 @@ def draw(run: Run, path: Path) -> None:
         axes.grid(alpha=0.3)
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
-    right.legend(fontsize=7, ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=4)
     figure.suptitle(f"{run.device}, torch {run.torch}", fontsize=9)
     figure.savefig(path, dpi=120)
 
