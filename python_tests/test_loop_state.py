@@ -253,6 +253,21 @@ def test_decode_by_indices(D, DV, dtype, device):
         assert o.any() or topk == 1
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("HQ,H,D", [(16, 16, 128), (8, 2, 64), (6, 2, 128), (32, 2, 128), (20, 1, 64)])
+def test_decode_by_long_lists_in_batches_of_any_size(HQ, H, D, dtype, device):
+    lengths = [2500, 40, 1, 2000, 0, 1999] * (7 if device == "cuda" else 1)
+    x = decode_inputs(B=len(lengths), HQ=HQ, H=H, D=D, DV=D, slots=len(lengths), S=2500, dtype=dtype, device=device)
+    for topk in (2048, 700, 65):
+        indices = selections(lengths, 1, topk, device)
+        o = check_decode(x, lengths, indices=indices)
+        for rows in ([0], [1, 0], [3, 2, 5], [5, 4, 3, 2, 1, 0], [*range(13 % len(lengths))]):
+            some = torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+            caches = x["k_cache"], x["v_cache"]
+            part = loop_decode_attention(x["q"][rows], *caches, some[1][rows], slots=some[0], indices=indices[rows])
+            assert torch.equal(part, o[rows])
+
+
 @both_dtypes
 @pytest.mark.parametrize("D", [24, 64])
 def test_decode_by_all_indices_is_dense(D, dtype, device):

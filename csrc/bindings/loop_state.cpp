@@ -368,6 +368,7 @@ Tensor decode_cuda(Tensor const& q, Tensor const& k_cache, Tensor const& v_cache
                    double scale) {
   Guard const guard(q.get_device_index());
   auto const run = [](DecodeParams const& p, Tensor const& like) {
+    if (sm90::supports(p) == kOk) return check_status(sm90::decode(p, current_cuda_stream(like)));
     Status const status = portable::supports(p);
     STD_TORCH_CHECK(status == kOk, "lt2::loop_decode_attention: ", status, ", got D = ", p.key_dim,
                     ", DV = ", p.value_dim);

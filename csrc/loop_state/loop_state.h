@@ -111,6 +111,12 @@ void zero(ZeroParams const& p, ThreadPool const& pool);
 void copy(CopyParams const& p, char* workspace, ThreadPool const& pool);
 }  // namespace cpu
 
+// Hopper (sm_90a), asked before portable: attention to lists of keys in one launch.
+namespace sm90 {
+Status supports(DecodeParams const& p);
+Status decode(DecodeParams const& p, void* cuda_stream);
+}  // namespace sm90
+
 // Plain CUDA for any GPU that the build has code for. supports() returns kOk or the rule that is broken.
 namespace portable {
 Status supports(DecodeParams const& p);
