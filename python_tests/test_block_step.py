@@ -92,6 +92,73 @@ def test_attention(randn, slots, device):
     assert all(torch.equal(p, q) for p, q in zip(caches, theirs, strict=True))
 
 
+@pytest.mark.parametrize("slots", [None, [4, 0, 2], [4, -1, 2]])
+@pytest.mark.parametrize("t, S, topk", [(1, 40, 48), (1, 300, 7), (1, 9000, 600), (2, 300, 20)])
+@pytest.mark.parametrize("HI, DI", [(3, 16), (4, 64), (16, 64), (16, 128)])
+def test_attention_to_what_an_index_selects(randn, HI, DI, t, S, topk, slots, device):
+    B, HQ, H, D = 3, 4, 2, 64
+    slots = None if slots is None else torch.tensor(slots, device=device)
+    sizes = HQ * D, H * D, H * D, HI * DI, DI, HI
+    h, (norm, first, rest) = randn(B, t, HIDDEN), block(randn, HQ * D, *sizes)
+    caches = [randn(5 if slots is not None else B, S, *shape) for shape in ((H, D), (H, D), (DI,))]
+    angles = [[randn(B, t, n // 2, dtype=FP32) for _ in ("cos", "sin")] for n in (D, DI)]
+    offsets = torch.tensor([2, S // 2, S - t], device=device)
+    places, lengths = offsets[:, None] + torch.arange(t, device=device), offsets + t
+    theirs = [c.clone() for c in caches]
+    index, options = [caches[2], *angles[1], offsets], {"slots": slots, "eps": 1e-5}
+    where, scale = [*angles[0], places, lengths], {"topk": topk, "index_scale": DI**-0.5}
+    out = ops.attention_block_step_(h, *caches[:2], norm, first, where, rest, index=index, **scale, **options)
+    *x, weights = ops.linear_step(h, first, norm_weight=norm, eps=1e-5, floats=1)
+    q, k, v, q_idx, k_idx = (y.unflatten(-1, (-1, n)) for y, n in zip(x, (D, D, D, DI, DI), strict=True))
+    keys = theirs[2][:, :, None]
+    q_idx = ops.rope_cache_(keys, keys[..., :0], q_idx, k_idx, k_idx[..., :0], *angles[1], places, slots=slots)
+    q = ops.rope_cache_(*theirs[:2], q, k, v, *angles[0], places, slots=slots)
+    past = theirs[2] if slots is None else theirs[2][slots]
+    indices = ops.lightning_indexer(q_idx, past, weights, topk=topk, scale=DI**-0.5, q_offset=offsets)
+    o = ops.loop_decode_attention(q, *theirs[:2], lengths, slots=slots, indices=indices)
+    assert torch.equal(out, ops.mlp_step(o.flatten(-2), h, rest, eps=1e-5))
+    assert all(torch.equal(p, q) for p, q in zip(caches, theirs, strict=True))
+
+
+@pytest.mark.cuda
+def test_sparse_blocks_in_a_graph():
+    """Tokens one after the other, through three layers, with launches that overlap: as with launches that wait."""
+
+    def randn(*shape, dtype=BF16):
+        return (torch.randn(*shape, device="cuda") * 0.3).to(dtype)
+
+    B, H, D, HI, DI, S, topk = 2, 4, 128, 16, 64, 5000, 500
+    sizes = [H * D] * 3 + [HI * DI, DI, HI]
+    layers = [(block(randn, H * D, *sizes), [randn(B, S, *n) for n in ((H, D), (H, D), (DI,))]) for _ in range(3)]
+    start = [[c.clone() for c in caches] for _, caches in layers]
+    angles = [randn(B, 1, n // 2, dtype=FP32) for n in (D, D, DI, DI)]
+    h, first = randn(B, 1, HIDDEN), torch.tensor([4097, 2040], device="cuda")
+
+    def run(after=lambda: None):
+        out = h
+        for (_, caches), old in zip(layers, start, strict=True):
+            for cache, c in zip(caches, old, strict=True):
+                cache.copy_(c)
+        for token in range(6):
+            offsets = first + token
+            where, at = [*angles[:2], offsets[:, None].contiguous(), offsets + 1], [*angles[2:], offsets]
+            after()
+            for (norm, projections, rest), (k, v, index) in layers:
+                options = {"index": [index, *at], "topk": topk, "index_scale": 0.03}
+                out = ops.attention_block_step_(out, k, v, norm, projections, where, rest, **options)
+                after()
+        return out
+
+    expected = run(torch.cuda.synchronize), *(c.clone() for _, caches in layers for c in caches)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(30):
+        graph.replay()
+        ours = out, *(c for _, caches in layers for c in caches)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_inputs_that_require_a_gradient(randn):
     h, (norm, first, rest) = randn(1, 1, HIDDEN).requires_grad_(), block(randn, 64, 64, 64, 64)
     cache, angle, one = randn(1, 4, 4, 16), randn(1, 1, 8, dtype=FP32), torch.ones(1, 1, dtype=torch.int64)

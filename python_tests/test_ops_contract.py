@@ -274,10 +274,15 @@ def gdn_block() -> list[dict[str, Any]]:
 
 def attention_block() -> list[dict[str, Any]]:
     h, weights, samples = torch.randn(2, 3, 24).to(BF16), block_weights(24, 32, 16, 12), []
+    weights |= {"index_cache": None, "index_where": [], "topk": 1, "index_scale": 1.0}
     for x in rope_cache():
         caches = {n: x[n].to(BF16) for n in ("k_cache", "v_cache")}
         where = {n: x[n] for n in ("cos", "sin", "places", "slots")} | {"lengths": torch.tensor([3, 7])}
         samples.append({"h": h} | caches | where | weights)
+        angles = [torch.randn(2, 3, 4) for _ in ("cos", "sin")]
+        index = {"index_cache": torch.randn(len(x["k_cache"]), 7, 8).to(BF16), "topk": 4, "index_scale": 0.3}
+        index |= block_weights(24, 32, 16, 12, 16, 8, 2) | {"index_where": [*angles, torch.tensor([0, 4])]}
+        samples.append(samples[-1] | index)
     return samples
 
 

@@ -164,10 +164,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward_with(Run const& run, Tens
 
 Heads heads_of(Tensor const& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-template <class Run>
-Tensor rope_cache_with(Run const& run, Tensor const& k_cache, Tensor const& v_cache, Tensor const& q_any,
-                       Tensor const& k_any, Tensor const& v_any, Tensor const& cos, Tensor const& sin,
-                       Tensor const& places, OptionalTensor const& slots) {
+}  // namespace
+
+RopeOperands rope_operands(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q_any,
+                           Tensor const& k_any, Tensor const& v_any, Tensor const& cos, Tensor const& sin,
+                           Tensor const& places, OptionalTensor const& slots) {
   LT2_CHECK_DIM(OP, k_cache, 4);
   STD_TORCH_CHECK(q_any.dim() == 4, OP ": q must have shape [B, t, HQ, D], got ", shape_string(q_any));
   Tensor const q = with_unit_last_stride(q_any), k = with_unit_last_stride(k_any),
@@ -230,9 +231,16 @@ Tensor rope_cache_with(Run const& run, Tensor const& k_cache, Tensor const& v_ca
   p.angle_row = angle_rows == 1 ? 0 : t * D / 2;
   p.places = static_cast<int64_t const*>(places.const_data_ptr());
   p.q_out = q_out.mutable_data_ptr();
-  run(p);
-  return q_out;
+  return {q, k, v, q_out, p};
 }
+
+void run_rope(RopeOperands const& x) {
+  if (!x.q.is_cuda()) return cpu::rope_cache(x.p, torch_pool());
+  torch::stable::accelerator::DeviceGuard const guard(x.q.get_device_index());
+  check_status(portable::rope_cache(x.p, current_cuda_stream(x.q)));
+}
+
+namespace {
 
 Tensor swiglu_cpu(Tensor const& gate, Tensor const& up) {
   return swiglu_with([](SwigluParams const& p) { cpu::swiglu(p, torch_pool()); }, gate, up);
@@ -257,13 +265,6 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward_cpu(Tensor const& dout, T
     cpu::gated_norm_backward(p, mutable_floats(w), torch_pool());
   };
   return gated_norm_backward_with(run, dout, o, z, rstd, weight);
-}
-
-Tensor rope_cache_cpu(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
-                      Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
-                      OptionalTensor const& slots) {
-  return rope_cache_with([](RopeCacheParams const& p) { cpu::rope_cache(p, torch_pool()); }, k_cache, v_cache,
-                         q, k, v, cos, sin, places, slots);
 }
 
 using Guard = torch::stable::accelerator::DeviceGuard;
@@ -311,22 +312,14 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward_cuda(Tensor const& dout, 
   return gated_norm_backward_with(run, dout, o, z, rstd, weight);
 }
 
-Tensor rope_cache_cuda(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
-                       Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
-                       OptionalTensor const& slots) {
-  Guard const guard(q.get_device_index());
-  auto const run = [&](RopeCacheParams const& p) {
-    check_status(portable::rope_cache(p, current_cuda_stream(q)));
-  };
-  return rope_cache_with(run, k_cache, v_cache, q, k, v, cos, sin, places, slots);
-}
-
 }  // namespace
 
 Tensor rope_cache_(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
                    Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
                    OptionalTensor const& slots) {
-  return (q.is_cuda() ? rope_cache_cuda : rope_cache_cpu)(k_cache, v_cache, q, k, v, cos, sin, places, slots);
+  RopeOperands const x = rope_operands(k_cache, v_cache, q, k, v, cos, sin, places, slots);
+  run_rope(x);
+  return x.q_out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lt2, CPU, m) {

@@ -34,28 +34,45 @@ Tensor gdn_block_step_(Tensor const& h, Tensor const& state, Tensor const& conv_
 }
 
 Tensor attention_block_step_(Tensor const& h, Tensor const& k_cache, Tensor const& v_cache,
-                             Tensor const& norm_weight, std::vector<Tensor> const& projections,
-                             Tensor const& cos, Tensor const& sin, Tensor const& places,
-                             Tensor const& lengths, std::vector<Tensor> const& rest,
-                             OptionalTensor const& slots, double eps) {
+                             OptionalTensor const& index_cache, Tensor const& norm_weight,
+                             std::vector<Tensor> const& projections, Tensor const& cos, Tensor const& sin,
+                             Tensor const& places, Tensor const& lengths,
+                             std::vector<Tensor> const& index_where, std::vector<Tensor> const& rest,
+                             OptionalTensor const& slots, int64_t topk, double index_scale, double eps) {
   constexpr char const* op = "lt2::attention_block_step_";
-  check_count(op, "projections", projections, 3);
+  bool const selects = index_cache.has_value();
+  check_count(op, "projections", projections, selects ? 6 : 3);
+  check_count(op, "index_where", index_where, selects ? 3 : 0);
   check_count(op, "rest", rest, 5);
   LT2_CHECK_DIM(op, h, 3);
   LT2_CHECK_DIM(op, k_cache, 4);
-  int64_t const B = h.size(0), t = h.size(1), D = k_cache.size(3);
-  auto const x = linear_step(h, projections, norm_weight, {}, eps, false, true, 0);
+  LT2_CHECK_DIM(op, v_cache, 4);
+  int64_t const B = h.size(0), t = h.size(1), D = k_cache.size(3), DV = v_cache.size(3);
+  auto const x = linear_step(h, projections, norm_weight, {}, eps, false, true, selects ? 1 : 0);
   auto const heads = [&](Tensor const& rows, int64_t dim) {
     return torch::stable::view(rows, {B, t, -1, dim});
   };
-  LT2_CHECK_DIM(op, v_cache, 4);
-  int64_t const DV = v_cache.size(3);
   STD_TORCH_CHECK(D > 0 && DV > 0 && x[0].size(2) % D == 0 && x[1].size(2) % D == 0 && x[2].size(2) % DV == 0,
                   op, ": projections must give heads of D = ", D, " and DV = ", DV);
-  Tensor const q =
-      rope_cache_(k_cache, v_cache, heads(x[0], D), heads(x[1], D), heads(x[2], DV), cos, sin, places, slots);
+  RopeOperands const qkv = rope_operands(k_cache, v_cache, heads(x[0], D), heads(x[1], D), heads(x[2], DV),
+                                         cos, sin, places, slots);
+  OptionalTensor indices;
+  if (selects) {
+    Tensor const& cache = *index_cache;
+    LT2_CHECK_DIM(op, cache, 3);
+    int64_t const DI = cache.size(2);
+    STD_TORCH_CHECK(DI > 0 && x[3].size(2) % DI == 0 && x[4].size(2) == DI, op,
+                    ": projections must give heads of the index and a key of DI = ", DI);
+    Tensor keys = torch::stable::unsqueeze(cache, 2), k = heads(x[4], DI);
+    auto const none = [](Tensor& of) { return torch::stable::narrow(of, 3, 0, 0); };
+    RopeOperands const index = rope_operands(keys, none(keys), heads(x[3], DI), k, none(k), index_where[0],
+                                             index_where[1], places, slots);
+    indices = select_step(index, qkv, cache, x[5], index_where[2], slots, topk, index_scale);
+  } else {
+    run_rope(qkv);
+  }
   double const scale = 1. / std::sqrt(static_cast<double>(D));
-  Tensor const o = loop_decode_attention(q, k_cache, v_cache, lengths, slots, {}, {}, scale);
+  Tensor const o = loop_decode_attention(qkv.q_out, k_cache, v_cache, lengths, slots, indices, {}, scale);
   return after(torch::stable::view(o, {B, t, -1}), h, rest, eps);
 }
 

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "bindings/tensor.h"
+#include "bindings/steps.h"
+#include "dsa/indexer_step.h"
 
 namespace lt2 {
 namespace {
@@ -74,11 +75,10 @@ Sequences sequences_of(char const* op, Tensor const& queries, int64_t keys, Opti
 
 void check_status(Status status) { STD_TORCH_CHECK(status == kOk, OP ": ", status); }
 
-Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& weights,
-               OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
-               OptionalTensor const& q_offset, int64_t topk, double scale, bool relu, int64_t pool,
-               int64_t blocks) {
-  Tensor const q_idx = with_unit_last_stride(q_any), k_idx = with_unit_last_stride(k_any);
+IndexerParams indexer_params(Tensor const& q_idx, Tensor const& k_idx, OptionalTensor const& weights,
+                             OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
+                             OptionalTensor const& q_offset, int64_t topk, double scale, bool relu,
+                             int64_t pool, int64_t blocks) {
   LT2_CHECK_DIM(OP, q_idx, 4);
   int64_t const B = q_idx.size(0), T = q_idx.size(1), HI = q_idx.size(2), DI = q_idx.size(3);
   bool const half_ok = q_idx.scalar_type() == ScalarType::Half && q_idx.is_cuda();
@@ -88,7 +88,7 @@ Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& w
   STD_TORCH_CHECK(HI >= 1 && DI >= 8 && DI % 8 == 0,
                   OP ": q_idx must have HI >= 1 and DI a multiple of 8, got shape ", shape_string(q_idx));
   LT2_CHECK_DIM(OP, k_idx, 3);
-  LT2_CHECK_SHAPE(OP, k_idx, "[B, S, DI]", B, k_idx.size(1), DI);
+  LT2_CHECK_SHAPE(OP, k_idx, "[B, S, DI]", k_idx.size(0), k_idx.size(1), DI);
   LT2_CHECK_DTYPE(OP, k_idx, q_idx.scalar_type());
   LT2_CHECK_SAME_DEVICE(OP, k_idx, q_idx);
   STD_TORCH_CHECK(topk >= 1, OP ": topk must be at least 1, got ", topk);
@@ -113,7 +113,18 @@ Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& w
     LT2_CHECK_SAME_DEVICE(OP, w_idx, q_idx);
     p.weights = heads_of(w_idx);
   }
-  Tensor indices = empty(q_idx, {B, T, topk}, ScalarType::Int);
+  return p;
+}
+
+Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& weights,
+               OptionalTensor const& cu_seqlens, OptionalTensor const& cu_seqlens_k,
+               OptionalTensor const& q_offset, int64_t topk, double scale, bool relu, int64_t pool,
+               int64_t blocks) {
+  Tensor const q_idx = with_unit_last_stride(q_any), k_idx = with_unit_last_stride(k_any);
+  IndexerParams p = indexer_params(q_idx, k_idx, weights, cu_seqlens, cu_seqlens_k, q_offset, topk, scale,
+                                   relu, pool, blocks);
+  LT2_CHECK_SHAPE(OP, k_idx, "[B, S, DI]", p.batch, p.keys, p.dim);
+  Tensor indices = empty(q_idx, {p.batch, p.tokens, topk}, ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   if (q_idx.is_cuda()) {
     torch::stable::accelerator::DeviceGuard const guard(q_idx.get_device_index());
@@ -133,6 +144,31 @@ Tensor indexer(Tensor const& q_any, Tensor const& k_any, OptionalTensor const& w
   cpu::lightning_indexer(p, floats(workspace), torch_pool());
   return indices;
 }
+
+}  // namespace
+
+Tensor select_step(RopeOperands const& index, RopeOperands const& attention, Tensor const& index_cache,
+                   Tensor const& weights, Tensor const& offsets, OptionalTensor const& slots, int64_t topk,
+                   double scale) {
+  if (index.q.is_cuda()) {
+    IndexerStepParams p{
+        indexer_params(index.q, index_cache, weights, {}, {}, offsets, topk, scale, true, 0, 0), index.p,
+        attention.p};
+    torch::stable::accelerator::DeviceGuard const guard(index.q.get_device_index());
+    if (sm90::indexer_step_supports(p) == kOk) {
+      Tensor indices = empty(index.q, {p.batch, p.tokens, topk}, ScalarType::Int);
+      p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+      check_status(sm90::indexer_step(p, current_cuda_stream(index.q)));
+      return indices;
+    }
+  }
+  run_rope(index);
+  run_rope(attention);
+  Tensor const keys = slots ? rows_of(index_cache, *slots) : index_cache;
+  return indexer(index.q_out, keys, weights, {}, {}, offsets, topk, scale, true, 0, 0);
+}
+
+namespace {
 
 #undef OP
 #define OP "lt2::dsa_attention"

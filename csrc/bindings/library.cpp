@@ -91,10 +91,10 @@ STABLE_TORCH_LIBRARY(lt2, m) {
       "slots, "
       "float eps) -> Tensor");
   m.def(
-      "attention_block_step_(Tensor h, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor norm_weight, "
-      "Tensor[] projections, Tensor cos, Tensor sin, Tensor places, Tensor lengths, Tensor[] rest, Tensor? "
-      "slots, "
-      "float eps) -> Tensor");
+      "attention_block_step_(Tensor h, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? index_cache, "
+      "Tensor norm_weight, Tensor[] projections, Tensor cos, Tensor sin, Tensor places, Tensor lengths, "
+      "Tensor[] index_where, Tensor[] rest, Tensor? slots, int topk, float index_scale, float eps) -> "
+      "Tensor");
 
   m.def("loop_residual_fwd(Tensor h, Tensor h_in, Tensor rho) -> Tensor");
   m.def("loop_residual_bwd(Tensor dout, Tensor h_in, Tensor rho) -> (Tensor dh_in, Tensor drho)");

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "block_ops/block_ops.h"
 
 namespace lt2 {
 
@@ -18,6 +19,20 @@ Tensor gdn_fused_step(Tensor const& state, Tensor const& conv_state, Tensor cons
                       OptionalTensor const& conv_bias, Tensor const& A_log, Tensor const& dt_bias,
                       Tensor const& norm_weight, OptionalTensor const& slots, double scale, double eps,
                       bool use_qk_l2norm, bool allow_neg_eigval, bool state_v_first, bool settled);
+// What a call of rope_cache_ is of, checked, with the tensor that it returns.
+struct RopeOperands {
+  Tensor q, k, v, q_out;
+  block_ops::RopeCacheParams p;
+};
+RopeOperands rope_operands(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
+                           Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
+                           OptionalTensor const& slots);
+void run_rope(RopeOperands const& x);
+// rope_cache_ of an index and of attention, then lightning_indexer of what the index's cache [slots, S, DI]
+// has in the rows' slots: indices. What is `settled` for gdn_fused_step is here as well.
+Tensor select_step(RopeOperands const& index, RopeOperands const& attention, Tensor const& index_cache,
+                   Tensor const& weights, Tensor const& offsets, OptionalTensor const& slots, int64_t topk,
+                   double scale);
 Tensor rope_cache_(Tensor const& k_cache, Tensor const& v_cache, Tensor const& q, Tensor const& k,
                    Tensor const& v, Tensor const& cos, Tensor const& sin, Tensor const& places,
                    OptionalTensor const& slots);

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
@@ -177,6 +178,20 @@ inline Tensor with_unit_last_stride(Tensor const& t) {
   return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
              ? t
              : torch::stable::contiguous(t);
+}
+
+// t[i] for i in rows int64; of a row that t has not, the nearest.
+inline Tensor rows_of(Tensor const& t, Tensor const& rows) {
+  auto const call = [](char const* name, auto const&... x) {
+    std::array stack{torch::stable::detail::from(x)...};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  };
+  Tensor const first = torch::stable::fill_(torch::stable::empty_like(rows), 0.);
+  Tensor const last =
+      torch::stable::fill_(torch::stable::empty_like(rows), static_cast<double>(t.size(0) - 1));
+  Tensor const there = call("aten::minimum", call("aten::maximum", rows, first), last);
+  return call("aten::index_select", t, int64_t{0}, there);
 }
 
 inline void* current_cuda_stream(Tensor const& t) {

@@ -192,7 +192,8 @@ def gdn_block_step_(
 
 def attention_block_step_(
     h: Tensor, k_cache: Tensor, v_cache: Tensor, norm_weight: Tensor, projections: Sequence[Tensor],
-    where: Sequence[Tensor], rest: Sequence[Tensor], *, slots: Tensor | None = None, eps: float = 1e-6,
+    where: Sequence[Tensor], rest: Sequence[Tensor], *, index: Sequence[Tensor] = (), topk: int = 1,
+    index_scale: float = 1.0, slots: Tensor | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """A block around softmax attention with rotary positions, as :func:`gdn_block_step_` is one::
 
@@ -201,20 +202,31 @@ def attention_block_step_(
         o = loop_decode_attention(q, k_cache, v_cache, lengths)
         mlp_step(o, h, rest)
 
+    With ``index`` attention is to the keys that an index selects; it has the last three projections::
+
+        q, k, v, q_idx, k_idx, w_idx = linear_step(h, projections, norm_weight=norm_weight, floats=1)
+        q_idx = rope_cache_(cache, no_values, q_idx, k_idx, no_values, *angles, places)
+        indices = lightning_indexer(q_idx, cache[slots], w_idx, topk, index_scale, q_offset=offsets)
+
+    For one token a row on Hopper this and the ``rope_cache_`` of q, k, v are one launch.
+
     Args:
         h: ``[B, t, hidden]``.
         where: cos, sin, places, lengths.
         rest: of :func:`mlp_step`.
+        index: its cache ``[slots, S, DI]``, cos, sin, and the place of the first token of each row, int64 ``[B]``.
         slots, eps: of all that take them.
 
     Returns:
         ``[B, t, hidden]``.
 
     Raises:
-        RuntimeError: as in the four operators.
+        RuntimeError: as in the operators that it is made of.
     """
     inference_only("attention_block_step_", h, k_cache, v_cache, norm_weight, *projections, *rest)
-    return run(_attention_block, h, k_cache, v_cache, norm_weight, projections, *where, rest, slots, eps)
+    (cache, *angles), options = index or (None,), (slots, topk, index_scale, eps)
+    caches = k_cache, v_cache, cache
+    return run(_attention_block, h, *caches, norm_weight, projections, *where, angles, rest, *options)
 
 
 fake("mlp_step")(lambda o, residual, *_: residual.new_empty(residual.shape))

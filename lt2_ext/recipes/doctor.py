@@ -334,15 +334,27 @@ def gdn_block_step_(device: str) -> Pairs:
 
 
 def attention_block_step_(device: str) -> Pairs:
-    h, norm, projections, rest = block(device, 64, 32, 32)
-    keys, values, *caches = torch.ones(4, 2, 9, 1, 32, device=device, dtype=h.dtype)
-    angles = [torch.rand(1, 1, 16, device=device) for _ in range(2)]
+    h, norm, projections, rest = block(device, 64, 64, 64, 128, 64, 2)
+    ours, theirs = (list(torch.ones(4, 2, 9, 1, 64, device=device, dtype=h.dtype)) for _ in range(2))
+    angles = [torch.rand(1, 1, 32, device=device) for _ in range(2)]
     places, lengths = torch.tensor([[4], [8]], device=device), torch.tensor([5, 9], device=device)
-    q, k, v = (x.unflatten(2, (-1, 32)) for x in ops.linear_step(h, projections, norm_weight=norm))
-    q = ops.rope_cache_(caches[0], caches[1], q, k, v, angles[0], angles[1], places)
-    o = ops.loop_decode_attention(q, caches[0], caches[1], lengths)
-    out = ops.attention_block_step_(h, keys, values, norm, projections, [*angles, places, lengths], rest)
-    return zip((out, keys, values), (t.cpu() for t in (ops.mlp_step(o.flatten(2), h, rest), *caches)), strict=True)
+    where, offsets = [*angles, places, lengths], lengths - 1
+    dense = ops.attention_block_step_(h, ours[0], ours[1], norm, projections[:3], where, rest)
+    index = [ours[2][:, :, 0], *angles, offsets]
+    out = ops.attention_block_step_(dense, ours[0], ours[1], norm, projections, where, rest, index=index, topk=2)
+    pairs = []
+    for row, few in ((h, projections[:3]), (dense, projections)):
+        x = ops.linear_step(row, few, norm_weight=norm, floats=len(few) // 6)
+        q, k, v = (y.unflatten(2, (-1, 64)) for y in x[:3])
+        q = ops.rope_cache_(theirs[0], theirs[1], q, k, v, angles[0], angles[1], places)
+        indices = None
+        if few is projections:
+            q_idx, k_idx = (y.unflatten(2, (-1, 64)) for y in x[3:5])
+            q_idx = ops.rope_cache_(theirs[2], theirs[3], q_idx, k_idx, k_idx, angles[0], angles[1], places)
+            indices = ops.lightning_indexer(q_idx, theirs[2][:, :, 0], x[5], topk=2, scale=1.0, q_offset=offsets)
+        o = ops.loop_decode_attention(q, theirs[0], theirs[1], lengths, indices=indices)
+        pairs.append(ops.mlp_step(o.flatten(2), row, rest))
+    return zip((dense, out, *ours[:3]), (t.cpu() for t in (*pairs, *theirs[:3])), strict=True)
 
 
 def loop_decode_attention(device: str) -> Pairs:

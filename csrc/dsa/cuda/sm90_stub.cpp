@@ -1,4 +1,5 @@
 #include "dsa/dsa.h"
+#include "dsa/indexer_step.h"
 
 namespace lt2::dsa::sm90 {
 
@@ -8,6 +9,8 @@ static constexpr Status kNotBuilt = "lt2_ext was built without sm_90a";
 Status indexer_supports(IndexerParams const&) { return kNotBuilt; }
 int64_t indexer_workspace(IndexerParams const&) { return 0; }
 Status lightning_indexer(IndexerParams const&, float*, void*) { return kNotBuilt; }
+Status indexer_step_supports(IndexerStepParams const&) { return kNotBuilt; }
+Status indexer_step(IndexerStepParams const&, void*) { return kNotBuilt; }
 
 Status attention_supports(AttentionParams const&) { return kNotBuilt; }
 int64_t attention_workspace(AttentionForwardParams const&) { return 0; }

@@ -3,7 +3,7 @@ output gate."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +80,12 @@ class Attention(Mixer):
             return None
         return layers if self.gate_proj is None else [*layers, self.gate_proj]
 
-    def block_step(self, h: Tensor, weights: StepWeights, tokens: Tokens, state: State) -> Tensor | None:
-        if type(self) is not Attention or self.share_keys or self.gate_proj is not None:
+    def block_step(self, h: Tensor, weights: StepWeights, tokens: Tokens, state: State, **by: Any) -> Tensor | None:
+        if self.share_keys or self.gate_proj is not None:
             return None
         (first, _, norm, rest, eps), k, v = weights, state["k"], state["v"]
         where = *tokens.rope(self.head_dim), places_in(k, tokens), tokens.lengths
-        return ops.attention_block_step_(h, k, v, norm, first, where, rest, slots=tokens.slots, eps=eps)
+        return ops.attention_block_step_(h, k, v, norm, first, where, rest, slots=tokens.slots, eps=eps, **by)
 
     def step(
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lt2_ext import ops
 
-from ._mixer import Keys, Selection, Shared, State
+from ._mixer import Keys, Selection, Shared, State, StepWeights
 from .attention import MAX_STEP, Attention, attend, places_in, rotate, store, whole
 
 if TYPE_CHECKING:
@@ -65,16 +65,20 @@ class SparseAttention(Attention):
             else:
                 o, lse = attend_to(indices, q, whole(keys, tokens), tokens)
         loss = self.loss(selection, q, keys.k, lse, tokens) if tokens.trained else None
-        reused = keys if self.share_keys else None
-        return self.output(o, x), Shared(reused, selection=selection, loss=loss)
+        return self.output(o, x), Shared(keys if self.share_keys else None, selection=selection, loss=loss)
 
     def step_layers(self, tokens: Tokens, state: State, shared: Shared | None) -> list[nn.Module] | None:
-        layers = super().step_layers(tokens, state, shared)
-        if layers is None or tokens.dense:
-            return None
-        if self.share_selection and shared is not None:
+        layers = None if tokens.dense else super().step_layers(tokens, state, shared)
+        if layers is None or (self.share_selection and shared is not None):
             return layers
         return [*layers, self.index_q_proj, self.index_k_proj, self.index_weights_proj]
+
+    def block_step(self, h: Tensor, weights: StepWeights, tokens: Tokens, state: State, **_: Any) -> Tensor | None:
+        if self.share_selection or self.pool:
+            return None
+        cache, offsets = state["index_k"][:, : tokens.visible], tokens.index[:, 0].contiguous()
+        index, topk = (cache, *tokens.rope(self.index_dim), offsets), min(self.topk, tokens.visible)
+        return super().block_step(h, weights, tokens, state, index=index, topk=topk, index_scale=self.index_scale)
 
     def step(
         self, projected: list[Tensor], tokens: Tokens, window: int | None, state: State, shared: Shared | None
@@ -132,17 +136,10 @@ class SparseAttention(Attention):
 
     def loss(self, index: Selection, q: Tensor, k: Tensor, lse: Tensor | None, tokens: Tokens) -> Tensor:
         pack, indices = tokens.pack, index.indices
-        loss = ops.indexer_loss(
-            pack(index.q),
-            pack(index.k),
-            pack(index.weights),
-            pack(q),
-            pack(k),
-            pack(denominators(q, k, tokens) if lse is None else lse),
-            None if indices is None else pack(indices),
-            index_scale=self.index_scale,
-            cu_seqlens=tokens.bounds,
-        )
+        lse = denominators(q, k, tokens) if lse is None else lse
+        q_idx, k_idx, w, q, k, lse = map(pack, (index.q, index.k, index.weights, q, k, lse))
+        chosen, scale = None if indices is None else pack(indices), self.index_scale
+        loss = ops.indexer_loss(q_idx, k_idx, w, q, k, lse, chosen, index_scale=scale, cu_seqlens=tokens.bounds)
         if indices is not None or tokens.pads is None:
             return loss
         return loss * (tokens.pads.numel() / (~tokens.pads).sum())  # of padding it is 0, but it was counted

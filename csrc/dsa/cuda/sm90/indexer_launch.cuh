@@ -103,8 +103,9 @@ Status launch_step(IndexerParams const& p, Dtype dtype, void* stream) {
   StepPlan const plan = plan_step<Traits>(p);
   int64_t const blocks = p.batch * p.tokens * plan.blocks;
   if (blocks > INT32_MAX) return "too many queries for one launch (2^31 - 1 blocks)";
-  return launch_overlapped(step_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), Traits::kThreads,
-                           plan.shared_bytes, plan.blocks, stream, p, map, plan.blocks, plan.stages);
+  return launch_overlapped(step_kernel<Traits, IndexerParams>, dim3(static_cast<unsigned>(blocks)),
+                           Traits::kThreads, plan.shared_bytes, plan.blocks, stream, p, map, plan.blocks,
+                           plan.stages);
 }
 
 template <class T, Dtype kDtype, int kDim, int kHeads>

@@ -5,11 +5,18 @@
 // A block sends to the others what they need of it and waits for what it needs of them, which takes half the
 // time of a barrier of the cluster and reads behind it. Nearly all instructions run once, out of a cold
 // cache: short code is fast code.
+//
+// Where queries and keys have yet to be rotated (IndexerStepParams) the keys that are there already are on
+// their way before the kernel waits for the one before; the new key replaces its row in shared memory.
 #pragma once
 
+#include <type_traits>
+
+#include "block_ops/cuda/portable/rope_cache.cuh"
 #include "common/cuda/cluster.cuh"
 #include "common/cuda/overlap.cuh"
 #include "dsa/cuda/sm90/indexer.cuh"
+#include "dsa/indexer_step.h"
 
 namespace lt2::dsa::sm90::indexer {
 
@@ -32,6 +39,7 @@ struct StepTraits {
 
   struct alignas(1024) Shared {
     unsigned char queries[kHalves][kHeads * 128];
+    alignas(16) unsigned char fresh[2 * kDim];  // the new key
     alignas(16) float weights[kHeads];
     alignas(16) uint32_t bins[2][kStepBins];
     int coarse[2][32];  // sums of bins
@@ -91,12 +99,54 @@ __device__ __forceinline__ void await_delivery(Barrier& sent, int blocks) {
   }
 }
 
+template <class Params>
+inline constexpr bool kRotates = std::is_same_v<Params, IndexerStepParams>;
+
+// The row's queries to shared memory as the operand of products, and its new key, both rotated.
+template <class Traits>
+__device__ __forceinline__ void rotate_queries(IndexerStepParams const& p, int64_t batch, int64_t slot,
+                                               typename Traits::Shared& shared, int rank) {
+  using T = typename Traits::T;
+  using Row = RowOf<T, 8>;
+  constexpr int kHeads = Traits::kHeads, kPieces = Traits::kDim / 16, kKey = kHeads;  // of a half of a head
+  static_assert((kHeads + 1) * kPieces <= Traits::kThreads);
+  int const h = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, c = 8 * piece;
+  bool const mine = h <= kHeads, there = h < p.heads || h == kKey;
+  float cos[8], sin[8];
+  if (mine) {
+    load_floats(cos, p.index.cos + batch * p.index.angle_row + c);
+    load_floats(sin, p.index.sin + batch * p.index.angle_row + c);
+  }
+  int64_t const place = p.index.places[batch];
+  wait_for_previous_kernel();
+  if (!mine) return;
+  auto const* const from = h == kKey ? static_cast<T const*>(p.index.k.data) + batch * p.index.k.row
+                                     : static_cast<T const*>(p.q.data) + batch * p.q.batch + h * p.q.head;
+  Row first = Row::zero(), second = Row::zero();
+  if (there) {
+    first = Row::load(from + c);
+    second = Row::load(from + c + Traits::kDim / 2);
+    block_ops::portable::rotate(first, second, cos, sin);
+  }
+  auto const to = [&](int chunk) {
+    return h == kKey ? shared.fresh + 16 * chunk : shared.queries[chunk / 8] + tile_offset(h, chunk % 8);
+  };
+  first.store(reinterpret_cast<T*>(to(piece)));
+  second.store(reinterpret_cast<T*>(to(piece + kPieces)));
+  fence_async_shared();
+  if (h == kKey && rank == 0 && slot >= 0 && slot < p.index.slots && place >= 0 && place < p.keys) {
+    T* const kept = static_cast<T*>(p.k.data) + slot * p.k.batch + place * p.k.token + c;
+    first.store(kept);
+    second.store(kept + Traits::kDim / 2);
+  }
+}
+
 // Orders of the scores of keys [begin, begin + count) of the query go to `orders`, and are counted in
 // shared.bins[0] where the range that is returned is valid; their least and greatest to shared.low and
-// shared.high.
-template <class Traits>
-__device__ BinRange score_slice(IndexerParams const& p, CUtensorMap const& map, int64_t batch, int64_t query,
-                                int first_key, int count, typename Traits::Shared& shared,
+// shared.high. `slot`: of the keys, for Params that rotate.
+template <class Traits, class Params>
+__device__ BinRange score_slice(Params const& p, CUtensorMap const& map, int64_t batch, int64_t slot,
+                                int64_t query, int first_key, int count, typename Traits::Shared& shared,
                                 unsigned char* ring, int stages, uint32_t* orders, int blocks, int rank) {
   using T = typename Traits::T;
   constexpr int kHeads = Traits::kHeads, kGroups = Traits::kGroups, kSides = kStepKeys / kTileSide;
@@ -112,7 +162,7 @@ __device__ BinRange score_slice(IndexerParams const& p, CUtensorMap const& map, 
       for (int half = 0; half < Traits::kHalves; ++half) {
         load_tile(ring + stage * Traits::kKeyBytes + side * Traits::kSideBytes + half * kTileBytes, map,
                   half * kTileSide, 0, first_key + (kGroups * i + warpgroup) * kStepKeys + side * kTileSide,
-                  static_cast<int>(batch), full);
+                  static_cast<int>(slot), full);
       }
     }
   };
@@ -123,7 +173,13 @@ __device__ BinRange score_slice(IndexerParams const& p, CUtensorMap const& map, 
   __syncwarp();
   constexpr int kChunks = Traits::kDim / 8;
   static_assert(kHeads * kChunks <= Traits::kThreads);
-  if (thread < kHeads * kChunks) {
+  [[maybe_unused]] int fresh = -1;  // which of the block's keys is new
+  if constexpr (kRotates<Params>) {
+    rotate_queries<Traits>(p, batch, slot, shared, rank);
+    let_next_kernel_start();
+    int64_t const own_place = p.index.places[batch] - first_key;
+    if (own_place >= 0 && own_place < count) fresh = static_cast<int>(own_place);
+  } else if (thread < kHeads * kChunks) {
     auto const* const q = static_cast<T const*>(p.q.data) + batch * p.q.batch + query * p.q.token;
     int const h = thread / kChunks, chunk = thread % kChunks;
     uint4 x{};
@@ -153,6 +209,19 @@ __device__ BinRange score_slice(IndexerParams const& p, CUtensorMap const& map, 
     uint32_t order = 0;
     if (i < own) {
       shared.full[warpgroup][stage].wait(parity);
+      if constexpr (kRotates<Params>) {
+        int const row = fresh - (kGroups * i + warpgroup) * kStepKeys;
+        if (fresh >= 0 && row >= 0 && row < kStepKeys) {
+          if (int const c = thread % kWarpgroup; c < kChunks) {
+            unsigned char* const tile =
+                ring + stage * Traits::kKeyBytes + row / kTileSide * Traits::kSideBytes + c / 8 * kTileBytes;
+            *reinterpret_cast<uint4*>(tile + tile_offset(row % kTileSide, c % 8)) =
+                *reinterpret_cast<uint4 const*>(shared.fresh + 16 * c);
+            fence_async_shared();
+          }
+          named_barrier(1 + warpgroup, kWarpgroup);
+        }
+      }
       float dots[kSides][kHeads / 2];
       wgmma_begin();
       uint64_t const keys = k_major(ring + stage * Traits::kKeyBytes), queries = k_major(shared.queries);
@@ -259,9 +328,10 @@ __device__ __forceinline__ int sum_before(int x) {
   return sum - x;
 }
 
-template <class Traits>
+// What is beyond the blocks of the queries is of the attention's heads: they may be rotated at any time.
+template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    step_kernel(__grid_constant__ IndexerParams const p, __grid_constant__ CUtensorMap const map, int blocks,
+    step_kernel(__grid_constant__ Params const p, __grid_constant__ CUtensorMap const map, int blocks,
                 int stages) {
   constexpr int kStepThreads = Traits::kThreads, kStepWarps = Traits::kWarps, kFinalists = Traits::kFinalists;
   constexpr int kOwnBins = kStepBins / kStepThreads, kSumLanes = kBinsTogether / kOwnBins;
@@ -271,6 +341,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   unsigned char* const ring = bytes + sizeof(typename Traits::Shared);
   auto* const orders = reinterpret_cast<uint32_t*>(ring + Traits::kGroups * stages * Traits::kKeyBytes);
   int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32, rank = cluster_rank();
+  unsigned const number = blockIdx.x / blocks;
+  if constexpr (kRotates<Params>) {
+    if (number >= p.batch) {
+      wait_for_previous_kernel();
+      let_next_kernel_start();
+      int64_t const pieces = block_ops::portable::rope_pieces(p.attention, 8),
+                    i = (blockIdx.x - p.batch * blocks) * kStepThreads + thread;
+      if (i < p.batch * pieces)
+        block_ops::portable::rope_cache_piece<typename Traits::T, 8>(p.attention, i / pieces,
+                                                                     static_cast<int>(i % pieces));
+      return;
+    }
+  }
   if (thread < Traits::kGroups * stages) {
     shared.full[thread / stages][thread % stages].init(1);
     shared.empty[thread / stages][thread % stages].init(kWarpgroup / 32);
@@ -292,16 +375,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   for (int i = thread; i < 2 * kStepBins / 4; i += kStepThreads)
     reinterpret_cast<uint4*>(shared.bins)[i] = uint4{};
   cluster_arrive_relaxed();
-  wait_for_previous_kernel();
+  if constexpr (!kRotates<Params>) wait_for_previous_kernel();
   __syncthreads();
-  unsigned const number = blockIdx.x / blocks, tokens = static_cast<unsigned>(p.tokens),
-                 batch = number / tokens, query = number % tokens;
-  Sight const sight = portable::sight(p, batch, query);
+  unsigned const tokens = static_cast<unsigned>(p.tokens), batch = number / tokens, query = number % tokens;
+  Sight sight = portable::sight(p, batch, query);
+  int64_t slot = batch;
+  if constexpr (kRotates<Params>) {
+    if (p.index.slot_ids != nullptr) slot = p.index.slot_ids[batch];
+    if (slot < 0 || slot >= p.index.slots) sight.count = 0;
+  }
   int const slice = (sight.count + kStepKeys * blocks - 1) / (kStepKeys * blocks) * kStepKeys;
   int const begin = min(rank * slice, sight.count), count = min(slice, sight.count - begin);
-  BinRange const range = score_slice<Traits>(p, map, batch, query, sight.first + begin, count, shared, ring,
-                                             stages, orders, blocks, rank);
-  let_next_kernel_start();
+  BinRange const range = score_slice<Traits>(p, map, batch, slot, query, sight.first + begin, count, shared,
+                                             ring, stages, orders, blocks, rank);
+  if constexpr (!kRotates<Params>) let_next_kernel_start();
 
   // In the end what is above `floor` is selected, and of those that equal it the first `equals`. First by
   // bins of equal width; few are in the bin of the topk-th best, as a rule.
