@@ -85,6 +85,25 @@ def test_many_heads_of_one_value_head(device, t, v_first, dtype):
     check_against_oracle(x, state_v_first=v_first)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("v_first", [False, True], ids=["k_first", "v_first"])
+@pytest.mark.parametrize("H", [2, 24])
+@pytest.mark.parametrize("K, V", [(20, 12), (64, 64), (80, 160), (96, 192), (128, 128), (128, 256), (192, 384)])
+def test_adjacent_taps_change_no_bit(K, V, H, v_first, dtype):
+    """One token, one value head per key head and windows of four adjacent taps have a kernel of their own."""
+    x = fused_inputs(B=3, H=H, HV=H, K=K, V=V, slots=4, dtype=dtype, device="cuda")
+    slots = torch.tensor([3, 0, 2], device="cuda")
+    if v_first:
+        x["state"] = x["state"].mT.contiguous()
+    o, after = check_against_oracle(x, slots=slots, state_v_first=v_first)
+    apart = pools(x)
+    apart["conv_state"] = torch.empty(*x["conv_state"].shape[:2], 5, dtype=dtype, device="cuda")[..., :4]
+    apart["conv_state"].copy_(x["conv_state"])
+    assert torch.equal(gdn_decode_fused_(**x | apart, slots=slots, state_v_first=v_first), o)
+    assert all(torch.equal(apart[name], after[name]) for name in after)
+
+
 @both_dtypes
 @pytest.mark.parametrize("W", [1, 2, 3, 4, 7, 16])
 def test_widths(device, W, dtype):

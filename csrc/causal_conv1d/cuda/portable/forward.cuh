@@ -50,6 +50,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Whether windows are 4 adjacent, aligned elements.
+template <class T>
+bool packed_windows(StepParams const& p) {
+  return p.width == kFewTaps && p.state.tap == 1 && p.state.channel % kFewTaps == 0 &&
+         p.state.sequence % kFewTaps == 0 &&
+         reinterpret_cast<uintptr_t>(p.state.data) % (kFewTaps * sizeof(T)) == 0;
+}
+
 // The next tokens of one channel of a row, whose window is in `slot` of the pool. kPacked: the window is 4
 // adjacent, aligned elements. Loading is a step of its own, so that a thread can have several channels under
 // way.

@@ -104,17 +104,13 @@ Status backward(BackwardParams const& p, float* workspace, void* stream) {
 Status step(StepParams const& p, void* stream) {
   return with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr uintptr_t kBytes = kFewTaps * sizeof(T);
-    bool const packed = p.width == kFewTaps && p.state.tap == 1 && p.state.channel % kFewTaps == 0 &&
-                        p.state.sequence % kFewTaps == 0 &&
-                        reinterpret_cast<uintptr_t>(p.state.data) % kBytes == 0;
     dim3 blocks;
     Status const fits = grid(p.batch, p.channels, kThreads, blocks);
     if (fits != kOk) return fits;
     auto const run = [&](auto kernel) {
       return launch_overlapped(kernel, blocks, kThreads, 0, 1, stream, p);
     };
-    return packed                ? run(step_kernel<T, kFewTaps, true>)
+    return packed_windows<T>(p)  ? run(step_kernel<T, kFewTaps, true>)
            : p.width <= kFewTaps ? run(step_kernel<T, kFewTaps, false>)
                                  : run(step_kernel<T, kMaxWidth, false>);
   });

@@ -79,7 +79,9 @@ __device__ __forceinline__ int quotient(int a, int b) { return b == 1 ? a : a / 
 __device__ __forceinline__ int remainder(int a, int b) { return b == 1 ? 0 : a % b; }
 
 // Block (rank in its cluster, query/key head, row); block r has the slices r, r + blocks, ..
-template <class T, class Tile>
+// kPlain: one token, one value head per query/key head, one slice per block, and windows of 4 adjacent taps.
+// Nearly every step is, and its code, which each launch fetches anew, is much shorter.
+template <class T, class Tile, bool kPlain>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads ? 1
                                                   : sizeof(Tile) <= 128         ? 4
                                                                                 : 2)
@@ -87,13 +89,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   extern __shared__ __align__(16) char shared_bytes[];
   constexpr int kColumns = Tile::kColumns, kThreads = Tile::kThreads, kWarps = kThreads / kWarp;
   StepParams const& s = p.step;
-  int const rank = blockIdx.x, blocks = sizes.blocks, key_head = blockIdx.y, group = sizes.group;
+  causal_conv1d::StepParams plain = p.conv;
+  if constexpr (kPlain) plain.tokens = 1, plain.width = kFewTaps, plain.state.tap = 1;
+  causal_conv1d::StepParams const& conv = kPlain ? plain : p.conv;
+  int const rank = blockIdx.x, blocks = sizes.blocks, key_head = blockIdx.y;
+  int const tokens = kPlain ? 1 : s.tokens, group = kPlain ? 1 : sizes.group, most = kPlain ? 1 : sizes.own;
   int const first_head = key_head * group;
-  int const own = quotient(sizes.slices - rank + blocks - 1, blocks), items = group * own;
+  int const own = kPlain ? 1 : quotient(sizes.slices - rank + blocks - 1, blocks), items = group * own;
   int64_t const row = blockIdx.z;
   auto& shared = *reinterpret_cast<FusedShared<Tile>*>(shared_bytes);
   auto* const item = reinterpret_cast<FusedItem<Tile>*>(&shared + 1);  // number g * own + l
-  float* const squares = reinterpret_cast<float*>(item + group * sizes.own);
+  float* const squares = reinterpret_cast<float*>(item + group * most);
   T* const windows = reinterpret_cast<T*>(squares + blocks * group * kMaxStepTokens);
   auto const first_column = [&](int n) { return (rank + remainder(n, own) * blocks) * kColumns; };
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -102,7 +108,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   if (warp == 0) {
     if (lane == 0) {
       shared.joined.init(1);
-      shared.joined.arrive_expecting(blocks * group * s.tokens * sizeof(float));
+      shared.joined.arrive_expecting(blocks * group * tokens * sizeof(float));
       cuda::sm90::fence_barrier_init();
     }
     __syncwarp();
@@ -118,8 +124,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   };
   if (live) tile.load(state_of(0), first_column(0), s.key_dim, s.value_dim);
   auto const each_output = [&](auto const& value) {
-    for (int e = threadIdx.x; e < items * s.tokens * kColumns; e += kThreads) {
-      int const c = e % kColumns, i = remainder(e / kColumns, s.tokens), n = quotient(e / kColumns, s.tokens);
+    for (int e = threadIdx.x; e < items * tokens * kColumns; e += kThreads) {
+      int const c = e % kColumns, i = remainder(e / kColumns, tokens), n = quotient(e / kColumns, tokens);
       int const column = first_column(n) + c, head = first_head + quotient(n, own);
       if (column < s.value_dim)
         token_row<T>(s.o, row, i, head)[column] = from_float<T>(value(n, i, c, head, column));
@@ -135,9 +141,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   };
   if (p.settled && live) {
     auto const ask = [&](int64_t channel) {
-      ask_for(static_cast<T const*>(p.conv.state.data) + slot * p.conv.state.sequence +
-              channel * p.conv.state.channel);
-      ask_for(p.conv.weight + channel * p.conv.width);
+      ask_for(static_cast<T const*>(conv.state.data) + slot * conv.state.sequence +
+              channel * conv.state.channel);
+      ask_for(conv.weight + channel * conv.width);
     };
     for (int e = threadIdx.x; e < keys; e += kThreads) ask(key_channel(e));
     for (int e = threadIdx.x; e < items * kColumns; e += kThreads) {
@@ -154,11 +160,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
 
   auto const convolve = [&](auto channel_kind) {
     using Channel = decltype(channel_kind);
-    auto const load_key = [&](Channel& step, int e) { step.load(p.conv, row, slot, key_channel(e)); };
+    auto const load_key = [&](Channel& step, int e) { step.load(conv, row, slot, key_channel(e)); };
     auto const advance_key = [&](Channel& step, int e) {
       float* const to = e < s.key_dim ? &shared.keys.q[0][e] : &shared.keys.k[0][e - s.key_dim];
-      step.advance(p.conv, [&](int64_t i, float x) { to[i * Tile::kKeys] = x; });
-      if (e >= begin && e < begin + sizes.share) step.store(p.conv, windows + (e - begin) * p.conv.width, 1);
+      step.advance(conv, [&](int64_t i, float x) { to[i * Tile::kKeys] = x; });
+      if (e >= begin && e < begin + sizes.share) step.store(conv, windows + (e - begin) * conv.width, 1);
     };
     constexpr int kKeyChannels = 2;  // of a thread at a time
     Channel step[kKeyChannels];
@@ -170,22 +176,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
     // While these are on their way: a thread has a channel of v, or an element of z.
     int const channels = items * kColumns;
     constexpr int kKeysFirst = kThreads > kStepThreads ? kThreads / 2 : 0;  // threads busy with q and k
-    for (int e = (threadIdx.x + kThreads - kKeysFirst) % kThreads; e < channels * (1 + s.tokens);
+    for (int e = (threadIdx.x + kThreads - kKeysFirst) % kThreads; e < channels * (1 + tokens);
          e += kThreads) {
       if (e < channels) {
         int const n = e / kColumns, c = e % kColumns, column = first_column(n) + c;
         if (column < s.value_dim) {
           int64_t const channel = value_channel(n, column);
           Channel of_value;
-          of_value.load(p.conv, row, slot, channel);
-          of_value.advance(p.conv, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
-          of_value.store(p.conv, of_value.state, p.conv.state.tap);
+          of_value.load(conv, row, slot, channel);
+          of_value.advance(conv, [&](int64_t i, float x) { item[n].writes.v[i][c] = x; });
+          of_value.store(conv, of_value.state, conv.state.tap);
         } else {
-          for (int i = 0; i < s.tokens; ++i) item[n].writes.v[i][c] = 0.f;
+          for (int i = 0; i < tokens; ++i) item[n].writes.v[i][c] = 0.f;
         }
       } else {
         int const c = e % kColumns, line = (e - channels) / kColumns;
-        int const i = remainder(line, s.tokens), n = quotient(line, s.tokens);
+        int const i = remainder(line, tokens), n = quotient(line, tokens);
         int const column = first_column(n) + c, head = first_head + quotient(n, own);
         Gates gates;
         if (c == 0) gates.load(s, row, i, head);
@@ -201,18 +207,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
       int const e = r * kThreads + threadIdx.x;
       if (e < keys) advance_key(step[r], e);
     }
-    for (int e = kKeyChannels * kThreads + threadIdx.x; e < keys; e += kThreads) {
-      load_key(step[0], e);
-      advance_key(step[0], e);
+    if constexpr (2 * Tile::kKeys > kKeyChannels * kThreads) {
+      for (int e = kKeyChannels * kThreads + threadIdx.x; e < keys; e += kThreads) {
+        load_key(step[0], e);
+        advance_key(step[0], e);
+      }
     }
   };
-  if (p.conv.width <= kFewTaps) {
-    convolve(StepChannel<T, kFewTaps, false>{});
+  if (kPlain || conv.width <= kFewTaps) {
+    convolve(StepChannel<T, kFewTaps, kPlain>{});
   } else {
     convolve(WideStepChannel<T>{});
   }
   int const padding = Tile::kKeys - s.key_dim;
-  for (int e = threadIdx.x; e < padding * s.tokens; e += kThreads) {
+  for (int e = threadIdx.x; e < padding * tokens; e += kThreads) {
     int const i = e / padding, c = s.key_dim + e % padding;
     shared.keys.q[i][c] = shared.keys.k[i][c] = 0.f;
   }
@@ -220,7 +228,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   cluster_arrive_relaxed();  // this one has read the windows of q and k
   __syncthreads();
 
-  for (int i = warp; i < s.tokens; i += kWarps) {
+  for (int i = warp; i < tokens; i += kWarps) {
     constexpr int kPerLane = Tile::kKeys / kWarp;
     float q[kPerLane], k[kPerLane];
 #pragma unroll
@@ -233,7 +241,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   for (int n = 0; n < items; ++n) {
     if (n > 0) tile.load(state_of(n), first_column(n), s.key_dim, s.value_dim);
     __syncthreads();
-    for (int i = 0; i < s.tokens; ++i) {
+    for (int i = 0; i < tokens; ++i) {
       advance(tile, shared.keys, item[n].writes, shared.sums, i, [&](int j, float x) {
         if (Tile::leads()) item[n].o[i][Tile::column(j)] = s.scale * x;
       });
@@ -242,8 +250,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
   }
   __syncthreads();
 
-  for (int e = warp; e < group * s.tokens; e += kWarps) {
-    int const g = quotient(e, s.tokens), i = remainder(e, s.tokens);
+  for (int e = warp; e < group * tokens; e += kWarps) {
+    int const g = quotient(e, tokens), i = remainder(e, tokens);
     float sum = 0.f;  // columns beyond the state are zeros
     for (int c = lane; c < own * kColumns; c += kWarp) {
       float const x = item[g * own + c / kColumns].o[i][c % kColumns];
@@ -253,18 +261,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads > kStepThreads 
     if (lane < blocks) deliver(squares + rank * group * kMaxStepTokens + e, sum, shared.joined, lane, blocks);
   }
   cluster_wait();  // every block has read the windows
-  for (int e = threadIdx.x; e < min(sizes.share, keys - begin) * p.conv.width; e += kThreads) {
-    int const c = begin + e / p.conv.width, w = e % p.conv.width;
+  for (int e = threadIdx.x; e < min(sizes.share, keys - begin) * conv.width; e += kThreads) {
+    int const c = begin + e / conv.width, w = e % conv.width;
     int64_t const head = c < s.key_dim ? key_head : s.heads + key_head;
     int64_t const channel = head * s.key_dim + (c < s.key_dim ? c : c - s.key_dim);
-    static_cast<T*>(p.conv.state.data)[slot * p.conv.state.sequence + channel * p.conv.state.channel +
-                                       w * p.conv.state.tap] = windows[e];
+    static_cast<T*>(
+        conv.state.data)[slot * conv.state.sequence + channel * conv.state.channel + w * conv.state.tap] =
+        windows[e];
   }
   await_delivery(shared.joined, blocks);
   each_output([&](int n, int i, int c, int, int) {
     float sum = 0.f;
     for (int r = 0; r < blocks; ++r)
-      sum += squares[(r * group * kMaxStepTokens) + quotient(n, own) * s.tokens + i];
+      sum += squares[(r * group * kMaxStepTokens) + quotient(n, own) * tokens + i];
     return item[n].o[i][c] * rsqrtf(sum / s.value_dim + p.eps) * item[n].factor[i][c];
   });
 }

@@ -1,0 +1,7 @@
+#include "gdn/cuda/portable/fused_step_launch.cuh"
+
+namespace lt2::gdn::portable {
+
+template Status launch_fused_step<Dtype::kFloat16>(FusedStepParams const&, void*);
+
+}  // namespace lt2::gdn::portable
