@@ -25,6 +25,17 @@ __device__ __forceinline__ void store_if(bool condition, Candidate* to, Candidat
       "l"(to), "f"(x.score), "r"(x.index)
       : "memory");
 }
+// `to`: in shared memory.
+__device__ __forceinline__ void store_if(bool condition, uint32_t to, Candidate x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %0, 0;\n"
+      "@wanted st.shared.v2.b32 [%1], {%2, %3};\n"
+      "}\n" ::"r"(int{condition}),
+      "r"(to), "f"(x.score), "r"(x.index)
+      : "memory");
+}
 
 __device__ __forceinline__ void increment(uint32_t counter) {
   asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(counter) : "memory");
@@ -36,12 +47,12 @@ __device__ __forceinline__ uint32_t order(uint32_t bits) {
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
-// Ranks of candidates, unsigned numbers: the better, the greater; 0: not one of them.
+// Ranks of candidates, unsigned numbers: the better, the greater; 0: not one of them. -0 is loaded as 0.
 struct ByScore {
   using Loaded = uint32_t;
   static constexpr int kBatch = 16;
   __device__ static Loaded nothing() { return kNothing; }
-  __device__ static Loaded load(Candidate const& c) { return __float_as_uint(c.score); }
+  __device__ static Loaded load(Candidate const& c) { return __float_as_uint(c.score + 0.f); }
   __device__ uint32_t operator()(Loaded bits) const { return order(bits); }
 };
 // Of those with one score the first are the best.
@@ -50,13 +61,21 @@ struct ByIndex {
   static constexpr int kBatch = 4;
   uint32_t score;  // its order
   __device__ static Loaded nothing() { return {__uint_as_float(kNothing), 0}; }
-  __device__ static Loaded load(Candidate const& c) { return c; }
+  __device__ static Loaded load(Candidate const& c) { return {c.score + 0.f, c.index}; }
   __device__ uint32_t operator()(Loaded c) const {
     return order(__float_as_uint(c.score)) == score ? ~static_cast<uint32_t>(c.index) : 0;
   }
 };
 
-// f(rank) for all candidates, several loads under way at once; some f(0) after the last.
+struct Index {
+  using Loaded = int;
+  static constexpr int kBatch = 8;
+  __device__ static Loaded nothing() { return -1; }
+  __device__ static Loaded load(Candidate const& c) { return c.index; }
+  __device__ uint32_t operator()(Loaded index) const { return index; }
+};
+
+// f(rank) for all candidates, several loads under way at once; some f of nothing after the last.
 template <class Rank, class F>
 __device__ __forceinline__ void for_each(Candidate const* list, int count, Rank const& rank, F const& f) {
   constexpr int kBatch = Rank::kBatch;
@@ -142,18 +161,16 @@ __device__ inline Bound find_bound(Candidate const* list, int count, int k, int 
   return {low, kept <= most, equals};
 }
 
-// Keeps the best `most` candidates at most, but all of the k best; of equals those of the lowest indices.
-// Gives the score from which on later ones are wanted, whose indices are higher: not those that equal the
-// last.
-__device__ inline float cut(Candidate* list, int& count, int k, int most, uint32_t* bins) {
+// Keeps the candidates within a bound of find_bound's, of equals those of the lowest indices: how many.
+__device__ inline int keep(Candidate* list, int count, Bound const& bound, uint32_t* bins) {
   int const lane = threadIdx.x % 32;
-  auto const [low, all, equals] = find_bound(list, count, k, most, bins);
-  ByIndex const by_index{low};
-  uint32_t const first = all ? 1 : find_bound(list, count, equals, equals, bins, by_index).low;
+  ByIndex const by_index{bound.low};
+  uint32_t const first =
+      bound.all ? 1 : find_bound(list, count, bound.equals, bound.equals, bins, by_index).low;
   int written = 0;
   unsigned below;
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-  constexpr int kBatch = 4;
+  constexpr int kBatch = 8;
   for (int base = lane; base - lane < count; base += 32 * kBatch) {
     Candidate x[kBatch];
 #pragma unroll
@@ -163,50 +180,50 @@ __device__ inline float cut(Candidate* list, int& count, int k, int most, uint32
     __syncwarp();  // all have read what is overwritten now
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      bool const chosen = order(__float_as_uint(x[i].score)) > low || by_index(x[i]) >= first;
+      bool const chosen = order(__float_as_uint(x[i].score)) > bound.low || by_index(x[i]) >= first;
       unsigned const chosens = __ballot_sync(kAll, chosen);
-      store_if(chosen, list + (written + __popc(chosens & below)), x[i]);
+      if (chosen) list[written + __popc(chosens & below)] = x[i];
       written += __popc(chosens);
     }
   }
   __syncwarp();
-  count = written;
-  return portable::score_of(low + 1);
+  return written;
 }
 
-// The indices of candidates, those of keys begin .. end - 1, ascending.
-__device__ inline void sort_indices(Candidate const* list, int count, int begin, int end, uint32_t* bits,
-                                    int* to) {
-  constexpr int kWords = kBins / 32;
+// The indices of candidates, those of keys begin .. end - 1, ascending, counted from begin. For 64 keys there
+// are a word of bits and, in bins, how many candidates come before them: 2048 per_lane keys at a time,
+// per_lane <= 16.
+__device__ inline void sort_indices(Candidate const* list, int count, int begin, int end, uint64_t* words,
+                                    int per_lane, uint32_t* bins, int* to) {
   int const lane = threadIdx.x % 32;
-  for (int low = begin; low < end; low += 32 * kBins) {
+  auto* const before = reinterpret_cast<uint16_t*>(bins);
+  auto* const bits = reinterpret_cast<uint32_t*>(words);
+  uint32_t const keys = 2048 * per_lane;
+  for (int low = begin; low < end; low += keys) {
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) bits[32 * i + lane] = 0;
+    for (int i = 0; i < per_lane; ++i) words[32 * i + lane] = 0;
     __syncwarp();
-#pragma unroll 4
-    for (int i = lane; i < count; i += 32) {
-      uint32_t const at = list[i].index - low;
-      if (at < 32 * kBins) atomicOr(&bits[at / 32], 1u << at % 32);
-    }
+    for_each(list, count, Index{}, [&](uint32_t index) {
+      uint32_t const at = index - low;
+      if (at < keys) atomicOr(&bits[at / 32], 1u << at % 32);
+    });
     __syncwarp();
-    uint32_t words[kWords];
     int mine = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = bits[kWords * lane + i];
-      mine += __popc(words[i]);
+    for (int i = 0; i < per_lane; ++i) mine += __popcll(words[per_lane * lane + i]);
+    int const up_to = sum_up_to(mine);
+    int sum = up_to - mine;
+    for (int i = 0; i < per_lane; ++i) {
+      before[per_lane * lane + i] = sum;
+      sum += __popcll(words[per_lane * lane + i]);
     }
-    int const before = sum_up_to(mine);
-    int const all = __shfl_sync(kAll, before, 31);
-    int* at = to + before - mine;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      for (uint32_t word = words[i]; word != 0; word &= word - 1) {
-        *at++ = low + 32 * (kWords * lane + i) + __ffs(word) - 1;
-      }
-    }
-    to += all;
+    __syncwarp();
+    for_each(list, count, Index{}, [&](uint32_t index) {
+      uint32_t const at = index - low;
+      if (at >= keys) return;
+      int const earlier = __popcll(words[at / 64] & ((uint64_t{1} << at % 64) - 1));
+      to[before[at / 64] + earlier] = index - begin;
+    });
+    to += __shfl_sync(kAll, up_to, 31);
   }
   __syncwarp();
 }

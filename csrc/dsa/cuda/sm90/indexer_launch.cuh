@@ -32,7 +32,7 @@ SelectLaunch plan(IndexerParams const& p, float* workspace, int64_t* floats, int
   a.kept = static_cast<int>(std::min(p.topk, p.keys));
   a.capacity = static_cast<int>(portable::ceil_div(a.kept + std::max(a.kept, 256), kKeys) + 1) * kKeys;
   a.most = a.kept + (a.capacity - a.kept) / 4;
-  int64_t const lists = Traits::kQueries * a.capacity * static_cast<int64_t>(sizeof(Candidate));
+  int64_t const lists = Traits::kQueries * (a.capacity + kBeyond) * static_cast<int64_t>(sizeof(Candidate));
   bool const shared = static_cast<int64_t>(sizeof(typename Traits::Shared)) + lists <= kSharedBytes;
   a.rows.tile_rows = Traits::kQueries;
   a.rows.row_tiles = portable::ceil_div(p.tokens, Traits::kQueries);
@@ -129,6 +129,10 @@ struct Indexer {
       int64_t floats;
       int shared_bytes;
       SelectLaunch const a = plan<Select>(p, workspace, &floats, &shared_bytes);
+      if constexpr (kDim == 64 && kHeads >= 8) {
+        using Here = SelectTraits<T, kDim, kHeads, true>;
+        if (floats == 0) return launch_select<Here>(a, shared_bytes, kDtype, stream);
+      }
       return launch_select<Select>(a, shared_bytes, kDtype, stream);
     }
     return portable::score_and_select(p, Scores::kQueries, workspace, stream, [&](ScoreRows const& rows) {

@@ -7,7 +7,10 @@
 
 namespace lt2::dsa::sm90::indexer {
 
-inline constexpr int kStrides = 4;  // of samples: a.stride, and 2, 4, 8 times as much
+inline constexpr int kStrides = 4;      // of samples: a.stride, and 2, 4, 8 times as much
+inline constexpr int kSpareRoom = 48;   // of a list at least, that should not be needed
+inline constexpr int kMostUnmet = 256;  // between meetings: counts have 16 bits
+inline constexpr int kBeyond = 2;       // candidates behind a list's end: what comes too late is stored there
 
 struct KeyMaps {
   CUtensorMap all, sampled[kStrides];
@@ -17,7 +20,7 @@ struct SelectLaunch {
   IndexerParams p;
   ScoreRows rows;            // of the tiles
   int capacity, kept, most;  // of a list; min(topk, S); after a cut before the end
-  Candidate* lists;          // [blocks, kQueries, capacity], null: in shared memory after Shared
+  Candidate* lists;          // [blocks, kQueries, capacity + kBeyond], null: in shared memory after Shared
   int stride;                // of samples
 };
 
@@ -58,21 +61,15 @@ __device__ __forceinline__ void red_max(int* to, int x) {
 // Counts of two queries of a lane are in one word, so that one atomic addition gets room in both lists.
 __device__ constexpr int count_at(int q) { return q / 8 * 8 + q % 4 * 2 + q / 4 % 2; }
 __device__ __forceinline__ uint32_t reserve(uint32_t counter, uint32_t n) {
-  uint32_t at = 0;
-  asm volatile(
-      "{\n"
-      ".reg .pred wanted;\n"
-      "setp.ne.u32 wanted, %2, 0;\n"
-      "@wanted atom.shared.add.u32 %0, [%1], %2;\n"
-      "}\n"
-      : "+r"(at)
-      : "r"(counter), "r"(n)
-      : "memory");
+  uint32_t at;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(at) : "r"(counter), "r"(n) : "memory");
   return at;
 }
 
-template <class T, int kDim_, int kHeads_>
+// kListsHere: lists are in shared memory, as the compiler knows; else they may be.
+template <class T, int kDim_, int kHeads_, bool kListsHere_ = false>
 struct SelectTraits : TileTraits<T, kDim_, kHeads_> {
+  static constexpr bool kListsHere = kListsHere_;
   using Tile = TileTraits<T, kDim_, kHeads_>;
   static constexpr int kTiles = 2;  // a warpgroup has 64 keys of a step, a part of the columns
   static constexpr int kScoreThreads = Tile::kParts * kTiles * kWarpgroup, kScoreWarps = kScoreThreads / 32;
@@ -84,17 +81,35 @@ struct SelectTraits : TileTraits<T, kDim_, kHeads_> {
     unsigned char keys[kStages][kTiles][Tile::kHalves][kTileBytes];
     unsigned char queries[Tile::kHalves][Tile::kColumns * 128];
     uint32_t bins[kScoreWarps][kBins + 1];
+    uint32_t nobody[32];  // counts of lanes that append nothing, so that there is no branch
     Item item;
     Sample sample;
     Sight sights[Tile::kQueries];
     uint16_t counts[Tile::kQueries];  // of the lists, at count_at(query)
     float bounds[Tile::kQueries];     // scores from here on are wanted
     int fullest[2];                   // the longest list's count, as known at meetings in turn
+    int growth;                       // of the lists in a step, three times what is expected
+    uint32_t lost;                    // queries whose lists grew faster and were too short
     Barrier key_full[kStages], key_empty[kStages];
     Barrier judged;  // an item with a sample has passed: whether its keys have to pass again
     uint32_t again;  // number of the last item with a sample of which they have to
   };
 };
+
+// What load_queries and load_weights are going to read, to the L2 cache.
+template <class Traits>
+__device__ __forceinline__ void prefetch_queries(IndexerParams const& p, Item const& item) {
+  auto const prefetch = [](void const* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); };
+  auto const* const q = static_cast<typename Traits::T const*>(p.q.data) + item.batch * p.q.batch;
+  auto const* const w = static_cast<float const*>(p.weights.data) + item.batch * p.weights.batch;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < Traits::kQueries * Traits::kHeads; i += 32) {
+    int64_t const t = item.query + i / Traits::kHeads, h = i % Traits::kHeads;
+    if (t >= p.tokens || h >= p.heads) continue;
+    for (int d = 0; d < Traits::kDim; d += 64) prefetch(q + t * p.q.token + h * p.q.head + d);
+    if (p.weights.data != nullptr && h == 0) prefetch(w + t * p.weights.token);
+  }
+}
 
 // Keys of a tile's steps, by one thread.
 template <class Traits>
@@ -107,6 +122,7 @@ __device__ void load_keys(SelectLaunch const& a, KeyMaps const& maps, typename T
     Sight sight;
     Item const item = find_item(a, number, sight);
     Sample const sample = sample_of(a, item);
+    prefetch_queries<Traits>(a.p, item);
     auto const load = [&](CUtensorMap const& map, int at, int steps) {
       for (int i = 0; i < steps; ++i, at += kKeys) {
         Barrier& full = shared.key_full[keys.at];
@@ -137,18 +153,39 @@ template <class Traits>
 __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
   constexpr int kGroups = Traits::kGroups, kQueries = Traits::kQueries, kPairs = (kGroups + 1) / 2;
   int const thread = threadIdx.x, lane = thread % 32;
-  int const warp = __shfl_sync(kAll, thread / 32, 0);  // ptxas sees that it is the same in all lanes
+  int const warp = __shfl_sync(kAll, thread / 32, 0);
   int const tile = warp / 4 % Traits::kTiles, part = warp / 4 / Traits::kTiles;
   int const row = tile * kTileSide + warp % 4 * 16 + lane / 4;  // also row + 8
   int const own = part * 4 * kGroups + lane % 4;                // query of group 0
   auto const shift = [&](int g) { return kGroups == 1 ? 16 * part : 16 * (g % 2); };
   auto const meet = [] { named_barrier(1, Traits::kScoreThreads); };
-  Candidate* const lists = a.lists == nullptr ? reinterpret_cast<Candidate*>(&shared + 1)
-                                              : a.lists + int64_t{blockIdx.x} * kQueries * a.capacity;
-  auto const list_of = [&](int q) { return lists + q * a.capacity; };
+  auto const uniform = [](int x) { return __shfl_sync(kAll, x, 0); };  // which ptxas may know
+  auto* const here = reinterpret_cast<Candidate*>(&shared + 1);
+  Candidate* const lists = Traits::kListsHere || a.lists == nullptr
+                               ? here
+                               : a.lists + int64_t{blockIdx.x} * kQueries * (a.capacity + kBeyond);
+  auto const list_of = [&](int q) { return lists + q * (a.capacity + kBeyond); };
+  // Where to append: an address in shared memory, or an index.
+  uint32_t begin[kGroups];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    uint32_t const at = (own + 4 * g) * (a.capacity + kBeyond);
+    begin[g] = Traits::kListsHere ? shared_address(here + at) : at;
+    asm volatile("" : "+r"(begin[g]));  // not to be computed again
+  }
+  auto const append_if = [&](bool condition, uint32_t to, Candidate x) {
+    if constexpr (Traits::kListsHere) {
+      store_if(condition, to, x);
+    } else {
+      store_if(condition, lists + to, x);
+    }
+  };
+  constexpr uint32_t kOne = Traits::kListsHere ? sizeof(Candidate) : 1;
   uint32_t const counter = shared_address(&shared.counts[count_at(own) & ~1]);
+  uint32_t const nobody = shared_address(&shared.nobody[lane]);
   Turn<Traits::kStages> keys;
   uint32_t samples = 0;
+  bool careful = false;  // lists grew faster than the sample said
   for (int round = 0; round * int64_t{gridDim.x} < a.rows.tiles; ++round) {
     if (item_number(round) >= a.rows.tiles) continue;
     meet();  // nobody reads what belongs to the last item any more
@@ -162,6 +199,7 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
       }
       if (lane < 2) shared.fullest[lane] = 0;
       if (lane == 0) {
+        shared.growth = shared.lost = 0;
         shared.item = found;
         shared.sample = sample_of(a, found);
       }
@@ -178,14 +216,13 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
     int const inner_begin = item.inner_begin, inner_end = item.inner_end;
     typename Traits::Dots dots;
     float least[kGroups];
-    auto const read_bounds = [&] {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) least[g] = read(shared.bounds[own + 4 * g]);
-    };
-    // A step, keys first, first + stride, ..
-    auto const take = [&](int first, int stride) {
+    // The products of a step.
+    auto const start = [&] {
       shared.key_full[keys.at].wait(keys.phase);
       multiply<Traits>(shared.keys[keys.at][tile], shared.queries, part, dots);
+    };
+    // A started step, keys first, first + stride, .., and the start of the next one if there are more.
+    auto const take = [&](int first, int stride, auto more) {
       wgmma_wait<0>();
       pin(dots);
       if (lane == 0) shared.key_empty[keys.at].arrive();
@@ -201,6 +238,7 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
           if (next < s.first || next >= s.first + s.count) scores[g][1] = NAN;
         }
       }
+      if constexpr (more) start();
       bool wanted[kGroups][2];
       uint32_t at[kPairs];
 #pragma unroll
@@ -214,107 +252,138 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
             n += wanted[g][r] ? 1 << shift(g) : 0;
           }
         }
-        at[pair] = reserve(counter + 16 * pair, n);
+        at[pair] = reserve(n != 0 ? counter + 16 * pair : nobody, n);
       }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        int const position = static_cast<uint16_t>(at[g / 2] >> shift(g));
-        Candidate* const to = lists + ((own + 4 * g) * a.capacity + position);
-        store_if(wanted[g][0], to, {scores[g][0] + 0.f, key});  // no -0
-        store_if(wanted[g][1], to + wanted[g][0], {scores[g][1] + 0.f, next});
+        uint32_t const position = static_cast<uint16_t>(at[g / 2] >> shift(g));
+        uint32_t const to = begin[g] + kOne * min(position, static_cast<uint32_t>(a.capacity));
+        append_if(wanted[g][0], to, {scores[g][0], key});
+        append_if(wanted[g][1], to + (wanted[g][0] ? kOne : 0), {scores[g][1], next});
       }
     };
-    uint32_t turn = 0;
     // All meet, and know how long the longest list is.
+    uint32_t turn = 0;
     auto const fullest = [&] {
       __syncwarp();
       int const count = __reduce_max_sync(kAll, lane < kQueries ? int{read(shared.counts[lane])} : 0);
       if (lane == 0) red_max(&shared.fullest[turn], count);
       meet();
-      int const longest = read(shared.fullest[turn]);
+      int const longest = uniform(read(shared.fullest[turn]));
       turn ^= 1;
       return longest;
     };
-    // Until a list of `count` may be full.
-    auto const steps_after = [&](int count) { return (a.capacity - count) / kKeys; };
-    auto const cut_lists = [&] {
-      for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
-        int count = read(shared.counts[count_at(q)]);
-        if (count <= a.most) continue;
-        float const bound = cut(list_of(q), count, a.kept, a.most, shared.bins[warp]);
-        if (lane == 0) shared.counts[count_at(q)] = count, shared.bounds[q] = bound;
-      }
-    };
-    auto const run = [&](int first, int stride, int steps, int room) {
-      read_bounds();
-      while (steps > 0) {
-        int now = min(steps, room);
-        steps -= now;
+
+    // A sample passes, all keys, and if the bound of some queries was too high all keys for these.
+    enum { kSample, kKeysOfAll, kAgain };
+    unsigned failed = 0;
+    float growth = INFINITY;
+    int const all_steps = uniform(item.steps), sample_steps = uniform(sample.steps);
+    int pass = sample_steps > 0 ? kSample : kKeysOfAll;
+    bool more;
+    do {
+      bool const sampled = pass == kSample;
+      int const stride = sampled ? sample.stride : 1;
+      int first = sampled ? sample.first * stride : item.begin, steps = sampled ? sample_steps : all_steps;
+      int count = 0;                       // of the longest list
+      int reach = 2 * a.capacity / kKeys;  // of a guess, as it has been right
+      bool last;
+      do {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) least[g] = read(shared.bounds[own + 4 * g]);
+        // Until the longest list may be full, or is likely to be.
+        auto const steps_to_take = [&] {
+          int const room = a.capacity - count, sure = room / kKeys;
+          int const likely = static_cast<int>(__fdividef(room - kSpareRoom, growth));
+          return min(steps, pass == kKeysOfAll ? max(sure, min(reach, likely)) : sure);
+        };
+        for (int now = steps_to_take(); now > 0; now = steps_to_take()) {
+          steps -= now;
+          // The last step without a branch: ptxas would wait for each product.
+          start();
 #pragma unroll 1
-        for (; now > 0; --now, first += kKeys * stride) take(first, stride);
-        if (steps == 0) break;
-        int const count = fullest();
-        room = steps_after(count);
-        if (room > 0) continue;
+          for (int i = now - 1; i > 0; --i, first += kKeys * stride) take(first, stride, std::true_type{});
+          take(first, stride, std::false_type{});
+          first += kKeys * stride;
+          int const before = count;
+          count = fullest();
+          growth = fmaxf(growth, __fdividef(2.f * (count - before), now));
+          reach = min(2 * reach, kMostUnmet);
+        }
+        last = steps == 0;
+        if (pass == kKeysOfAll && last && sample_steps > 0) {
+          bool const guessed = lane < kQueries && read(shared.bounds[lane]) > -INFINITY;
+          int const found = read(shared.counts[count_at(lane % kQueries)]);
+          unsigned const lost = __ballot_sync(kAll, found > a.capacity) | read(shared.lost);
+          careful |= lost != 0;
+          failed = __ballot_sync(kAll, guessed && found < a.kept) | lost;
+          ++samples;
+          if (thread == 0) {
+            if (failed != 0) shared.again = samples;
+            shared.judged.arrive();
+          }
+        }
         meet();
         if (thread < 2) shared.fullest[thread] = 0;
-        cut_lists();
-        meet();
-        read_bounds();
-        room = steps_after(a.most);
-      }
-      meet();  // all have appended
-    };
-    if (sample.steps > 0) {
-      run(sample.first * sample.stride, sample.stride, sample.steps, sample.steps);
-      for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
-        // As many of the sample are expected among the topk best, and more for safety.
-        int const count = read(shared.counts[count_at(q)]), seen = shared.sights[q].count;
-        float const expected = static_cast<float>(a.kept) * count / max(seen, 1);
-        int const rank = static_cast<int>(expected + 4.f * sqrtf(expected) + 4.f), most = rank + rank / 4;
-        if (most < count) {
-          uint32_t const low = find_bound(list_of(q), count, rank, most, shared.bins[warp]).low;
-          if (lane == 0) shared.bounds[q] = portable::score_of(low);
+        for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
+          int const count = read(shared.counts[count_at(q)]);
+          int k = a.kept, most = last ? a.kept : a.most;
+          if (sampled) {
+            // As many of the sample are expected among the topk best, and more for safety.
+            float const expected = static_cast<float>(a.kept) * count / max(shared.sights[q].count, 1);
+            k = static_cast<int>(expected + 4.f * sqrtf(expected) + 4.f);
+            most = k + k / 4;
+          }
+          int left = sampled ? 0 : count;
+          if (sampled && lane == 0) red_max(&shared.growth, 3 * kKeys * k / max(count, 1) + 1);
+          if (count > a.capacity) {
+            left = 0;
+            if (lane == 0) shared.bounds[q] = NAN, atomicOr(&shared.lost, 1u << q);
+          } else if (count > most) {
+            Bound const bound = find_bound(list_of(q), count, k, most, shared.bins[warp]);
+            if (!sampled) left = keep(list_of(q), count, bound, shared.bins[warp]);
+            // Later keys that equal the last one lose.
+            if (lane == 0) shared.bounds[q] = portable::score_of(bound.low + !sampled);
+          }
+          __syncwarp();
+          if (lane == 0) shared.counts[count_at(q)] = left;
         }
-        __syncwarp();
-        if (lane == 0) shared.counts[count_at(q)] = 0;
-      }
-      meet();
-    }
-    run(item.begin, 1, item.steps, steps_after(0));
-    if (sample.steps > 0) {
-      bool const guessed = lane < kQueries && read(shared.bounds[lane]) > -INFINITY;
-      unsigned const failed =
-          __ballot_sync(kAll, guessed && read(shared.counts[count_at(lane % kQueries)]) < a.kept);
-      ++samples;
-      if (thread == 0) {
-        if (failed != 0) shared.again = samples;
-        shared.judged.arrive();
-      }
-      if (failed != 0) {
         meet();
-        cut_lists();  // not later, as that would raise their bounds from NaN
-        __syncwarp();
+        count = a.most;
+      } while (!last);
+      more = sampled || (pass == kKeysOfAll && failed != 0);
+      if (sampled) {
+        if (!careful) growth = uniform(read(shared.growth));
+      } else if (more) {
         for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
           bool const empty = failed >> q & 1;
           if (lane == 0) shared.bounds[q] = empty ? -INFINITY : NAN;
           if (lane == 0 && empty) shared.counts[count_at(q)] = 0;
         }
-        if (thread < 2) shared.fullest[thread] = 0;
         meet();
-        run(item.begin, 1, item.steps, steps_after(a.most));
       }
-    }
+      ++pass;
+    } while (more);
+    __syncwarp();
     for (int q = warp; q < kQueries; q += Traits::kScoreWarps) {
       if (q >= a.rows.tile_rows || item.query + q >= a.p.tokens) continue;
       Candidate* const list = list_of(q);
-      int count = read(shared.counts[count_at(q)]);
-      if (count > a.kept) cut(list, count, a.kept, a.kept, shared.bins[warp]);
+      int const count = read(shared.counts[count_at(q)]);
       Sight const s = shared.sights[q];
-      int* const sorted = reinterpret_cast<int*>(list + a.kept);
-      sort_indices(list, count, s.first, s.first + s.count, shared.bins[warp], sorted);
       int32_t* const out = a.p.indices + (item.batch * a.p.tokens + item.query + q) * a.p.topk;
-      for (int64_t i = lane; i < a.p.topk; i += 32) out[i] = i < count ? sorted[i] - s.first : -1;
+      // Behind the candidates there is room for what is sorted and for bits; in memory neither is worth it.
+      int32_t* const sorted = Traits::kListsHere ? reinterpret_cast<int32_t*>(list + a.kept) : out;
+      constexpr int kSpare = sizeof(shared.queries) / Traits::kScoreWarps;
+      int const behind = a.kept + (a.kept + 1) / 2;
+      auto* const words = Traits::kListsHere ? reinterpret_cast<uint64_t*>(list + behind)
+                                             : reinterpret_cast<uint64_t*>(shared.queries[0] + warp * kSpare);
+      int const bytes =
+          Traits::kListsHere ? (a.capacity - behind) * static_cast<int>(sizeof(Candidate)) : kSpare;
+      int const most = min(bytes / 256, 16), per_lane = most > 4 ? (most - 1) | 1 : most;  // by banks
+      sort_indices(list, count, s.first, s.first + s.count, words, per_lane, shared.bins[warp], sorted);
+      for (int64_t i = lane; i < a.p.topk; i += 32) {
+        if (Traits::kListsHere || i >= count) out[i] = i < count ? sorted[i] : -1;
+      }
       __syncwarp();
     }
   }
