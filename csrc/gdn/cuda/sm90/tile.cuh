@@ -231,6 +231,39 @@ __device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileSca
   }
 }
 
+// The same of both chunks, in a loop whose loads come first, because the compiler keeps them behind stores.
+// What is not below the diagonal is not read.
+__device__ __forceinline__ void store_both_correlations(float (&kk)[kTileChunks][kChunk / 2],
+                                                        TileScalars const& s, TileScratch& scratch,
+                                                        bool normalised, int first, int lane) {
+#pragma unroll 1
+  for (int c = 0; c < kTileChunks; ++c) {
+    int const row = first + lane / 4, col = 2 * (lane % 4);
+    float factors[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const b = s.strength[c * kChunk + row + 8 * half], own = s.k_norm[c * kChunk + row + 8 * half];
+      factors[half] = normalised ? b * own : __fdividef(b, own);
+    }
+    float2 norm[kChunk / 8];
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n)
+      norm[n] = *reinterpret_cast<float2 const*>(s.k_norm + c * kChunk + 8 * n + col);
+    float* const m = scratch.inverse[c] + row * kInverseRow + col;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n) {
+        *reinterpret_cast<float2*>(m + 8 * half * kInverseRow + 8 * n) =
+            float2{factors[half] * norm[n].x * kk[0][4 * n + 2 * half],
+                   factors[half] * norm[n].y * kk[0][4 * n + 2 * half + 1]};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) kk[0][j] = kk[1][j];
+  }
+}
+
 // P of a warp's 16 rows, to block (c, c) of a tile, or with `odd` to the other one there.
 __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& s, char* tile, int odd,
                                     int chunk, int half_row, int lane) {
@@ -318,9 +351,14 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
     request();
     arrive_at_named_barrier(barrier + 2, kWarpgroup);
     named_barrier(barrier + 1, kWarpgroup / 2);
+    // Where helpers hold the states up, a shorter way to the inverse counts; else the states beside it do.
+    if constexpr (kKeyDim > 128) {
+      store_both_correlations(products, s, scratch, p.qk_l2norm, half_row, lane);
+    } else {
 #pragma unroll
-    for (int c = 0; c < kTileChunks; ++c)
-      store_correlations(products[c], s, scratch.inverse[c], p.qk_l2norm, c, half_row, lane);
+      for (int c = 0; c < kTileChunks; ++c)
+        store_correlations(products[c], s, scratch.inverse[c], p.qk_l2norm, c, half_row, lane);
+    }
     named_barrier(barrier + 1, kWarpgroup / 2);
     if (kFolds && !p.qk_l2norm) s.strength[thread] = __fdividef(s.strength[thread], s.k_norm[thread]);
     invert_32(scratch.inverse[half], lane);
