@@ -234,6 +234,7 @@ def prefill_case(name: str, T: int, dtype: torch.dtype, device: torch.device) ->
         return call
 
     def plain(x: Tensors, rule: DeltaRule, dtype_: torch.dtype = dtype) -> Call:
+        forget(memories)
         model = PlainModel(in_dtype(build(name, dtype, device), dtype_), rule)
         return torch.no_grad()(lambda: {"o": model(x["ids"], keep=1)})
 
