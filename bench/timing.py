@@ -152,9 +152,11 @@ class Ceilings:
 
     def floor(self, flops: float, moved: float, dtype: torch.dtype) -> float:
         """Least seconds for ``flops`` matrix FLOPs in ``dtype`` and ``moved`` bytes; the copy rate is that of the
-        nearest measured working set, so data that fit in a cache are held against the cache."""
-        rate = self.copy[min(self.copy, key=lambda size: abs(math.log(size / moved)))]
-        return max(flops / self.matmul[str(dtype)], moved / rate)
+        nearest measured working set, so data that fit in a cache are held against the cache. Half precision is no
+        slower than float32, to which it can be converted (a CPU may have no instructions for it)."""
+        copy = self.copy[min(self.copy, key=lambda size: abs(math.log(size / moved)))]
+        matmul = max(self.matmul[str(dtype)], self.matmul["torch.float32"])
+        return max(flops / matmul, moved / copy)
 
 
 def measure_ceilings(device: torch.device, rounds: int = 10) -> Ceilings:

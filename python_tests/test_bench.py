@@ -262,6 +262,12 @@ def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
     assert isinstance(failures["fails"], ZeroDivisionError)
 
 
+def test_the_floor_of_bfloat16_is_not_above_that_of_float32():
+    slow = timing.Ceilings({1 << 20: 1e10}, {"torch.float32": 1e11, "torch.bfloat16": 1e9})
+    assert slow.floor(1e9, 1.0, torch.bfloat16) == slow.floor(1e9, 1.0, torch.float32) == 1e-2
+    assert CEILINGS.floor(1e9, 1.0, torch.bfloat16) == 5e-3
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("graph", [False, True])
 def test_cuda_clock_times_short_and_long_calls_alike(graph: bool):
