@@ -167,12 +167,16 @@ def measure_ceilings(device: torch.device, rounds: int = 10) -> Ceilings:
         call = clock.prepare(call)
         return min(clock.sample(call) for _ in range(rounds))
 
-    copy, matmul = {}, {}
+    copy: dict[int, float] = {}
+    matmul: dict[str, float] = {}
     for size in [4 << 30] if device.type == "cuda" else [2 << 20, 32 << 20, 512 << 20]:
         source, target = torch.zeros(2, size // 2, dtype=torch.uint8, device=device)
         copy[size] = size / best(lambda s=source, t=target: t.copy_(s))  # type: ignore[misc]
-    n = 8192 if device.type == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        matmul[str(dtype)] = 2 * n**3 / best(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        for n in [8192] if device.type == "cuda" else [512, 2048]:
+            a, b = torch.randn(2, n, n, device=device).to(dtype)
+            seconds = best(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+            matmul[str(dtype)] = max(matmul.get(str(dtype), 0), 2 * n**3 / seconds)
+            if seconds > 0.1:  # without instructions for the dtype the larger one takes minutes
+                break
     return Ceilings(copy, matmul)
