@@ -2,6 +2,7 @@
 // takes keys of its own with a softmax of its own, the block joins them, a second kernel joins the parts.
 #pragma once
 
+#include "common/cuda/softmax.cuh"
 #include "dsa/cuda/portable/rows.cuh"
 
 namespace lt2::dsa::portable {
@@ -31,8 +32,6 @@ struct AttentionUnit {
     heads = static_cast<int>(min(group - first, int64_t{most}));
   }
 };
-
-__device__ inline float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
 
 template <class T, int kLanes, int kHeads>
 __global__ void __launch_bounds__(kThreads)

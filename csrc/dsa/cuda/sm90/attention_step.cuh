@@ -9,8 +9,7 @@
 
 #include "common/cuda/cluster.cuh"
 #include "common/cuda/overlap.cuh"
-#include "common/cuda/sm90/tma.cuh"
-#include "dsa/cuda/portable/gather.cuh"
+#include "dsa/cuda/sm90/key_tile.cuh"
 
 namespace lt2::dsa::sm90::step {
 
@@ -31,8 +30,6 @@ struct Shared {
   Barrier full[kWarps][kStages], joining;
   // then where kCluster the parts of outputs of all blocks, [blocks, heads kDim / blocks]
 };
-
-__device__ __forceinline__ float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
 
 // kCluster: of more than one block.
 template <class T, int kDim, int kStages, bool kCluster>
@@ -72,30 +69,9 @@ __global__ void __launch_bounds__(kThreads, kStages == 2 ? 3 : 2)
     return portable::selected_key(p, indices, seen,
                                   lane < kKeys ? int64_t{own + i * stride} * kKeys + lane : p.topk);
   };
-  // Returns which keys there are.
   auto const load = [&](int stage, int key) {
-    unsigned const present = __ballot_sync(0xffffffffu, key >= 0);
-    if constexpr (kCluster) {
-      Barrier& full = shared.full[warp][stage];
-      if (lane == 0) full.arrive_expecting(__popc(present) * 4 * kDim);
-      int const r = lane % kKeys, which = lane / kKeys, number = __shfl_sync(0xffffffffu, key, r);
-      char* const to = shared.rows[warp][stage][which] + Tile::offset(r, 0);
-      __syncwarp();
-      if (number >= 0) {
-        load_bytes(to, which == 0 ? k + number * p.k.token : v + number * p.v.token, 2 * kDim, full);
-      } else {
-        for (int c = 0; c < kChunks; ++c) *reinterpret_cast<uint4*>(to + 16 * c) = uint4{};
-        fence_async_shared();
-      }
-    } else {
-#pragma unroll 1
-      for (int which = 0; which < 2; ++which) {
-        Tile::copy(shared.rows[warp][stage][which], which == 0 ? k : v, which == 0 ? p.k.token : p.v.token,
-                   key, lane);
-      }
-      portable::commit_copies();
-    }
-    return present;
+    return load_key_tile<kCluster, Tile>(shared.rows[warp][stage], shared.full[warp][stage], k, p.k.token, v,
+                                         p.v.token, key, lane);
   };
   int ahead[kStages + 1];
   unsigned present[kStages];
@@ -108,48 +84,8 @@ __global__ void __launch_bounds__(kThreads, kStages == 2 ? 3 : 2)
 
   uint32_t q[kDim / 16][4];  // rows are heads
   Tile::load_fragments(q, portable::row_of<T const>(p.q, row, token, first_head), p.q.head, heads, lane);
-  float o[kChunks][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+  RunningSoftmax<T, Tile> softmax;
   float const scale = p.scale * portable::kLog2E;
-
-  auto const attend = [&](int stage, unsigned present) {
-    float s[2][4] = {};
-    Tile::template multiply<T>(s, q, shared.rows[warp][stage][0], lane);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!(present >> (8 * n + 2 * (lane % 4) + e % 2) & 1)) s[n][e] = -INFINITY;
-      }
-    }
-    float decay[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest =
-          fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      highest = fmaxf(highest, top[half]);
-      float const base = finite_or_zero(highest) * scale;
-      decay[half] = exp2f(top[half] * scale - base);
-      top[half] = highest;
-      sum[half] *= decay[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[n][2 * half + e];
-          x = exp2f(x * scale - base);
-          sum[half] += x;
-        }
-      }
-    }
-    uint32_t a[4];
-    portable::pack_fragments<T>(a, s);
-    Tile::template accumulate<T>(o, a, shared.rows[warp][stage][1], lane, [&](float (&x)[4]) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= decay[e / 2];
-    });
-  };
   int stage = 0;
   [[maybe_unused]] uint32_t parity = 0;
 #pragma unroll 1
@@ -160,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kStages == 2 ? 3 : 2)
       portable::wait_copies_but<kStages - 1>();
     }
     __syncwarp();
-    attend(stage, present[0]);
+    softmax.add(q, shared.rows[warp][stage], present[0], scale, lane);
     __syncwarp();
 #pragma unroll
     for (int j = 1; j < kStages; ++j) present[j - 1] = present[j];
@@ -175,15 +111,14 @@ __global__ void __launch_bounds__(kThreads, kStages == 2 ? 3 : 2)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const h = lane / 4 + 8 * half;
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    softmax.close(half);
     if (h >= heads) continue;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      *reinterpret_cast<float2*>(&shared.parts[warp][h][8 * c + 2 * (lane % 4)]) = {o[c][2 * half],
-                                                                                    o[c][2 * half + 1]};
+      *reinterpret_cast<float2*>(&shared.parts[warp][h][8 * c + 2 * (lane % 4)]) = {
+          softmax.o[c][2 * half], softmax.o[c][2 * half + 1]};
     }
-    if (lane % 4 == 0) shared.totals[warp][h] = {top[half], sum[half]};
+    if (lane % 4 == 0) shared.totals[warp][h] = {softmax.top[half], softmax.sum[half]};
   }
   __syncthreads();
   // Out of `count` parts: the value, top and sum.

@@ -9,6 +9,7 @@
 #include "common/cuda/mma.cuh"
 #include "common/cuda/overlap.cuh"
 #include "common/cuda/reduce.cuh"
+#include "common/cuda/softmax.cuh"
 #include "loop_state/cuda/portable/sight.cuh"
 
 namespace lt2::loop_state::portable {
@@ -63,7 +64,6 @@ __device__ inline int64_t part_count(DecodeParams const& p, Sight const& sight) 
   return max(int64_t{1}, (keys + part - 1) / part);
 }
 
-__device__ inline float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
 constexpr float kLog2E = 1.44269504f;
 
 // acc [kRows x kDim] += a v, of rows only where `take` says so.

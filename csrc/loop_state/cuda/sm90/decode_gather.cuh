@@ -9,8 +9,7 @@
 
 #include "common/cuda/cluster.cuh"
 #include "common/cuda/overlap.cuh"
-#include "common/cuda/sm90/tma.cuh"
-#include "dsa/cuda/portable/gather.cuh"
+#include "dsa/cuda/sm90/key_tile.cuh"
 #include "loop_state/cuda/portable/sight.cuh"
 
 namespace lt2::loop_state::sm90 {
@@ -37,8 +36,6 @@ struct GatherShared {
   Barrier full[kGatherWarps][kStages], joining;
   // then of all parts float2 [parts, heads], top and sum, and float [parts, share + kShareSkew]
 };
-
-__device__ __forceinline__ float finite_or_zero(float x) { return x == -INFINITY ? 0.f : x; }
 
 // kCluster: of more than one block. Then the copy engine copies rows, else all lanes together.
 template <class T, int kDim, bool kCluster>
@@ -82,31 +79,9 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
     int const key = i < tiles && lane < kTileKeys && at < p.topk ? list[at] : -1;
     return key < sight.keys ? key : -1;
   };
-  // Returns which keys there are.
   auto const load = [&](int stage, int key) {
-    unsigned const present = __ballot_sync(0xffffffffu, key >= 0);
-    auto& rows = shared.rows[warp][stage];
-    if constexpr (kCluster) {
-      Barrier& full = shared.full[warp][stage];
-      if (lane == 0) full.arrive_expecting(__popc(present) * 4 * kDim);
-      int const r = lane % kTileKeys, which = lane / kTileKeys;
-      int64_t const number = __shfl_sync(0xffffffffu, key, r);
-      char* const to = rows[which] + Tile::offset(r, 0);
-      __syncwarp();
-      if (number >= 0) {
-        load_bytes(to, which == 0 ? k + number * p.k.token : v + number * p.v.token, 2 * kDim, full);
-      } else {
-        for (int c = 0; c < kChunks; ++c) *reinterpret_cast<uint4*>(to + 16 * c) = uint4{};
-        fence_async_shared();
-      }
-    } else {
-#pragma unroll 1
-      for (int which = 0; which < 2; ++which) {
-        Tile::copy(rows[which], which == 0 ? k : v, which == 0 ? p.k.token : p.v.token, key, lane);
-      }
-      dsa::portable::commit_copies();
-    }
-    return present;
+    return dsa::sm90::load_key_tile<kCluster, Tile>(shared.rows[warp][stage], shared.full[warp][stage], k,
+                                                    p.k.token, v, p.v.token, key, lane);
   };
   int ahead[kStages + 1];
   unsigned present[kStages];
@@ -119,48 +94,8 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
   uint32_t q[kDim / 16][4];  // rows are heads
   Tile::load_fragments(q, static_cast<T const*>(p.q) + (query * p.query_heads + int64_t{head} * heads) * kDim,
                        kDim, heads, lane);
-  float o[kChunks][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+  dsa::sm90::RunningSoftmax<T, Tile> softmax;
   float const scale = p.scale * dsa::portable::kLog2E;
-
-  auto const attend = [&](int stage, unsigned present) {
-    float s[2][4] = {};
-    Tile::template multiply<T>(s, q, shared.rows[warp][stage][0], lane);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!(present >> (8 * n + 2 * (lane % 4) + e % 2) & 1)) s[n][e] = -INFINITY;
-      }
-    }
-    float decay[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest =
-          fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      highest = fmaxf(highest, top[half]);
-      float const base = finite_or_zero(highest) * scale;
-      decay[half] = exp2f(top[half] * scale - base);
-      top[half] = highest;
-      sum[half] *= decay[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[n][2 * half + e];
-          x = exp2f(x * scale - base);
-          sum[half] += x;
-        }
-      }
-    }
-    uint32_t a[4];
-    dsa::portable::pack_fragments<T>(a, s);
-    Tile::template accumulate<T>(o, a, shared.rows[warp][stage][1], lane, [&](float (&x)[4]) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= decay[e / 2];
-    });
-  };
   auto const deliver = [&](auto* to, auto const& x, int block) {
     if constexpr (kCluster) {
       send(to, x, shared.joining, block);
@@ -175,20 +110,16 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const h = lane / 4 + 8 * half;
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+      softmax.close(half);
       if (h < heads) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
-          staged[(h * kChunks + c) * 4 + lane % 4] = {o[c][2 * half], o[c][2 * half + 1]};
+          staged[(h * kChunks + c) * 4 + lane % 4] = {softmax.o[c][2 * half], softmax.o[c][2 * half + 1]};
         for (int r = lane % 4; r < cut.blocks; r += 4)
-          deliver(totals + part * heads + h, float2{top[half], sum[half]}, r);
+          deliver(totals + part * heads + h, float2{softmax.top[half], softmax.sum[half]}, r);
       }
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) o[c][2 * half] = o[c][2 * half + 1] = 0.f;
-      top[half] = -INFINITY;
-      sum[half] = 0.f;
     }
+    softmax = {};
     __syncwarp();
 #pragma unroll 1
     for (int i = lane; i < heads * kDim / 2; i += kWarp) {
@@ -209,7 +140,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       dsa::portable::wait_copies_but<kStages - 1>();
     }
     __syncwarp();
-    attend(stage, present[0]);
+    softmax.add(q, shared.rows[warp][stage], present[0], scale, lane);
     __syncwarp();
     if (i % kPartTiles == kPartTiles - 1) {
       finish(own + i / kPartTiles * apart, stage);
