@@ -271,13 +271,20 @@ def test_the_floor_of_bfloat16_is_not_above_that_of_float32():
 @pytest.mark.cuda
 @pytest.mark.parametrize("graph", [False, True])
 def test_cuda_clock_times_short_and_long_calls_alike(graph: bool):
-    """About 0.1 ms, timed twenty at a time, and 20 times as much, timed one by one."""
+    """About 0.1 ms, timed twenty at a time, and 20 times as much, timed one by one. Other processes may use the GPU at
+    times: of more samples the least are undisturbed."""
     clock = timing.CudaClock(graph)
     short, long = (clock.prepare(lambda cycles=n: torch.cuda._sleep(cycles)) for n in (200_000, 4_000_000))
     assert clock.repeats[short] == ((1, 20) if graph else (20, 1))
     assert clock.repeats[long] == (1, 1)
-    ratio = min(clock.sample(long) for _ in range(3)) / min(clock.sample(short) for _ in range(3))
-    assert 17 < ratio < 23
+    samples: dict[timing.Call, list[float]] = {short: [], long: []}
+    for _ in range(60):
+        for call, seconds in samples.items():
+            seconds.append(clock.sample(call))
+        ratio = min(samples[long]) / min(samples[short])
+        if len(samples[long]) >= 3 and 17 < ratio < 23:
+            return
+    pytest.fail(f"the long call took {ratio} times as long as the short one")
 
 
 @pytest.mark.cuda
