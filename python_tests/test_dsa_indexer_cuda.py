@@ -52,17 +52,22 @@ def test_a_step_over_many_keys(indexer, HI, DI, S, topk):
 
 
 @pytest.mark.parametrize("T", [1, 130, 2200])
-@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "sawtooth", "steep"])
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "sawtooth", "steep", "narrow", "infinite"])
 def test_orders_of_scores(indexer, order, T):
-    """Each key better than all before it; the best first; all alike; far better at the end."""
+    """Each key better than all before it; the best first; all alike; far better at the end; all about the same."""
     S = 6000
     rank = torch.arange(S)
     steep = rank // 8 + 300 * (rank - 5200).clamp(min=0)
-    rank = {"ascending": rank, "descending": -rank, "equal": 0 * rank, "sawtooth": rank % 97, "steep": steep}[order]
+    orders = {"ascending": rank, "descending": -rank, "equal": 0 * rank, "steep": steep, "narrow": rank * 31 % 499}
+    rank = orders.get(order, rank % 97)
     q = torch.zeros(1, T, 1, 64)
-    q[..., :3] = 1
+    q[..., :4] = 1
     k = torch.zeros(1, S, 64)
     k[0, :, 0], k[0, :, 1], k[0, :, 2] = rank // 4096 * 4096, rank % 4096 // 64 * 64, rank % 64
+    if order == "narrow":
+        k[..., 3] = 2**21
+    if order == "infinite":
+        k[0, ::7, 3], k[0, ::5, 3] = torch.inf, -torch.inf
     for topk in (1, 100, 512, 2048):
         check_exact(indexer, {"q_idx": q.to(BF16), "k_idx": k.to(BF16)}, topk=topk, activation=None, scale=1.0)
 

@@ -42,13 +42,12 @@ struct Item {
   int inner_begin, inner_end;  // keys that all queries see that see any
 };
 
-// Keys begin .. end - 1 of a tile. All lanes call; own is that of query `lane`.
-__device__ inline Item find_item(IndexerParams const& p, ScoreRows const& rows, int64_t local_tile,
+// Keys begin .. end - 1 of the tile from a query on. All lanes call; own is that of query `lane`.
+__device__ inline Item find_item(IndexerParams const& p, ScoreRows const& rows, int64_t batch, int64_t query,
                                  int64_t begin, int64_t end, Sight& own) {
-  int64_t const tile = rows.first_tile + local_tile;
   Item item;
-  item.batch = tile / rows.row_tiles;
-  item.query = tile % rows.row_tiles * rows.tile_rows;
+  item.batch = batch;
+  item.query = query;
   int const q = threadIdx.x % 32;
   bool const exists = q < rows.tile_rows && item.query + q < p.tokens;
   own = exists ? portable::sight(p, item.batch, item.query + q) : Sight{0, 0};
@@ -171,7 +170,7 @@ __device__ __forceinline__ void add_heads(IndexerParams const& p, typename Trait
   float sum = scores[0][0] + scores[0][1];
 #pragma unroll
   for (int g = 1; g < kGroups; ++g) sum += scores[g][0] + scores[g][1];
-  if (p.relu && fabsf(sum) < INFINITY) return;
+  if (fabsf(sum) < (p.relu ? INFINITY : 0.f)) return;
   // Linear, or something is infinite or NaN.
   float const least = p.relu ? 0.f : -INFINITY;
 #pragma unroll
@@ -239,7 +238,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (number >= items) continue;
     int64_t const local_tile = number / a.spans, begin = number % a.spans * a.span;
     Sight sight;
-    Item const item = find_item(a.p, a.rows, local_tile, begin, begin + a.span, sight);
+    int64_t const tile = a.rows.first_tile + local_tile;
+    Item const item = find_item(a.p, a.rows, tile / a.rows.row_tiles,
+                                tile % a.rows.row_tiles * a.rows.tile_rows, begin, begin + a.span, sight);
     if (item.steps == 0) continue;
     auto const load = [&](int i) {
       if (!loads || i >= item.steps) return;

@@ -25,10 +25,10 @@ struct SelectLaunch {
 };
 
 // Queries of one tile and all keys that they see; those with most keys are the first items.
-__device__ inline Item find_item(SelectLaunch const& a, int64_t number, Sight& own) {
-  int64_t const batches = a.rows.tiles / a.rows.row_tiles;
-  int64_t const tile = number % batches * a.rows.row_tiles + (a.rows.row_tiles - 1 - number / batches);
-  return find_item(a.p, a.rows, tile, 0, INT32_MAX, own);
+__device__ inline Item find_item(SelectLaunch const& a, uint32_t number, Sight& own) {
+  auto const batches = static_cast<uint32_t>(a.p.batch);
+  int64_t const query = (a.rows.row_tiles - 1 - number / batches) * a.rows.tile_rows;
+  return find_item(a.p, a.rows, number % batches, query, 0, INT32_MAX, own);
 }
 
 // A sample of the keys, evenly spread, passes before all keys. It tells what a query's topk-th best score may
@@ -50,6 +50,11 @@ __device__ inline Sample sample_of(SelectLaunch const& a, Item const& item) {
   return sample;
 }
 
+struct Job {  // a tile
+  Item item;
+  Sample sample;
+};
+
 template <class T>
 __device__ __forceinline__ T read(T const& x) {
   return *static_cast<T const volatile*>(&x);
@@ -60,12 +65,6 @@ __device__ __forceinline__ void red_max(int* to, int x) {
 
 // Counts of two queries of a lane are in one word, so that one atomic addition gets room in both lists.
 __device__ constexpr int count_at(int q) { return q / 8 * 8 + q % 4 * 2 + q / 4 % 2; }
-__device__ __forceinline__ uint32_t reserve(uint32_t counter, uint32_t n) {
-  uint32_t at;
-  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(at) : "r"(counter), "r"(n) : "memory");
-  return at;
-}
-
 // kListsHere: lists are in shared memory, as the compiler knows; else they may be.
 template <class T, int kDim_, int kHeads_, bool kListsHere_ = false>
 struct SelectTraits : TileTraits<T, kDim_, kHeads_> {
@@ -80,19 +79,19 @@ struct SelectTraits : TileTraits<T, kDim_, kHeads_> {
   struct alignas(1024) Shared {
     unsigned char keys[kStages][kTiles][Tile::kHalves][kTileBytes];
     unsigned char queries[Tile::kHalves][Tile::kColumns * 128];
-    uint32_t bins[kScoreWarps][kBins + 1];
+    uint32_t bins[kScoreWarps][kBins + 4];
     uint32_t nobody[32];  // counts of lanes that append nothing, so that there is no branch
-    Item item;
-    Sample sample;
-    Sight sights[Tile::kQueries];
+    Job job, next;
+    Sight sights[Tile::kQueries], next_sights[Tile::kQueries];
     uint16_t counts[Tile::kQueries];  // of the lists, at count_at(query)
     float bounds[Tile::kQueries];     // scores from here on are wanted
     int fullest[2];                   // the longest list's count, as known at meetings in turn
     int growth;                       // of the lists in a step, three times what is expected
     uint32_t lost;                    // queries whose lists grew faster and were too short
     Barrier key_full[kStages], key_empty[kStages];
-    Barrier judged;  // an item with a sample has passed: whether its keys have to pass again
-    uint32_t again;  // number of the last item with a sample of which they have to
+    Barrier next_full, next_empty;
+    Barrier judged;  // an item has passed: whether its keys have to pass again
+    uint32_t again;  // number of the last item of which they have to, from 1 on
   };
 };
 
@@ -111,17 +110,26 @@ __device__ __forceinline__ void prefetch_queries(IndexerParams const& p, Item co
   }
 }
 
-// Keys of a tile's steps, by one thread.
+// Says what the next tile is, and loads the keys of its steps, by one thread.
 template <class Traits>
 __device__ void load_keys(SelectLaunch const& a, KeyMaps const& maps, typename Traits::Shared& shared) {
   Turn<Traits::kStages> keys;
-  uint32_t samples = 0;
-  for (int64_t round = 0; round * gridDim.x < a.rows.tiles; ++round) {
+  for (uint32_t round = 0; int64_t{round} * gridDim.x < a.rows.tiles; ++round) {
     int64_t const number = item_number(round);
     if (number >= a.rows.tiles) continue;
-    Sight sight;
-    Item const item = find_item(a, number, sight);
-    Sample const sample = sample_of(a, item);
+    shared.next_empty.wait(round % 2 ^ 1);
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane), "+r"(round));  // what follows from them is not worth registers
+    {
+      Sight sight;
+      Item const found = find_item(a, number, sight);
+      if (lane < Traits::kQueries) shared.next_sights[lane] = sight;
+      if (lane == 0) shared.next = {found, sample_of(a, found)};
+    }
+    __syncwarp();
+    if (lane == 0) shared.next_full.arrive();
+    Item const& item = shared.next.item;
+    Sample const& sample = shared.next.sample;
     prefetch_queries<Traits>(a.p, item);
     auto const load = [&](CUtensorMap const& map, int at, int steps) {
       for (int i = 0; i < steps; ++i, at += kKeys) {
@@ -137,12 +145,12 @@ __device__ void load_keys(SelectLaunch const& a, KeyMaps const& maps, typename T
         keys.advance();
       }
     };
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0) {
       if (sample.steps > 0) load(maps.sampled[sample.which], sample.first, sample.steps);
       load(maps.all, item.begin, item.steps);
       if (sample.steps > 0) {
-        shared.judged.wait(samples++ & 1);
-        if (read(shared.again) == samples) load(maps.all, item.begin, item.steps);
+        shared.judged.wait(round % 2);
+        if (read(shared.again) == round + 1) load(maps.all, item.begin, item.steps);
       }
     }
     __syncwarp();
@@ -184,15 +192,14 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
   uint32_t const counter = shared_address(&shared.counts[count_at(own) & ~1]);
   uint32_t const nobody = shared_address(&shared.nobody[lane]);
   Turn<Traits::kStages> keys;
-  uint32_t samples = 0;
   bool careful = false;  // lists grew faster than the sample said
-  for (int round = 0; round * int64_t{gridDim.x} < a.rows.tiles; ++round) {
+  for (uint32_t round = 0; int64_t{round} * gridDim.x < a.rows.tiles; ++round) {
     if (item_number(round) >= a.rows.tiles) continue;
     meet();  // nobody reads what belongs to the last item any more
     if (warp == 0) {
-      Sight sight;
-      Item const found = find_item(a, item_number(round), sight);
+      shared.next_full.wait(round % 2);
       if (lane < kQueries) {
+        Sight const sight = shared.next_sights[lane];
         shared.sights[lane] = sight;
         shared.counts[count_at(lane)] = 0;
         shared.bounds[lane] = sight.count > 0 ? -INFINITY : NAN;
@@ -200,13 +207,14 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
       if (lane < 2) shared.fullest[lane] = 0;
       if (lane == 0) {
         shared.growth = shared.lost = 0;
-        shared.item = found;
-        shared.sample = sample_of(a, found);
+        shared.job = shared.next;
       }
+      __syncwarp();
+      if (lane == 0) shared.next_empty.arrive();
     }
     meet();
-    Item const& item = shared.item;
-    Sample const& sample = shared.sample;
+    Item const& item = shared.job.item;
+    Sample const& sample = shared.job.sample;
     load_queries<Traits, Traits::kScoreThreads>(a.p, a.rows, item, shared.queries);
     typename Traits::Weights weights;
     load_weights<Traits>(a.p, a.rows, item, own, weights);
@@ -311,15 +319,14 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
           reach = min(2 * reach, kMostUnmet);
         }
         last = steps == 0;
-        if (pass == kKeysOfAll && last && sample_steps > 0) {
+        if (pass == kKeysOfAll && last) {
           bool const guessed = lane < kQueries && read(shared.bounds[lane]) > -INFINITY;
           int const found = read(shared.counts[count_at(lane % kQueries)]);
           unsigned const lost = __ballot_sync(kAll, found > a.capacity) | read(shared.lost);
           careful |= lost != 0;
           failed = __ballot_sync(kAll, guessed && found < a.kept) | lost;
-          ++samples;
           if (thread == 0) {
-            if (failed != 0) shared.again = samples;
+            if (failed != 0) shared.again = round + 1;
             shared.judged.arrive();
           }
         }
@@ -340,10 +347,10 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
             left = 0;
             if (lane == 0) shared.bounds[q] = NAN, atomicOr(&shared.lost, 1u << q);
           } else if (count > most) {
-            Bound const bound = find_bound(list_of(q), count, k, most, shared.bins[warp]);
-            if (!sampled) left = keep(list_of(q), count, bound, shared.bins[warp]);
-            // Later keys that equal the last one lose.
-            if (lane == 0) shared.bounds[q] = portable::score_of(bound.low + !sampled);
+            constexpr int kRows = Traits::kListsHere ? 8 : 12;
+            Bound bound = find_bound<kRows>(list_of(q), count, k, most, shared.bins[warp]);
+            if (!sampled) left = keep<8, Traits::kListsHere>(list_of(q), count, bound, shared.bins[warp]);
+            if (lane == 0) shared.bounds[q] = bound.score;
           }
           __syncwarp();
           if (lane == 0) shared.counts[count_at(q)] = left;
@@ -396,6 +403,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(bytes);
   if (threadIdx.x == 0) {
     shared.judged.init(1);
+    shared.next_full.init(1);
+    shared.next_empty.init(1);
     shared.again = 0;
     for (int i = 0; i < Traits::kStages; ++i) {
       shared.key_full[i].init(1);
