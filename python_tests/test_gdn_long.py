@@ -59,8 +59,9 @@ def test_equal_keys(device, K, V, dtype):
 
 @pytest.mark.parametrize(
     "offsets", [(0, 0, 1, 64, 65, 300, 1900, 2931, 3000), (0, 2500, 2500, 2999, 3000), (0, 3000), (7, 2990)])
-def test_varlen(device, offsets):
-    x = long_inputs(device, sequences=len(offsets) - 1, gate="zero")
+@pytest.mark.parametrize("K, V", [(128, 128), (192, 192)])
+def test_varlen(device, offsets, K, V):
+    x = long_inputs(device, sequences=len(offsets) - 1, K=K, V=V, gate="zero")
     x["v"][:, : offsets[0]] = x["v"][:, offsets[-1] :] = torch.nan  # of no sequence
     check_outputs_within(x, offsets)
 

@@ -9,6 +9,13 @@ namespace lt2::cuda::sm90 {
 
 inline constexpr int kWarpgroup = 128;
 
+// Where `p` of this block's shared memory is in that of block `rank` of the cluster.
+__device__ inline uint32_t address_of_rank(void const* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+
 // A barrier in shared memory. Its n-th completion, n = 0, 1, .., is awaited with parity n & 1.
 struct Barrier {
   uint64_t word;
@@ -24,6 +31,17 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
                  "r"(bytes)
                  : "memory");
+  }
+  // The same of this barrier in block `rank` of the cluster.
+  __device__ void arrive_at(int rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_of_rank(this, rank))
+                 : "memory");
+  }
+  __device__ void arrive_expecting_at(int rank, uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(address_of_rank(this, rank)),
+        "r"(bytes)
+        : "memory");
   }
   // Whether that phase is complete, without waiting for it.
   __device__ bool test(uint32_t parity) {
@@ -50,14 +68,20 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
+  // After arrivals of other blocks of the cluster.
+  __device__ void wait_for_cluster(uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
 };
 
-// Where `p` of this block's shared memory is in that of block `rank` of the cluster.
-__device__ inline uint32_t address_of_rank(void const* p, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
-  return address;
-}
 // x on its way to `to` in the shared memory of block `rank`, as bytes that its barrier expects. Only of
 // kernels that were launched in clusters of more than one block, after all blocks have initialised their
 // barriers.
@@ -77,6 +101,15 @@ __device__ inline void send(T* to, T const& x, Barrier& arrived, int rank) {
         "r"(words[0]), "r"(words[1]), "r"(address_of_rank(&arrived, rank))
         : "memory");
   }
+}
+
+// Contiguous bytes, a multiple of 16, to the same place in block `rank`, whose barrier expects them.
+__device__ inline void send_bytes(void const* from, uint32_t bytes, Barrier& arrived, int rank) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          address_of_rank(from, rank)),
+      "r"(shared_address(from)), "r"(bytes), "r"(address_of_rank(&arrived, rank))
+      : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine; before the block's first synchronisation.

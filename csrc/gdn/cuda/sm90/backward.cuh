@@ -135,7 +135,7 @@ struct BackwardMaps {
 // Zeroes what a tensor map loaded of the rows that follow the sequence. Threads of one warpgroup.
 template <int kTiles>
 __device__ __forceinline__ void clear_tail(char* tiles, int count, int thread) {
-  if (thread >= count && thread < kTileSide) clear_row<kTiles, kTileBytes>(tiles, thread);
+  if (thread >= count && thread < kTileSide) clear_row<kTiles>(tiles, thread);
   fence_async_shared();
 }
 

@@ -296,8 +296,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
     __syncthreads();
   }
   float const norm =
-      p.qk_l2norm ? row_norm<T, Traits::kKeyTiles, kTileBytes>(thread < kChunk ? k : q, thread % kChunk)
-                  : 1.f;
+      p.qk_l2norm ? row_norm<T, Traits::kKeyTiles>(thread < kChunk ? k : q, thread % kChunk) : 1.f;
   float const decay = s.log2_decay[thread % kChunk], last = s.log2_decay[kChunk - 1];
   if (thread < kChunk) {
     s.k_norm[thread] = norm;

@@ -1,5 +1,5 @@
 // The chunked forward pass: one block per segment of a sequence, value head and kSlices x 64 value columns.
-// Helper warpgroups load k and q, and prepare tiles of two chunks (tile.cuh) ahead of time; each state
+// Helpers load k and q, and prepare tiles of two chunks ahead of time (forward_helpers.cuh); each state
 // warpgroup keeps S^T [64 x K] of its columns in the registers that wgmma accumulates in, and chains the
 // products of a chunk through them:
 //   W = V - e^G K S;  U = T~ W;  O = scale e^G Q S + P U;  S <- e^(G_last) S + (e^(G_last - G) K)^T U
@@ -10,274 +10,9 @@
 // two; without kFolds it is a pair of bf16 that add up.
 #pragma once
 
-#include "gdn/cuda/sm90/segments.cuh"
+#include "gdn/cuda/sm90/forward_helpers.cuh"
 
 namespace lt2::gdn::sm90 {
-
-// What a launch computes: outputs and final states, or the maps of segments (segments.cuh).
-enum class Pass { kOutputs, kMaps };
-
-// Of segments and value heads: whose maps are of all tiles, and of the last ones only; and how many these
-// are.
-struct MapCounts {
-  int whole, cut, cut_tiles;
-};
-
-template <class T_, int kKeyDim_, int kSlices_, Pass kPass_ = Pass::kOutputs>
-struct ForwardTraits {
-  using T = T_;  // of q, k, v, o
-  static constexpr Pass kPass = kPass_;
-  static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
-  static constexpr int kSlices = kSlices_;  // state warpgroups, at most
-  static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
-  static constexpr int kHelpers =
-      kKeyDim == 192 && kSlices == 2 ? 1 : 2;  // warpgroups that prepare tiles, in turn
-  // Tiles of q and k, and of what is prepared of them.
-  static constexpr int kStages = 3, kPrepared = kHelpers == 2 ? 3 : 2;
-  // Whether k times what is left of a write lies in memory in fp16; there is no room for it beside long keys.
-  static constexpr bool kFolds = kKeyDim <= 128 && std::is_same_v<T, __nv_bfloat16>;
-  static constexpr int kThreads = (kSlices + kHelpers) * kWarpgroup;
-  // Registers a thread, where the helpers have to give up what the states need.
-  static constexpr bool kMovesRegisters = kThreads > 256;
-  static constexpr int kHelperRegisters = kSlices == 1 ? 144 : kKeyDim == 64 ? 104 : 88;
-  static constexpr int kStateRegisters = kSlices == 1 ? 216 : kKeyDim == 64 ? 152 : kHelpers == 2 ? 168 : 208;
-
-  struct Shared {
-    alignas(1024) char qk[kStages][kKeyTiles * kQkBytes];
-    char v[kSlices][2][kTileBytes];  // then the output of the same tile
-    char inverse[kPrepared][kTileBytes];
-    char scores[(kPrepared + 1) / 2][kTileBytes];        // of two tiles
-    char gains[2][kFolds ? kKeyTiles * kTileBytes : 1];  // of tile i % 2
-    TileScratch scratch[2];                              // of tile i % 2
-    TileScalars scalars[kPrepared];
-    MapCounts counts;
-    // read: of q and k; released: of all that is prepared of a tile.
-    Barrier loaded[kStages], read[kStages], released[kStages], prepared[kPrepared], v_loaded[kSlices][2];
-  };
-  static_assert(sizeof(Shared) <= 227 * 1024);
-};
-
-struct ForwardMaps {
-  CUtensorMap q, k, v, o;
-};
-
-struct ForwardLaunch {
-  Inputs p;
-  Strided o;
-  float* final_state;
-  Segments segments;
-  int units;           // sequences or segments, times value heads
-  int pairs, singles;  // blocks of a unit with two slices, and with one
-};
-
-// What a block works on: tiles of a segment, for a value head and some rows of S^T.
-struct ForwardUnit {
-  int row, begin, tokens;     // from the first tile on; no tiles where tokens is 0
-  int head, qk_head, column;  // value head, its query/key head, first value column; from V on they are of M
-  int slices;                 // of 64 columns
-  int tiles;
-  float const* initial;  // or null: zero, or the identity for M
-  float* final;          // or null
-  bool initial_v_first, final_v_first;
-
-  __device__ TileTokens tile(int i) const {
-    return {row, begin + i * kTileSide, min(tokens - i * kTileSide, kTileSide)};
-  }
-};
-
-// Whether the maps of whole segments take a block for each slice, `slices` a unit, or one for two, `groups` a
-// unit: what ends earlier, beside the ends of the other segments. By all threads of a block.
-template <class Traits>
-__device__ bool single_maps(ForwardLaunch const& a, MapCounts& counts, int slices, int groups,
-                            int value_groups) {
-  if (threadIdx.x == 0) counts = {};
-  __syncthreads();
-  int const tiles = static_cast<int>(a.segments.span / kTileSide);
-  int whole = 0, cut = 0, cut_tiles = 0;
-  for (int i = threadIdx.x; i < a.units; i += Traits::kThreads) {
-    int const first = a.segments.first_tiles[i];
-    whole += first == kWhole;
-    bool const cuts = first >= 0 && first < tiles;
-    cut += cuts;
-    cut_tiles += cuts ? tiles - first : 0;
-  }
-  whole = __reduce_add_sync(0xffffffffu, whole);
-  cut = __reduce_add_sync(0xffffffffu, cut);
-  cut_tiles = __reduce_add_sync(0xffffffffu, cut_tiles);
-  if (threadIdx.x % 32 == 0) {
-    atomicAdd(&counts.whole, whole);
-    atomicAdd(&counts.cut, cut);
-    atomicAdd(&counts.cut_tiles, cut_tiles);
-  }
-  __syncthreads();
-  float const rest = value_groups * (counts.cut * kStartTime + counts.cut_tiles * kTwoTime);
-  auto const time = [&](int blocks, float tile) {
-    float const one = tiles * tile + kStartTime;
-    return fmaxf(one, (counts.whole * blocks * one + rest) / kMultiprocessors);
-  };
-  return time(slices, kOneTime) < time(groups, kTwoTime);
-}
-
-template <class Traits>
-__device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
-  Inputs const& p = a.p;
-  constexpr int kKeyDim = Traits::kKeyDim, kSlices = Traits::kSlices, kKeyTiles = Traits::kKeyTiles;
-  constexpr bool kMaps = Traits::kPass == Pass::kMaps;
-  int const value_slices = p.value_dim / kTileSide;
-  int unit, first, slices;
-  bool of_keys = false, of_whole = false;
-  if constexpr (kMaps) {
-    auto const groups_of = [](int n, int width) { return (n + width - 1) / width; };
-    int const value_groups = groups_of(value_slices, kSlices), all = value_slices + kKeyTiles;
-    bool const singles =
-        kSlices > 1 &&
-        single_maps<Traits>(a, counts, all, value_groups + groups_of(kKeyTiles, kSlices), value_groups);
-    // Whole segments first: the others fill what they leave.
-    int block = blockIdx.x;
-    of_whole = block < a.units * all;
-    if (!of_whole) block -= a.units * all;
-    int const width = of_whole && singles ? 1 : kSlices, of_values = groups_of(value_slices, width);
-    int const groups = of_values + (of_whole ? groups_of(kKeyTiles, width) : 0);
-    unit = block / groups;
-    of_keys = block % groups >= of_values;
-    first = (block % groups - (of_keys ? of_values : 0)) * width;
-    slices = min(width, (of_keys ? kKeyTiles : value_slices) - first);
-  } else if (int const block = blockIdx.x - a.units * a.pairs; block < 0) {
-    unit = blockIdx.x / a.pairs;
-    first = blockIdx.x % a.pairs * kSlices;
-    slices = kSlices;
-  } else {
-    unit = block / a.singles;
-    first = a.pairs * kSlices + block % a.singles;
-    slices = 1;
-  }
-  int const column = (of_keys ? p.value_dim : 0) + first * kTileSide;
-  int const head = unit % p.value_heads, number = unit / p.value_heads;
-  Segment const segment = find_segment(p, a.segments.span, number);
-  int64_t const sequence_state = (int64_t{segment.sequence} * p.value_heads + head) * kKeyDim * p.value_dim;
-  int64_t const segment_head = int64_t{number} * p.value_heads + head;
-  int64_t const segment_state = segment_head * kKeyDim * p.value_dim;
-  bool const last = segment.index == segment.count - 1;
-  int begin = segment.begin, tokens = max(segment.tokens, 0);
-  float const* initial = nullptr;
-  float* final = nullptr;
-  bool initial_v_first = p.state_v_first, final_v_first = true;
-  if (segment.index == 0 && p.initial_state != nullptr) initial = p.initial_state + sequence_state;
-  if constexpr (!kMaps) {
-    if (segment.index > 0) {
-      initial = a.segments.starts + segment_state;
-      initial_v_first = true;
-    }
-    if (last && a.final_state != nullptr) final = a.final_state + sequence_state;
-    final_v_first = p.state_v_first;
-    if (segment.tokens < 0) final = nullptr;
-  } else {
-    bool const there = unit < a.units && segment.tokens >= 0 && !last;
-    int const first_tile = there ? a.segments.first_tiles[segment_head] : 0;
-    if (!there || (first_tile == kWhole) != of_whole || (of_keys && segment.index == 0)) {
-      tokens = 0;
-    } else if (of_keys) {
-      initial = nullptr;
-      final = a.segments.maps + segment_head * Traits::kKeyTiles * kTileSide * kKeyDim;
-    } else {
-      final = a.segments.ends + segment_state;
-      if (first_tile > 0) {
-        begin += first_tile * kTileSide;
-        tokens -= first_tile * kTileSide;
-        initial = nullptr;
-      }
-    }
-  }
-  return {segment.row,
-          begin,
-          tokens,
-          head,
-          head / (p.value_heads / p.heads),
-          column,
-          slices,
-          (tokens + kTileSide - 1) / kTileSide,
-          initial,
-          final,
-          initial_v_first,
-          final_v_first};
-}
-
-// A helper warpgroup: tiles `helper`, + kHelpers, ...
-template <class Traits>
-__device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
-                              ForwardMaps const& maps, ForwardUnit const& unit, int helper, int thread) {
-  using T = typename Traits::T;
-  constexpr int kTiles = Traits::kKeyTiles, kStages = Traits::kStages, kPrepared = Traits::kPrepared,
-                kHelpers = Traits::kHelpers;
-  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs, kFolds = Traits::kFolds;
-  auto const load_qk = [&](int i) {
-    TileTokens const t = unit.tile(i);
-    Barrier& loaded = shared.loaded[i % kStages];
-    loaded.arrive_expecting(kTiles * (kOutputs ? kQkBytes : kTileBytes));
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      char* to = shared.qk[i % kStages] + tile * kQkBytes;
-#pragma unroll 1
-      for (int c = 0; c < kTileChunks; ++c) {
-        load_tile(to, maps.k, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row, loaded);
-        if constexpr (kOutputs) {
-          load_tile(to + kHalfTileBytes, maps.q, tile * kTileSide, unit.qk_head, t.begin + c * kChunk, t.row,
-                    loaded);
-        }
-        to += kTileBytes;
-      }
-    }
-  };
-  auto const wait_read = [&](int i) { shared.read[i % kStages].wait((i / kStages) & 1); };
-  auto const wait_released = [&](int i) {
-    if (i >= 0) shared.released[i % kStages].wait((i / kStages) & 1);
-  };
-  if (helper >= unit.tiles) return;
-  bool const has_k = thread < kTileSide;
-  auto const request = [&](int i) {
-    TileScratch& scratch = shared.scratch[i % 2];
-    request_gate(has_k ? a.p.beta : a.p.g, unit.tile(i), unit.head, thread % kTileSide,
-                 has_k ? scratch.beta : scratch.g);
-    if constexpr (kFolds) {  // and its row of q or k, which the copy engine then finds in the L2 cache
-      int const token = thread % kTileSide;
-      TileTokens const t = unit.tile(i);
-      if (token < t.count && (has_k || kOutputs)) {
-        auto const* const row = reinterpret_cast<char const*>(
-            portable::token_row<T const>(has_k ? a.p.k : a.p.q, t.row, t.begin + token, unit.qk_head));
-#pragma unroll
-        for (int line = 0; line < kTiles; ++line)
-          asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line * 128));
-      }
-    }
-  };
-  request(helper);
-  if (thread == 0) {
-    load_qk(helper);
-    if (kHelpers == 1 && unit.tiles > 1) load_qk(1);
-  }
-  for (int i = helper; i < unit.tiles; i += kHelpers) {
-    int const stage = i % kStages, prepared = i % kPrepared, next = i + kHelpers;
-    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
-    // few registers there are.
-    asm volatile("" : "+r"(thread));
-    wait_released(i - kPrepared);
-    shared.loaded[stage].wait((i / kStages) & 1);
-    prepare_tile<T, Traits::kKeyDim, kOutputs, kFolds>(
-        a.p, unit.tile(i).count, shared.qk[stage], shared.scalars[prepared], shared.scratch[i % 2],
-        shared.inverse[prepared], shared.scores[prepared / 2], prepared % 2, shared.gains[i % 2],
-        1 + kTileBarriers * helper, thread, unit.head,
-        [&] {
-          if (next < unit.tiles) request(next);
-        },
-        [&] { wait_released(i - 2); });
-    shared.prepared[prepared].arrive();
-    static_assert(kStages == 3);
-    if (i + 2 < unit.tiles) {
-      if (i > 0) wait_read(i - 1);
-      if (thread == 0) load_qk(i + 2);
-    }
-  }
-}
 
 // Element (lane's row of the slice, column pair) of a state in global memory.
 template <int kKeyDim, class F>
@@ -461,7 +196,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   int const barrier = 1 + kTileBarriers * Traits::kHelpers + slice;
   int const column = unit.column + slice * kTileSide;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
-  constexpr bool kFolds = Traits::kFolds;
+  constexpr bool kFolds = Traits::kFolds, kShares = Traits::kShares;
   // A column past the values is one of the identity, and has no values: its tiles of v stay zero.
   bool const of_keys = !kOutputs && column >= a.p.value_dim;
   auto const load_v = [&](int i) {
@@ -517,33 +252,44 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   pack_all<T>(fragments, s);
 
   auto const wait_prepared = [&](int i) { shared.prepared[i % kPrepared].wait((i / kPrepared) & 1); };
-  auto const release = [&](Barrier* barriers, int i) {
+  auto const release = [&](Barrier& barrier) {
     __syncwarp();  // the reads of all lanes
-    if (lane == 0) barriers[i % kStages].arrive();
+    if (lane == 0) barrier.arrive();
+  };
+  auto const release_prepared = [&](int i) {
+    Barrier& released = shared.released[i % kPrepared];
+    if constexpr (kShares) {
+      if (lane == 0 && i + kPrepared < unit.tiles) released.arrive_at((i + kPrepared) % Traits::kCluster);
+    } else {
+      release(released);
+    }
   };
   auto const chunk = [&](int i, int part) {
     int const first = part * kChunk, stage = i % kStages, prepared = i % kPrepared;
     uint64_t const rows = part * (kChunk * 128 >> 4);    // of descriptors: the chunk's rows of a tile
     uint64_t const block = rows + k_step(2) * part;      // and its diagonal block
     uint64_t const low = rows + k_step(2) * (1 - part);  // and the other block there
-    TileScalars const& scalars = shared.scalars[prepared];
-    if (!kFolds && part == 0) wait_prepared(i);
+    PreparedTile const& tile = shared.tiles[prepared];
+    TileScalars const& scalars = tile.scalars;
+    if (!kFolds && !kShares && part == 0) wait_prepared(i);
+    if constexpr (kShares) shared.chunk_loaded[stage][part].wait((i / kStages) & 1);
     constexpr int kRows = kOutputs ? 2 * kChunk : kChunk;
     float sums[kRows / 2];  // K S, then Q S
     {
-      uint64_t const qk = k_major(shared.qk[stage]) + part * (kTileBytes >> 4);
+      uint64_t const qk = k_major(shared.qk[stage][part]);
       pin(fragments);
       pin(sums);
       wgmma_begin();
 #pragma unroll
       for (int j = 0; j < kKeySteps; ++j) {
-        wgmma<T, kRows>(sums, fragments + 4 * j, qk + k_step<kQkBytes>(j), j > 0);
+        wgmma<T, kRows>(sums, fragments + 4 * j, qk + k_step(j), j > 0);
         if constexpr (kOutputs && !kFolds) {
           if (j == 1) put_output(part == 0 ? i - 1 : i, 1 - part, i + part > 0);
         }
       }
       wgmma_commit();
     }
+    if (kShares && part == 0) wait_prepared(i);  // the products above need none of it
     float const decay = scalars.decay[part];
     if constexpr (kOutputs) {
       if (part == 0 && i > 0) send_output(i - 1);
@@ -563,7 +309,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 
     float u[kChunk / 2];
     {
-      uint64_t const inverse = k_major(shared.inverse[prepared]);
+      uint64_t const inverse = k_major(tile.inverse);
       pin(w);
       pin(u);
       wgmma_begin();
@@ -602,7 +348,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         }
       }
     }
-    if (kFolds && part == kTileChunks - 1) release(shared.read, i);
+    if (kFolds && part == kTileChunks - 1) release(shared.read[stage]);
     float2 k_out[kChunk / 8];
     if constexpr (!kFolds) {
 #pragma unroll
@@ -623,7 +369,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         float left[kChunk / 2];
 #pragma unroll
         for (int j = 0; j < kChunk / 2; ++j) left[j] = u[j] * (j % 2 == 0 ? k_out[j / 4].x : k_out[j / 4].y);
-        uint64_t const k = row_major<kQkBytes>(shared.qk[stage]) + part * (kTileBytes >> 4);
+        uint64_t const k = row_major(shared.qk[stage][part]);
         auto const multiply = [&](uint32_t (&x)[kChunk / 4]) {
           pin(x);
           pin(s);
@@ -651,8 +397,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       wgmma_commit();
     };
     auto const look = [&] {
-      uint64_t const scores =
-          k_major(shared.scores[prepared / 2]) + rows + k_step(2) * ((part + prepared) % 2);
+      uint64_t const scores = k_major(tile.scores) + k_step(2) * part;
 #pragma unroll
       for (int j = 0; j < kChunkSteps; ++j)
         wgmma<__half, kChunk>(o, written + 4 * j, scores + k_step(j), true);
@@ -711,9 +456,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       named_barrier(barrier, kWarpgroup);  // the values have been read
       if (thread == 0) load_v(i + 2);
     }
+    if constexpr (kShares) release(shared.chunk_read[stage][part]);
     if (part == kTileChunks - 1) {
-      if (!kFolds) release(shared.read, i);
-      release(shared.released, i);
+      if (!kFolds && !kShares) release(shared.read[stage]);
+      release_prepared(i);
     }
   };
   if (kFolds && unit.tiles > 0) wait_prepared(0);
@@ -750,21 +496,49 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);
     for (Barrier& b : shared.read) b.init(unit.slices * 4);
-    for (Barrier& b : shared.released) b.init(unit.slices * 4);
-    for (Barrier& b : shared.prepared) b.init(kWarpgroup);
+    for (Barrier& b : shared.released) b.init(Traits::kCluster * unit.slices * 4);
+    for (Barrier& b : shared.prepared) b.init(Traits::kShares ? 1 : kWarpgroup);
     for (auto& slice : shared.v_loaded) {
       for (Barrier& b : slice) b.init(1);
     }
+    if constexpr (Traits::kShares) {
+      for (auto& chunks : shared.chunk_loaded) {
+        for (Barrier& b : chunks) b.init(1);
+      }
+      for (auto& chunks : shared.chunk_read) {
+        for (Barrier& b : chunks) b.init(4);
+      }
+      for (Barrier* b : {&shared.own_loaded, &shared.tail_loaded}) b->init(1);
+      shared.own_read.init(4);
+    }
     fence_barrier_init();
   }
-  __syncthreads();
-  if (group < Traits::kHelpers) {
-    if constexpr (Traits::kMovesRegisters) shrink_registers<Traits::kHelperRegisters>();
-    prepare_tiles<Traits>(shared, a, maps, unit, group, thread);
+  if constexpr (Traits::kShares) {
+    int const rank = cluster_rank(), lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+    cluster_sync();  // the barriers of all blocks
+    if (group == 0) {
+      grow_registers<Traits::kHelperRegisters>();
+      prepare_shared_tiles<Traits>(shared, a, unit, rank, thread);
+    } else if (group == 1) {
+      grow_registers<Traits::kStateRegisters>();
+      scan_tiles<Traits>(shared, a, maps, unit, 0, thread);
+    } else {
+      shrink_registers<Traits::kLoaderRegisters>();
+      if (warp == 0) load_for_states<Traits>(shared, maps, unit, lane);
+      if (warp == 1) load_for_helper<Traits>(shared, maps, unit, rank, lane);
+    }
+    __syncwarp();
+    cluster_sync();  // all that is sent from here has arrived
   } else {
-    if constexpr (Traits::kMovesRegisters) grow_registers<Traits::kStateRegisters>();
-    if (group - Traits::kHelpers >= unit.slices) return;
-    scan_tiles<Traits>(shared, a, maps, unit, group - Traits::kHelpers, thread);
+    __syncthreads();
+    if (group < Traits::kHelpers) {
+      if constexpr (Traits::kMovesRegisters) shrink_registers<Traits::kHelperRegisters>();
+      prepare_tiles<Traits>(shared, a, maps, unit, group, thread);
+    } else {
+      if constexpr (Traits::kMovesRegisters) grow_registers<Traits::kStateRegisters>();
+      if (group - Traits::kHelpers >= unit.slices) return;
+      scan_tiles<Traits>(shared, a, maps, unit, group - Traits::kHelpers, thread);
+    }
   }
 }
 

@@ -11,11 +11,16 @@ namespace lt2::gdn::sm90 {
 
 // How the work is cut: for each head, blocks of two slices of 64 value columns (which share the preparation
 // of tiles) and of one (which run faster while there are multiprocessors to fill), and tiles of a segment; 0:
-// sequences are not cut.
+// sequences are not cut. Blocks of one slice may share the preparation in clusters.
 struct Cut {
   int pairs, singles;
   int64_t segment_tiles;
+  bool shares = false;
 };
+
+// Of a cluster that shares; how many are resident where its blocks fill multiprocessors; and which keys do:
+// with others the states have less to wait for.
+inline constexpr int kSharers = 3, kResidentClusters = 42, kLeastSharedKey = 192;
 
 // The cut of least time by a model: waves of blocks, times tiles of a block, times the time of a tile.
 inline Cut choose_cut(ForwardParams const& p) {
@@ -39,6 +44,10 @@ inline Cut choose_cut(ForwardParams const& p) {
       least = total;
     }
   };
+  if (p.key_dim >= kLeastSharedKey && slices % kSharers == 0) {
+    double const rounds = std::ceil(heads * slices / kSharers / kResidentClusters);
+    consider({0, slices, 0, true}, rounds * (tiles * kSharedTime + kStartTime));
+  }
   for (int pairs = 1; pairs <= most; ++pairs)
     consider({pairs, slices - 2 * pairs, 0}, time(pairs, heads, tiles));
   for (int segments = 2; segments <= 64; segments *= 2) {
@@ -73,7 +82,8 @@ inline Segments segment_layout(ForwardParams const& p, float* workspace, int64_t
 }
 
 template <class Traits>
-Status launch_pass(ForwardParams const& p, Segments const& segments, Dtype dtype, void* stream) {
+Status launch_pass(ForwardParams const& p, Cut const& cut, Segments const& segments, Dtype dtype,
+                   void* stream) {
   ForwardMaps maps;
   struct {
     CUtensorMap* map;
@@ -87,7 +97,6 @@ Status launch_pass(ForwardParams const& p, Segments const& segments, Dtype dtype
     if (Status const status = make_tensor_map(t.map, t.tensor, dtype, t.tile_tokens); status != kOk)
       return status;
   }
-  Cut const cut = choose_cut(p);
   int const slices = p.value_dim / kTileSide;
   int64_t const units = segment_numbers(p, segments.span) * p.value_heads;
   int64_t const blocks =
@@ -97,13 +106,13 @@ Status launch_pass(ForwardParams const& p, Segments const& segments, Dtype dtype
   if (blocks > INT32_MAX) return "too many sequences, heads and slices for one launch (2^31 - 1 blocks)";
   return launch_overlapped(
       forward_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), Traits::kThreads,
-      sizeof(typename Traits::Shared), 1, stream,
+      sizeof(typename Traits::Shared), Traits::kCluster, stream,
       ForwardLaunch{p, p.o, p.final_state, segments, static_cast<int>(units), cut.pairs, cut.singles}, maps);
 }
 
 // kPairs: two slices in a block, which share the preparation of tiles.
 template <Dtype kDtype, int kKeyDim, bool kPairs>
-Status launch_passes(ForwardParams const& p, Segments const& segments, void* stream) {
+Status launch_passes(ForwardParams const& p, Cut const& cut, Segments const& segments, void* stream) {
   using T = Element<kDtype>;
   constexpr int kSlices = kPairs ? 2 : 1;
   if (segments.span != 0) {
@@ -112,7 +121,7 @@ Status launch_passes(ForwardParams const& p, Segments const& segments, void* str
         launch(plan_segments<T>, heads, kPlanWarps * 32, 0, stream, Inputs(p), segments, kKeyDim);
     if (plan != kOk) return plan;
     Status const maps =
-        launch_pass<ForwardTraits<T, kKeyDim, kSlices, Pass::kMaps>>(p, segments, kDtype, stream);
+        launch_pass<ForwardTraits<T, kKeyDim, kSlices, Pass::kMaps>>(p, cut, segments, kDtype, stream);
     if (maps != kOk) return maps;
     Status const join = launch_overlapped(
         join_segments<kKeyDim>,
@@ -120,16 +129,20 @@ Status launch_passes(ForwardParams const& p, Segments const& segments, void* str
         kJoinThreads<kKeyDim>, 0, 1, stream, Inputs(p), segments);
     if (join != kOk) return join;
   }
-  return launch_pass<ForwardTraits<T, kKeyDim, kSlices>>(p, segments, kDtype, stream);
+  return launch_pass<ForwardTraits<T, kKeyDim, kSlices>>(p, cut, segments, kDtype, stream);
 }
 
 template <Dtype kDtype, int kKeyDim>
 Status launch_forward(ForwardParams const& p, float* workspace, void* stream) {
   int64_t floats;
   Segments const segments = segment_layout(p, workspace, &floats);
-  bool const pairs = choose_cut(p).pairs > 0;
-  return pairs ? launch_passes<kDtype, kKeyDim, true>(p, segments, stream)
-               : launch_passes<kDtype, kKeyDim, false>(p, segments, stream);
+  Cut const cut = choose_cut(p);
+  if constexpr (kKeyDim >= kLeastSharedKey) {
+    using Traits = ForwardTraits<Element<kDtype>, kKeyDim, 1, Pass::kOutputs, kSharers>;
+    if (cut.shares) return launch_pass<Traits>(p, cut, segments, kDtype, stream);
+  }
+  return cut.pairs > 0 ? launch_passes<kDtype, kKeyDim, true>(p, cut, segments, stream)
+                       : launch_passes<kDtype, kKeyDim, false>(p, cut, segments, stream);
 }
 
 }  // namespace lt2::gdn::sm90

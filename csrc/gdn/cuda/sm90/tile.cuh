@@ -32,8 +32,8 @@ inline constexpr int kMultiprocessors = 132;
 
 inline constexpr int kChunk = 32;
 inline constexpr int kTileChunks = kTileSide / kChunk;
-// Of q and k, 64 elements wide: rows of k of the first chunk, then of q, then the same of the second.
-inline constexpr int kHalfTileBytes = kTileBytes / 2, kQkBytes = 2 * kTileBytes;
+// A chunk's q and k, 64 elements wide, are a tile: rows of k, then of q.
+inline constexpr int kHalfTileBytes = kTileBytes / 2;
 
 // What S gains is (k_out k)^T U. Folded into k, which is at most one then, k_out is in units that leave most
 // of the range of fp16 to decays: S, and what of it q sees, are as many times larger.
@@ -42,24 +42,33 @@ inline constexpr float kGainUnit = 1 << kGainExponent;
 // Keys that are not normalised are so for that, and U is multiplied by their lengths. At least:
 inline constexpr float kLeastLength2 = 1e-30f;
 
-// One value per token of the tile. With `folded` gains (see prepare_tile) kn is 1 / |k| also where keys are
-// not normalised.
+// For the states, one value per token of the tile. With `folded` gains (see prepare_tile) kn is 1 / |k| also
+// where keys are not normalised.
 struct alignas(16) TileScalars {
-  float log2_decay[kTileSide];  // G / ln 2
-  float strength[kTileSide];    // b; folded, times |k| where keys are not normalised
-  float k_norm[kTileSide];      // kn
-  float k_shift[kTileSide];     // G / ln 2 - log2 kn
-  float q_factor[kTileSide];    // scale qn
-  float q_in[kTileSide];        // scale e^G qn; folded, / kGainUnit
-  float k_in[kTileSide];        // e^G kn (1 / kn is 1 there): what k sees of the state before the chunk
-  float k_out[kTileSide];       // e^(G_last - G) kn: what is left of a write at the end of the chunk; folded,
-                                // times kGainUnit
-  float decay[kTileChunks];     // e^(G_last)
-  float2 most[kTileChunks];     // folded: of each half of the columns the largest |T~|
+  float q_in[kTileSide];     // scale e^G qn; folded, / kGainUnit
+  float k_in[kTileSide];     // e^G kn (1 / kn is 1 there): what k sees of the state before the chunk
+  float k_out[kTileSide];    // e^(G_last - G) kn: what is left of a write at the end of the chunk; folded,
+                             // times kGainUnit
+  float decay[kTileChunks];  // e^(G_last)
+  float2 most[kTileChunks];  // folded: of each half of the columns the largest |T~|
 };
+
+// What is prepared of a tile for the states.
+struct PreparedTile {
+  alignas(
+      1024) char inverse[kTileBytes];  // T~: block (c, c) of 32 x 32 the high parts, (c, 1 - c) the low ones
+  alignas(1024) char scores[kHalfTileBytes];  // P of chunk c: rows 0..31, columns 32 c on
+  TileScalars scalars;
+};
+inline constexpr int kPreparedBytes = kTileBytes + kHalfTileBytes + sizeof(TileScalars);
 
 struct alignas(16) TileScratch {
   float inverse[kTileChunks][kChunk * kInverseRow];
+  float log2_decay[kTileSide];          // G / ln 2
+  float strength[kTileSide];            // b; folded, times |k| where keys are not normalised
+  float k_norm[kTileSide];              // kn
+  float k_shift[kTileSide];             // G / ln 2 - log2 kn
+  float q_factor[kTileSide];            // scale qn
   float g[kTileSide], beta[kTileSide];  // raw, of the next tile
 };
 
@@ -82,24 +91,22 @@ __device__ inline void request_gate(Strided const& from, TileTokens const& tile,
 }
 
 // `strength` of token `i`.
-__device__ inline void read_strength(Inputs const& p, int count, int i, TileScratch const& scratch,
-                                     TileScalars& s) {
+__device__ inline void read_strength(Inputs const& p, int count, int i, TileScratch& s) {
   asm volatile("cp.async.wait_all;" ::: "memory");
   float y = 1.f;
   if (p.beta.data != nullptr) {
-    y = scratch.beta[i];
+    y = s.beta[i];
     if (p.beta_sigmoid) y = sigmoid(y) * (p.neg_eigval ? 2.f : 1.f);
   }
   s.strength[i] = i < count ? y : 0.f;
 }
 
 // `log2_decay` of token `i`, by the warp of its chunk.
-__device__ inline void scan_decays(Inputs const& p, int count, int head, int i, TileScratch const& scratch,
-                                   TileScalars& s) {
+__device__ inline void scan_decays(Inputs const& p, int count, int head, int i, TileScratch& s) {
   asm volatile("cp.async.wait_all;" ::: "memory");
   float x = 0.f;
   if (p.g.data != nullptr) {
-    x = scratch.g[i];
+    x = s.g[i];
     if (p.A_log != nullptr) x = portable::gate(x, p.A_log[head], p.dt_bias[head]);
     x = x < kLeastLog2Decay / kLog2E ? kLeastLog2Decay : x * kLog2E;
   }
@@ -113,24 +120,24 @@ __device__ inline void scan_decays(Inputs const& p, int count, int head, int i, 
   s.log2_decay[i] = sum;
 }
 
-// One row of q or k, kTiles x 64 elements, kStride bytes apart; `row` counts from the start of a tile.
-template <int kTiles, int kStride = kQkBytes>
+// One row of q or k, in kTiles tiles.
+template <int kTiles>
 __device__ void clear_row(char* qk, int row) {
 #pragma unroll 1
   for (int i = 0; i < kTiles * 8; ++i) {
-    *reinterpret_cast<uint4*>(qk + i / 8 * kStride + tile_offset(row, i % 8)) = uint4{};
+    *reinterpret_cast<uint4*>(qk + i / 8 * kTileBytes + tile_offset(row, i % 8)) = uint4{};
   }
 }
 
 // 1 / |row| as the l2norm has it.
-template <class T, int kTiles, int kStride = kQkBytes>
+template <class T, int kTiles>
 __device__ float row_norm(char const* qk, int row) {
   float sum[2] = {};
 #pragma unroll 1
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll 4
     for (int chunk = 0; chunk < 8; ++chunk) {
-      uint4 const x = *reinterpret_cast<uint4 const*>(qk + tile * kStride + tile_offset(row, chunk));
+      uint4 const x = *reinterpret_cast<uint4 const*>(qk + tile * kTileBytes + tile_offset(row, chunk));
       for (uint32_t const word : {x.x, x.y, x.z, x.w}) {
         float2 const e = unpack<T>(word);
         sum[0] += e.x * e.x;
@@ -141,13 +148,13 @@ __device__ float row_norm(char const* qk, int row) {
   return rsqrtf(sum[0] + sum[1] + kNormEpsilon);
 }
 
-// T~ of chunk c from its inverse to a tile, by 64 threads: block (c, c) of 32 x 32 the high parts, block (c,
-// 1 - c) the low ones.
+// T~ of chunk c from its inverse, by 64 threads.
 template <class T, bool kMost>
-__device__ void store_inverse(float const* inverse, TileScalars& s, char* tile, int chunk, int thread) {
+__device__ void store_inverse(TileScratch const& scratch, PreparedTile& to, int chunk, int thread) {
   int const row = thread % kChunk, first = thread / kChunk * 16;
-  float const *const log2_decay = s.log2_decay + chunk * kChunk, *const strength =
-                                                                     s.strength + chunk * kChunk;
+  float const* const inverse = scratch.inverse[chunk];
+  float const *const log2_decay = scratch.log2_decay + chunk * kChunk, *const strength =
+                                                                           scratch.strength + chunk * kChunk;
   uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -163,14 +170,14 @@ __device__ void store_inverse(float const* inverse, TileScalars& s, char* tile, 
       for (Split const& x : t) most = __vmaxu2(most, x.high & 0x7fff7fffu);
     }
     int const tile_row = chunk * kChunk + row;
-    *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, chunk * 4 + col / 8)) = {t[0].high, t[1].high,
-                                                                                    t[2].high, t[3].high};
-    *reinterpret_cast<uint4*>(tile + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {t[0].low, t[1].low,
-                                                                                          t[2].low, t[3].low};
+    *reinterpret_cast<uint4*>(to.inverse + tile_offset(tile_row, chunk * 4 + col / 8)) = {
+        t[0].high, t[1].high, t[2].high, t[3].high};
+    *reinterpret_cast<uint4*>(to.inverse + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {
+        t[0].low, t[1].low, t[2].low, t[3].low};
   }
   if constexpr (kMost) {
     most = __reduce_max_sync(0xffffffffu, max(most >> 16, most & 0xffffu));
-    if (thread % 32 == 0) reinterpret_cast<float*>(s.most + chunk)[thread / 32] = unpack<T>(most).x;
+    if (thread % 32 == 0) reinterpret_cast<float*>(to.scalars.most + chunk)[thread / 32] = unpack<T>(most).x;
   }
 }
 
@@ -187,14 +194,14 @@ __device__ void store_gains(char const* qk, TileScalars const& s, char* gains, i
   for (int first = 0; first < kTileSide; first += 8 * kRows) {
     uint4 x[kRows][kTiles];
     float factor[kRows];
-    char const* const from = qk + first / kChunk * kTileBytes + first % kChunk * 128;
+    char const* const from = qk + first / kChunk * kTiles * kTileBytes + first % kChunk * 128;
     char* const to = gains + first * 128;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       factor[r] = s.k_out[first + 8 * r + thread / 8];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
-        x[r][tile] = *reinterpret_cast<uint4 const*>(from + tile * kQkBytes + 8 * r * 128);
+        x[r][tile] = *reinterpret_cast<uint4 const*>(from + tile * kTileBytes + 8 * r * 128);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -213,7 +220,7 @@ __device__ void store_gains(char const* qk, TileScalars const& s, char* gains, i
 
 // The strictly lower part of b_i kn_i kn_j k_i.k_j of a warp's 16 rows; `half_row` is the first of them in
 // the chunk.
-__device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileScalars const& s, float* m,
+__device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileScratch const& s, float* m,
                                           bool normalised, int chunk, int half_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -233,8 +240,7 @@ __device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileSca
 
 // The same of both chunks, in a loop whose loads come first, because the compiler keeps them behind stores.
 // What is not below the diagonal is not read.
-__device__ __forceinline__ void store_both_correlations(float (&kk)[kTileChunks][kChunk / 2],
-                                                        TileScalars const& s, TileScratch& scratch,
+__device__ __forceinline__ void store_both_correlations(float (&kk)[kTileChunks][kChunk / 2], TileScratch& s,
                                                         bool normalised, int first, int lane) {
 #pragma unroll 1
   for (int c = 0; c < kTileChunks; ++c) {
@@ -249,7 +255,7 @@ __device__ __forceinline__ void store_both_correlations(float (&kk)[kTileChunks]
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
       norm[n] = *reinterpret_cast<float2 const*>(s.k_norm + c * kChunk + 8 * n + col);
-    float* const m = scratch.inverse[c] + row * kInverseRow + col;
+    float* const m = s.inverse[c] + row * kInverseRow + col;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -264,9 +270,9 @@ __device__ __forceinline__ void store_both_correlations(float (&kk)[kTileChunks]
   }
 }
 
-// P of a warp's 16 rows, to block (c, c) of a tile, or with `odd` to the other one there.
-__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& s, char* tile, int odd,
-                                    int chunk, int half_row, int lane) {
+// P of a warp's 16 rows.
+__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScratch const& s, char* scores, int chunk,
+                                    int half_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = half_row + lane / 4 + 8 * half;
@@ -281,11 +287,11 @@ __device__ inline void store_scores(float (&qk)[kChunk / 2], TileScalars const& 
       y = col + 1 <= row ? factor * exp2_fast(decay - shift.y) * y : 0.f;
     }
   }
-  uint32_t const address = shared_address(tile);
-  int const row = chunk * kChunk + half_row + lane % 16;
+  uint32_t const address = shared_address(scores);
+  int const row = half_row + lane % 16;
 #pragma unroll
   for (int n = 0; n < kChunk / 8; n += 2) {
-    store_matrices(address + tile_offset(row, (chunk + odd) % 2 * 4 + n + lane / 16),
+    store_matrices(address + tile_offset(row, chunk * 4 + n + lane / 16),
                    pack<__half>(qk[4 * n], qk[4 * n + 1]), pack<__half>(qk[4 * n + 2], qk[4 * n + 3]),
                    pack<__half>(qk[4 * n + 4], qk[4 * n + 5]), pack<__half>(qk[4 * n + 6], qk[4 * n + 7]));
   }
@@ -297,18 +303,20 @@ inline constexpr int kTileBarriers = 4;
 
 // The whole preparation of a tile by one warpgroup with barriers `barrier`, .. q and k have arrived, beta has
 // been requested by its first 64 threads and g by the others, one token each, who call `request` when the
-// place of these may be taken. `inverse` and `scores` are tiles. Without kScores there is no q. With kFolds
-// what S gains of k is written to `gains`, after `wait_gains` by half of the warps. Ends with the writes of
-// this thread ordered before later reads by wgmma.
-template <class T, int kKeyDim, bool kScores, bool kFolds, class F, class G>
-__device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& s, TileScratch& scratch,
-                             char* inverse, char* scores, int odd, char* gains, int barrier, int thread,
-                             int head, F const& request, G const& wait_gains) {
+// place of these may be taken and the products of q and k are done. `qk` are the chunks' tiles. Without
+// kScores there is no q. With kFolds what S gains of k is written to `gains`, after `wait` by half of the
+// warps. With kShares these call `wait` before anything is written to `to`. Ends with the writes of this
+// thread ordered before later reads by wgmma.
+template <class T, int kKeyDim, bool kScores, bool kFolds, bool kShares = false, class F, class G>
+__device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& s, PreparedTile& to,
+                             char* gains, int barrier, int thread, int head, F const& request,
+                             G const& wait) {
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide, kRows = kScores ? 2 * kChunk : kChunk;
+  TileScalars& scalars = to.scalars;
   int const warp = thread / 32, lane = thread % 32, half = warp % 2, half_row = half * 16;
   bool const has_k = warp < kTileChunks;
   if (half * kChunk + lane >= count && (kScores || has_k)) {  // what follows the sequence may be anything
-    clear_row<kTiles>(qk, half * 2 * kChunk + (has_k ? 0 : kChunk) + lane);
+    clear_row<kTiles>(qk + half * kTiles * kTileBytes, (has_k ? 0 : kChunk) + lane);
     fence_async_shared();
   }
   named_barrier(barrier, kWarpgroup);  // also the end of the tile before
@@ -317,12 +325,16 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
 #pragma unroll
   for (int c = 0; c < kTileChunks; ++c) {
     float x[kRows / 2];
-    uint64_t const rows = k_major(qk + c * kTileBytes);
+    if constexpr (kShares) {  // or ptxas keeps what is in them from tile to tile, and waits after each
+                              // product
+#pragma unroll
+      for (float& y : x) y = 0.f;
+    }
+    uint64_t const rows = k_major(qk + c * kTiles * kTileBytes);
     pin(x);
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < kKeyDim / 16; ++k)
-      wgmma<T, kRows>(x, rows + k_step<kQkBytes>(k), rows + k_step<kQkBytes>(k), k > 0);
+    for (int k = 0; k < kKeyDim / 16; ++k) wgmma<T, kRows>(x, rows + k_step(k), rows + k_step(k), k > 0);
     wgmma_commit();
     wgmma_wait<0>();
     pin(x);
@@ -347,47 +359,48 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScalars& 
                                        : 1.f;
   if (has_k) {
     s.k_norm[token] = norm;
-    read_strength(p, count, thread, scratch, s);
+    read_strength(p, count, thread, s);
     request();
     arrive_at_named_barrier(barrier + 2, kWarpgroup);
     named_barrier(barrier + 1, kWarpgroup / 2);
     // Where helpers hold the states up, a shorter way to the inverse counts; else the states beside it do.
     if constexpr (kKeyDim > 128) {
-      store_both_correlations(products, s, scratch, p.qk_l2norm, half_row, lane);
+      store_both_correlations(products, s, p.qk_l2norm, half_row, lane);
     } else {
 #pragma unroll
       for (int c = 0; c < kTileChunks; ++c)
-        store_correlations(products[c], s, scratch.inverse[c], p.qk_l2norm, c, half_row, lane);
+        store_correlations(products[c], s, s.inverse[c], p.qk_l2norm, c, half_row, lane);
     }
     named_barrier(barrier + 1, kWarpgroup / 2);
     if (kFolds && !p.qk_l2norm) s.strength[thread] = __fdividef(s.strength[thread], s.k_norm[thread]);
-    invert_32(scratch.inverse[half], lane);
+    invert_32(s.inverse[half], lane);
   } else {
-    scan_decays(p, count, head, thread % kTileSide, scratch, s);
+    scan_decays(p, count, head, thread % kTileSide, s);
     request();
     named_barrier(barrier + 2, kWarpgroup);      // the norms of k
     named_barrier(barrier + 3, kWarpgroup / 2);  // the decays of both chunks
     float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
     float const k_norm = s.k_norm[token];
+    if constexpr (kShares) wait();
     s.k_shift[token] = decay - __log2f(k_norm);
-    s.k_in[token] = exp2_fast(decay) * (p.qk_l2norm ? k_norm : 1.f);
-    s.k_out[token] = exp2_fast(last - decay) * k_norm * (kFolds ? kGainUnit : 1.f);
-    if (lane % 16 == 0) s.decay[chunk] = exp2_fast(last);
+    scalars.k_in[token] = exp2_fast(decay) * (p.qk_l2norm ? k_norm : 1.f);
+    scalars.k_out[token] = exp2_fast(last - decay) * k_norm * (kFolds ? kGainUnit : 1.f);
+    if (lane % 16 == 0) scalars.decay[chunk] = exp2_fast(last);
     if constexpr (kScores) {
       s.q_factor[token] = p.scale * norm;
-      s.q_in[token] = exp2_fast(decay) * p.scale * norm / (kFolds ? kGainUnit : 1.f);
+      scalars.q_in[token] = exp2_fast(decay) * p.scale * norm / (kFolds ? kGainUnit : 1.f);
       named_barrier(barrier + 3, kWarpgroup / 2);
 #pragma unroll
-      for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, scores, odd, c, half_row, lane);
+      for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, to.scores, c, half_row, lane);
     }
     if constexpr (kFolds) {
       if (!kScores) named_barrier(barrier + 3, kWarpgroup / 2);
-      wait_gains();
-      store_gains<T, kKeyDim>(qk, s, gains, thread - kTileSide);
+      wait();
+      store_gains<T, kKeyDim>(qk, scalars, gains, thread - kTileSide);
     }
   }
   named_barrier(barrier, kWarpgroup);
-  store_inverse<T, kFolds>(scratch.inverse[thread / 64], s, inverse, thread / 64, thread % 64);
+  store_inverse<T, kFolds>(s, to, thread / 64, thread % 64);
   fence_async_shared();
 }
 

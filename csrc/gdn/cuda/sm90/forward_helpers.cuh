@@ -1,0 +1,191 @@
+// The warps of a block that load q and k and prepare tiles (tile.cuh) for the states. Blocks of a cluster
+// share this: q and k of a tile are loaded for the helper of one of them, which sends what it makes of them
+// to the others, and by chunks for the states of each.
+#pragma once
+
+#include <numeric>
+
+#include "common/cuda/cluster.cuh"
+#include "gdn/cuda/sm90/forward_unit.cuh"
+
+namespace lt2::gdn::sm90 {
+
+// q and k of a chunk of tile i. By one thread.
+template <class Traits>
+__device__ void load_chunk(char* to, ForwardMaps const& maps, ForwardUnit const& unit, int i, int chunk,
+                           Barrier& loaded) {
+  TileTokens const t = unit.tile(i);
+#pragma unroll
+  for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
+    load_tile(to, maps.k, tile * kTileSide, unit.qk_head, t.begin + chunk * kChunk, t.row, loaded);
+    if constexpr (Traits::kPass == Pass::kOutputs) {
+      load_tile(to + kHalfTileBytes, maps.q, tile * kTileSide, unit.qk_head, t.begin + chunk * kChunk, t.row,
+                loaded);
+    }
+    to += kTileBytes;
+  }
+}
+template <class Traits>
+inline constexpr int kLoadedBytes =
+    Traits::kPass == Pass::kOutputs ? Traits::kChunkBytes : Traits::kChunkBytes / 2;
+
+// The gates of tile i, and where keys are folded its rows of q and k, which the copy engine then finds in the
+// L2 cache. By a helper.
+template <class Traits>
+__device__ void request_tile(TileScratch& scratch, ForwardLaunch const& a, ForwardUnit const& unit, int i,
+                             int thread) {
+  bool const has_k = thread < kTileSide;
+  int const token = thread % kTileSide;
+  request_gate(has_k ? a.p.beta : a.p.g, unit.tile(i), unit.head, token, has_k ? scratch.beta : scratch.g);
+  if constexpr (Traits::kFolds) {
+    TileTokens const t = unit.tile(i);
+    if (token < t.count && (has_k || Traits::kPass == Pass::kOutputs)) {
+      auto const* const row = reinterpret_cast<char const*>(portable::token_row<typename Traits::T const>(
+          has_k ? a.p.k : a.p.q, t.row, t.begin + token, unit.qk_head));
+#pragma unroll
+      for (int line = 0; line < Traits::kKeyTiles; ++line)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line * 128));
+    }
+  }
+}
+
+// A helper warpgroup: tiles `helper`, + kHelpers, ...
+template <class Traits>
+__device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
+                              ForwardMaps const& maps, ForwardUnit const& unit, int helper, int thread) {
+  using T = typename Traits::T;
+  constexpr int kStages = Traits::kStages, kPrepared = Traits::kPrepared, kHelpers = Traits::kHelpers;
+  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs, kFolds = Traits::kFolds;
+  auto const load_qk = [&](int i) {
+    Barrier& loaded = shared.loaded[i % kStages];
+    loaded.arrive_expecting(kTileChunks * kLoadedBytes<Traits>);
+#pragma unroll 1
+    for (int c = 0; c < kTileChunks; ++c)
+      load_chunk<Traits>(shared.qk[i % kStages][c], maps, unit, i, c, loaded);
+  };
+  auto const wait_read = [&](int i) { shared.read[i % kStages].wait((i / kStages) & 1); };
+  auto const wait_released = [&](int i) {
+    if (i >= 0) shared.released[i % kPrepared].wait((i / kPrepared) & 1);
+  };
+  if (helper >= unit.tiles) return;
+  auto const request = [&](int i) { request_tile<Traits>(shared.scratch[i % 2], a, unit, i, thread); };
+  request(helper);
+  if (thread == 0) {
+    load_qk(helper);
+    if (kHelpers == 1 && unit.tiles > 1) load_qk(1);
+  }
+  for (int i = helper; i < unit.tiles; i += kHelpers) {
+    int const stage = i % kStages, prepared = i % kPrepared, next = i + kHelpers;
+    // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
+    // few registers there are.
+    asm volatile("" : "+r"(thread));
+    wait_released(i - kPrepared);
+    shared.loaded[stage].wait((i / kStages) & 1);
+    prepare_tile<T, Traits::kKeyDim, kOutputs, kFolds>(
+        a.p, unit.tile(i).count, shared.qk[stage][0], shared.scratch[i % 2], shared.tiles[prepared],
+        shared.gains[i % 2], 1 + kTileBarriers * helper, thread, unit.head,
+        [&] {
+          if (next < unit.tiles) request(next);
+        },
+        [&] { wait_released(i - 2); });
+    shared.prepared[prepared].arrive();
+    static_assert(kStages == 3);
+    if (i + 2 < unit.tiles) {
+      if (i > 0) wait_read(i - 1);
+      if (thread == 0) load_qk(i + 2);
+    }
+  }
+}
+
+// Block i % kCluster of a cluster prepares tile i, for place i % kPrepared of all blocks, and waits there
+// until these have left tile i - kPrepared. It waits at the same barrier again this many tiles later.
+template <class Traits>
+inline constexpr int kReleasePeriod = std::lcm(Traits::kPrepared, Traits::kCluster);
+
+// The helper of block `rank` of a cluster: tiles rank, + kCluster, ..., of q and k of its own.
+template <class Traits>
+__device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
+                                     ForwardUnit const& unit, int rank, int thread) {
+  constexpr int kPrepared = Traits::kPrepared, kCluster = Traits::kCluster;
+  constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
+  auto const request = [&](int i) {
+    if (i < unit.tiles) request_tile<Traits>(shared.scratch[0], a, unit, i, thread);
+  };
+  request(rank);
+  for (int i = rank; i < unit.tiles; i += kCluster) {
+    int const place = i % kPrepared, before = i - kPrepared;
+    PreparedTile& to = shared.tiles[place];
+    asm volatile("" : "+r"(thread));
+    shared.own_loaded.wait((i / kCluster) & 1);
+    prepare_tile<typename Traits::T, Traits::kKeyDim, kOutputs, false, true>(
+        a.p, unit.tile(i).count, shared.own_qk[0], shared.scratch[0], to, nullptr, 1, thread, unit.head,
+        [&] {
+          __syncwarp();
+          if (thread % 32 == 0) shared.own_read.arrive();
+          request(i + kCluster);
+        },
+        [&] {
+          if (before >= 0) shared.released[place].wait_for_cluster(before / kReleasePeriod<Traits> % 2);
+        });
+    named_barrier(1, kWarpgroup);
+    if (thread == 0) {
+      Barrier& prepared = shared.prepared[place];
+      prepared.arrive();
+#pragma unroll
+      for (int other = 1; other < kCluster; ++other) {
+        int const peer = (rank + other) % kCluster;
+        prepared.arrive_expecting_at(peer, kPreparedBytes);
+        send_bytes(&to, kPreparedBytes, prepared, peer);
+      }
+    }
+  }
+}
+
+// The loading warps of a block that shares.
+template <class Traits>
+__device__ void load_for_states(typename Traits::Shared& shared, ForwardMaps const& maps,
+                                ForwardUnit const& unit, int lane) {
+  constexpr int kStages = Traits::kStages, kTiles = Traits::kKeyTiles;
+  uint32_t tails = 0;
+#pragma unroll 1
+  for (int n = 0; n < unit.tiles * kTileChunks; ++n) {
+    int const i = n / kTileChunks, c = n % kTileChunks, stage = i % kStages;
+    char* const to = shared.qk[stage][c];
+    if (i >= kStages) shared.chunk_read[stage][c].wait((i / kStages - 1) & 1);
+    int const count = unit.tile(i).count - c * kChunk;
+    bool const whole = count >= kChunk;
+    Barrier& loaded = whole ? shared.chunk_loaded[stage][c] : shared.tail_loaded;
+    if (lane == 0) {
+      loaded.arrive_expecting(kLoadedBytes<Traits>);
+      load_chunk<Traits>(to, maps, unit, i, c, loaded);
+    }
+    if (!whole) {  // what follows the sequence may be anything
+      loaded.wait(tails++ & 1);
+      if (lane >= count) {
+        clear_row<kTiles>(to, lane);
+        if (Traits::kPass == Pass::kOutputs) clear_row<kTiles>(to, kChunk + lane);
+      }
+      fence_async_shared();
+      __syncwarp();
+      if (lane == 0) shared.chunk_loaded[stage][c].arrive();
+    }
+  }
+}
+template <class Traits>
+__device__ void load_for_helper(typename Traits::Shared& shared, ForwardMaps const& maps,
+                                ForwardUnit const& unit, int rank, int lane) {
+  constexpr int kCluster = Traits::kCluster;
+#pragma unroll 1
+  for (int i = rank; i < unit.tiles; i += kCluster) {
+    if (i >= kCluster) shared.own_read.wait((i / kCluster - 1) & 1);
+    if (lane == 0) {
+      shared.own_loaded.arrive_expecting(kTileChunks * kLoadedBytes<Traits>);
+#pragma unroll 1
+      for (int c = 0; c < kTileChunks; ++c)
+        load_chunk<Traits>(shared.own_qk[c], maps, unit, i, c, shared.own_loaded);
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace lt2::gdn::sm90
