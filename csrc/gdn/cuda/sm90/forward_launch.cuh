@@ -24,14 +24,20 @@ inline constexpr int kSharers = 3, kResidentClusters = 42, kLeastSharedKey = 192
 
 // The cut of least time by a model: waves of blocks, times tiles of a block, times the time of a tile.
 inline Cut choose_cut(ForwardParams const& p) {
-  constexpr double kMap = 2.9, kJoin = 1.7;
+  constexpr double kJoin = 1.7, kPasses = 24;
+  // Measured microseconds of a tile with one slice, with two and in the maps, and until a block runs at that
+  // rate.
+  struct Times {
+    double one, two, map, start;
+  };
+  Times const t = p.key_dim == 96 ? Times{2.05, 3, 1.9, 12} : Times{kOneTime, kTwoTime, 2.9, kStartTime};
   double const heads = double(p.sequences) * p.value_heads;
   int const slices = p.value_dim / kTileSide, most = slices / 2;
   // Sequences of unknown lengths count as equal ones.
   double const tiles = double(portable::ceil_div(p.batch * p.tokens, p.sequences * int64_t{kTileSide}));
   auto const waves = [](double blocks) { return std::ceil(blocks / kMultiprocessors); };
   auto const time = [&](int pairs, double units, double length) {
-    double const one = length * kOneTime + kStartTime, two = length * kTwoTime + kStartTime;
+    double const one = length * t.one + t.start, two = length * t.two + t.start;
     int const singles = slices - 2 * pairs;
     if (units * (pairs + singles) <= kMultiprocessors) return pairs > 0 ? two : one;
     return waves(units * pairs) * two + waves(units * singles) * one;
@@ -55,9 +61,9 @@ inline Cut choose_cut(ForwardParams const& p) {
     if (length < 8) break;
     // Half of the maps are taken to be cut short by decay.
     double const map_waves = heads * (slices - most) * (segments - 1) * 2 / kMultiprocessors;
-    double const maps = std::fmax(1., map_waves / 2) * (length * kMap + kStartTime);
+    double const maps = std::fmax(1., map_waves / 2) * (length * t.map + t.start);
     consider({most, slices - 2 * most, static_cast<int64_t>(length)},
-             maps + segments * kJoin + 3 * kStartTime + time(most, heads * segments, length));
+             maps + segments * kJoin + kPasses + time(most, heads * segments, length));
   }
   return best;
 }
