@@ -140,9 +140,10 @@ __device__ __forceinline__ int sum_up_to(int x) {
   return x;
 }
 
-// f(candidates) for all of them, a row of 32 with each call and kRows rows loaded at once. Behind the last
-// one of 128 there are some without a score (fill).
-template <int kRows, class F>
+// f(kRows candidates of a lane) for all of them. Behind the last one of 128 there are some without a score
+// (fill).
+inline constexpr int kRows = 8;
+template <class F>
 __device__ __forceinline__ void for_rows(Candidate const* list, int count, F const& f) {
   for (int base = 0; base < count; base += 32 * kRows) {
     Candidate x[kRows];
@@ -255,11 +256,10 @@ __device__ inline Bound find_rank(Candidate const* list, int count, int k, int m
 }
 
 // The same by scores. The list is filled behind its end.
-template <int kRows>
 __device__ inline Bound find_bound(Candidate* list, int count, int k, int most, uint32_t* bins) {
   fill(list, count);
   float low = INFINITY, high = -INFINITY;
-  for_rows<kRows>(list, count, [&](Candidate const(&x)[kRows]) {
+  for_rows(list, count, [&](Candidate const(&x)[kRows]) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) low = fminf(low, x[i].score), high = fmaxf(high, x[i].score);
   });
@@ -274,7 +274,7 @@ __device__ inline Bound find_bound(Candidate* list, int count, int k, int most, 
     auto const counters =
         static_cast<uint32_t>(__cvta_generic_to_shared(bins)) - __float_as_uint(kFirstBin) * 4;
     clear(bins);
-    for_rows<kRows>(list, count, [&](Candidate const(&x)[kRows]) {
+    for_rows(list, count, [&](Candidate const(&x)[kRows]) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         increment(counters + __float_as_uint(fmaxf(fmaf(x[i].score, scale, offset), kFirstBin)) * 4);
@@ -294,7 +294,7 @@ __device__ inline Bound find_bound(Candidate* list, int count, int k, int most, 
 
 // Keeps the candidates within a bound of find_bound's, of equals those of the lowest indices: how many. Later
 // ones that equal the last of them are not wanted.
-template <int kRows, bool kHere>
+template <bool kHere>
 __device__ inline int keep(Candidate* list, int count, Bound& bound, uint32_t* bins) {
   int const lane = threadIdx.x % 32;
   int written = 0;
@@ -305,7 +305,7 @@ __device__ inline int keep(Candidate* list, int count, Bound& bound, uint32_t* b
     float const least = bound.bin + !bound.all;
     if (lane == 0) bins[kFew * 2] = 0;
     __syncwarp();
-    for_rows<kRows>(list, count, [&](Candidate const(&x)[kRows]) {
+    for_rows(list, count, [&](Candidate const(&x)[kRows]) {
       float bin[kRows];
       int n = 0;
 #pragma unroll

@@ -146,11 +146,12 @@ __device__ __forceinline__ float at_least(float x, float low) {
   return y;
 }
 
-// The sums over heads: of a thread's two keys of a product with queries first, first + 4, ..
-template <class Traits>
+// The sums over heads: of a thread's two keys of a product with queries first, first + 4, .. summed() when
+// they are made, before it is looked whether they are finite.
+template <class Traits, class Summed>
 __device__ __forceinline__ void add_heads(IndexerParams const& p, typename Traits::Dots const& dots,
                                           typename Traits::Weights const& weights,
-                                          typename Traits::Scores& scores) {
+                                          typename Traits::Scores& scores, Summed const& summed) {
   constexpr int kHeads = Traits::kHeads, kGroups = Traits::kGroups;
   auto const dot = [&](int g, int r, int h) { return dots[4 * (g * kHeads / 2 + h / 2) + 2 * r + h % 2]; };
 #pragma unroll
@@ -167,6 +168,7 @@ __device__ __forceinline__ void add_heads(IndexerParams const& p, typename Trait
       }
     }
   }
+  summed();
   float sum = scores[0][0] + scores[0][1];
 #pragma unroll
   for (int g = 1; g < kGroups; ++g) sum += scores[g][0] + scores[g][1];
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     };
     auto const finish = [&](int part, int first) {
       typename Traits::Scores scores;
-      add_heads<Traits>(a.p, dots[part], weights[part], scores);
+      add_heads<Traits>(a.p, dots[part], weights[part], scores, [] {});
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         int const t = 4 * (part * kGroups + g) + q4;

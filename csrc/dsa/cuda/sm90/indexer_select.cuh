@@ -7,6 +7,7 @@
 
 namespace lt2::dsa::sm90::indexer {
 
+inline constexpr int kTurns = 2;        // the first of the named barriers that give turns to warpgroups
 inline constexpr int kStrides = 4;      // of samples: a.stride, and 2, 4, 8 times as much
 inline constexpr int kSpareRoom = 48;   // of a list at least, that should not be needed
 inline constexpr int kMostUnmet = 256;  // between meetings: counts have 16 bits
@@ -162,7 +163,8 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
   constexpr int kGroups = Traits::kGroups, kQueries = Traits::kQueries, kPairs = (kGroups + 1) / 2;
   int const thread = threadIdx.x, lane = thread % 32;
   int const warp = __shfl_sync(kAll, thread / 32, 0);
-  int const tile = warp / 4 % Traits::kTiles, part = warp / 4 / Traits::kTiles;
+  int const warpgroup = warp / 4, next_warpgroup = (warpgroup + 1) % (Traits::kScoreWarps / 4);
+  int const tile = warpgroup % Traits::kTiles, part = warpgroup / Traits::kTiles;
   int const row = tile * kTileSide + warp % 4 * 16 + lane / 4;  // also row + 8
   int const own = part * 4 * kGroups + lane % 4;                // query of group 0
   auto const shift = [&](int g) { return kGroups == 1 ? 16 * part : 16 * (g % 2); };
@@ -192,10 +194,13 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
   uint32_t const counter = shared_address(&shared.counts[count_at(own) & ~1]);
   uint32_t const nobody = shared_address(&shared.nobody[lane]);
   Turn<Traits::kStages> keys;
+  auto const pass_turn = [&] { arrive_at_named_barrier(kTurns + next_warpgroup, 2 * kWarpgroup); };
+  if (next_warpgroup == 0) pass_turn();
   bool careful = false;  // lists grew faster than the sample said
   for (uint32_t round = 0; int64_t{round} * gridDim.x < a.rows.tiles; ++round) {
     if (item_number(round) >= a.rows.tiles) continue;
-    meet();  // nobody reads what belongs to the last item any more
+    asm volatile("" : "+r"(round));  // what follows from it is not worth registers
+    meet();                          // nobody reads what belongs to the last item any more
     if (warp == 0) {
       shared.next_full.wait(round % 2);
       if (lane < kQueries) {
@@ -236,7 +241,16 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
       if (lane == 0) shared.key_empty[keys.at].arrive();
       keys.advance();
       typename Traits::Scores scores;
-      add_heads<Traits>(a.p, dots, weights, scores);
+      // Next products start one after the other, a little apart: of all at once no other work would be
+      // beside.
+      add_heads<Traits>(a.p, dots, weights, scores, [&] {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) pin(scores[g]);
+        named_barrier(kTurns + warpgroup, 2 * kWarpgroup);
+      });
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) pin(scores[g]);
+      pass_turn();
       int const key = first + row * stride, next = key + 8 * stride;
       if (first < inner_begin || first + kKeys * stride > inner_end) {
 #pragma unroll
@@ -347,9 +361,8 @@ __device__ void select(SelectLaunch const& a, typename Traits::Shared& shared) {
             left = 0;
             if (lane == 0) shared.bounds[q] = NAN, atomicOr(&shared.lost, 1u << q);
           } else if (count > most) {
-            constexpr int kRows = Traits::kListsHere ? 8 : 12;
-            Bound bound = find_bound<kRows>(list_of(q), count, k, most, shared.bins[warp]);
-            if (!sampled) left = keep<8, Traits::kListsHere>(list_of(q), count, bound, shared.bins[warp]);
+            Bound bound = find_bound(list_of(q), count, k, most, shared.bins[warp]);
+            if (!sampled) left = keep<Traits::kListsHere>(list_of(q), count, bound, shared.bins[warp]);
             if (lane == 0) shared.bounds[q] = bound.score;
           }
           __syncwarp();
