@@ -25,7 +25,7 @@ mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 1
 	@echo "[3/3] mutants"
 	@.venv/bin/python .ci/mutants.py $(ARGS)
 
-bench: ## The operators against PyTorch and peers, quick form, about 2 minutes
+bench: ## The operators against PyTorch and peers, quick form, about 2 minutes (longer on a CPU without bfloat16)
 	@.ci/setup recipes hf
 	@echo "[3/3] bench"
 	@.venv/bin/python bench/run.py --quick $(ARGS)

@@ -15,6 +15,7 @@ Call = Callable[[], object]
 
 MIN_SAMPLE = 5e-4  # seconds: a shorter call is repeated within one sample
 MIN_RUNS = 5
+ENOUGH = 10.0  # seconds of samples of a call that suffice, however few
 SHORT, SHORT_CALLS = 1e-3, 20  # on CUDA: calls shorter than so many seconds are measured so many at a time
 
 
@@ -118,8 +119,8 @@ def interleaved(
     failures: dict[str, Exception],
 ) -> dict[str, Times]:
     """Sample every (prepared) call once per round, in alternating order, so that a change of the machine's load meets
-    all of them. A call that has used its budget of seconds drops out, but not before ``MIN_RUNS`` samples. One that
-    fails has no times, but its exception in ``failures``."""
+    all of them. A call that has used its budget of seconds drops out, but not before ``MIN_RUNS`` samples or ``ENOUGH``
+    seconds. One that fails has no times, but its exception in ``failures``."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     order = list(calls)
@@ -128,7 +129,8 @@ def interleaved(
     try:
         for i in range(rounds):
             for name in order:
-                if name in failures or not (spent[name] < budgets[name] or i < MIN_RUNS):
+                few = i < MIN_RUNS and spent[name] < ENOUGH
+                if name in failures or not (spent[name] < budgets[name] or few):
                     continue
                 start = time.perf_counter()
                 try:

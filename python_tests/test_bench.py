@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,15 @@ def test_a_call_without_budget_drops_out_after_the_least_number_of_runs():
     assert times["free"].runs == timing.MIN_RUNS + 3
     assert times["limited"].runs == timing.MIN_RUNS
     assert not failures
+
+
+def test_of_a_slow_call_few_samples_are_enough(monkeypatch):
+    monkeypatch.setattr(timing, "ENOUGH", 0.01)
+    clock, failures = timing.CpuClock(), {}
+    calls = {"slow": clock.prepare(lambda: time.sleep(0.02)), "ours": clock.prepare(lambda: None)}
+    times = timing.interleaved(clock, calls, timing.MIN_RUNS, {"slow": 0.0, "ours": 1e9}, failures)
+    assert times["slow"].runs == 1
+    assert times["ours"].runs == timing.MIN_RUNS
 
 
 def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
