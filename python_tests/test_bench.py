@@ -1,6 +1,7 @@
 """The benchmark harness: on tiny shapes it times what is right, refuses what is wrong, and reports what is missing."""
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -281,8 +282,9 @@ def test_the_floor_of_bfloat16_is_not_above_that_of_float32():
 @pytest.mark.cuda
 @pytest.mark.parametrize("graph", [False, True])
 def test_cuda_clock_times_short_and_long_calls_alike(graph: bool):
-    """About 0.1 ms, timed twenty at a time, and 20 times as much, timed one by one. Beside processes that use the GPU
-    all of twenty in a row are rarely undisturbed (ratios of 11 to 20); what a wrong count gives is 1 or 400."""
+    """About 0.1 ms, timed twenty at a time, and 20 times as much, timed one by one. Beside other test processes all of
+    twenty in a row are rarely undisturbed (ratios from 11 on); there it is only a wrong count, 1 or 400, that fails."""
+    least = 8 if "PYTEST_XDIST_WORKER" in os.environ else 17
     clock = timing.CudaClock(graph)
     short, long = (clock.prepare(lambda cycles=n: torch.cuda._sleep(cycles)) for n in (200_000, 4_000_000))
     assert clock.repeats[short] == ((1, 20) if graph else (20, 1))
@@ -292,7 +294,7 @@ def test_cuda_clock_times_short_and_long_calls_alike(graph: bool):
         for call, seconds in samples.items():
             seconds.append(clock.sample(call))
         ratio = min(samples[long]) / min(samples[short])
-        if len(samples[long]) >= 3 and 8 < ratio < 23:
+        if len(samples[long]) >= 3 and least < ratio < 23:
             return
     pytest.fail(f"the long call took {ratio} times as long as the short one")
 

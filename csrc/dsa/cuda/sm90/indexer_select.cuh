@@ -150,6 +150,9 @@ __device__ void load_keys(SelectLaunch const& a, KeyMaps const& maps, typename T
       if (sample.steps > 0) load(maps.sampled[sample.which], sample.first, sample.steps);
       load(maps.all, item.begin, item.steps);
       if (sample.steps > 0) {
+        // Not taken for the item before, which has judged already: with a sample there are more than 4 steps,
+        // so this item's first keys have left their places.
+        static_assert(Traits::kStages <= 4);
         shared.judged.wait(round % 2);
         if (read(shared.again) == round + 1) load(maps.all, item.begin, item.steps);
       }

@@ -18,8 +18,9 @@ struct Cut {
   bool shares = false;
 };
 
-// Of a cluster that shares; how many are resident where its blocks fill multiprocessors; and which keys do:
-// with others the states have less to wait for.
+// Blocks of a cluster that shares; how many clusters are resident, a block on each multiprocessor, if 6 of a
+// GPU's parts have 16 of these and 2 have 18 (a guess, which only the choice depends on); and from which key
+// dimension on: with shorter keys the states have less to wait for.
 inline constexpr int kSharers = 3, kResidentClusters = 42, kLeastSharedKey = 192;
 
 // The cut of least time by a model: waves of blocks, times tiles of a block, times the time of a tile.

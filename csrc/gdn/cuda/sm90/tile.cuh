@@ -55,8 +55,8 @@ struct alignas(16) TileScalars {
 
 // What is prepared of a tile for the states.
 struct PreparedTile {
-  alignas(
-      1024) char inverse[kTileBytes];  // T~: block (c, c) of 32 x 32 the high parts, (c, 1 - c) the low ones
+  // T~ of chunk c: its high parts are block (c, c) of 32 x 32, the low ones block (c, 1 - c).
+  alignas(1024) char inverse[kTileBytes];
   alignas(1024) char scores[kHalfTileBytes];  // P of chunk c: rows 0..31, columns 32 c on
   TileScalars scalars;
 };
@@ -325,8 +325,8 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
 #pragma unroll
   for (int c = 0; c < kTileChunks; ++c) {
     float x[kRows / 2];
-    if constexpr (kShares) {  // or ptxas keeps what is in them from tile to tile, and waits after each
-                              // product
+    if constexpr (kShares) {
+      // Or ptxas keeps what is in them from tile to tile, and waits after each product.
 #pragma unroll
       for (float& y : x) y = 0.f;
     }
