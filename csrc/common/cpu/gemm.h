@@ -25,16 +25,16 @@ struct Panels {
   int64_t size() const { return static_cast<int64_t>(rows) * cols; }
 };
 
-constexpr int kBetween = 4;  // products of a register tile after which something else may happen
 struct Nothing {
   void operator()() const {}
 };
 
-// A register tile is kTileRows x (2 vectors): 16 accumulators where there are 32 registers, else 8.
+// A register tile is kTileRows x (2 vectors): 16 accumulators where there are 32 registers, else 8. After
+// kBetween of its steps (a divisor of kPanel) something else may happen: about as often in any of them.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 8, kBetween = 8;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kBetween = 32;
 #endif
 constexpr int kTileCols = 2 * kLanes;
 static_assert(kPanel % kTileCols == 0);
@@ -58,20 +58,12 @@ inline __attribute__((always_inline)) void accumulate_tile(float const* a, int64
       for (int v = 0; v < kVecs; ++v) acc[r][v] += x * row[v];
     }
   };
-  if constexpr (kTransposed) {
-    for (int k = begin; k < end; k += kBetween) {
-      for (int i = k; i < k + kBetween; ++i) step(a + i * kPanel, 1, b + i * kPanel);
-      between();
-    }
-  } else {
-    for (int k = begin; k < end;) {
-      float const* const a_block = a + k / kPanel * a_panel - k / kPanel * kPanel;
-      int const stop = (k / kPanel + 1) * kPanel < end ? (k / kPanel + 1) * kPanel : end;
-      for (; k < stop; k += kBetween) {
-        for (int i = k; i < k + kBetween; ++i) step(a_block + i, kPanel, b + i * kPanel);
-        between();
-      }
-    }
+  for (int k = begin; k < end;) {
+    float const* const a_k = kTransposed ? a : a + k / kPanel * (a_panel - kPanel);
+    int const whole = (k / kBetween + 1) * kBetween, stop = whole < end ? whole : end;
+    for (; k < stop; ++k)
+      step(kTransposed ? a_k + k * kPanel : a_k + k, kTransposed ? 1 : kPanel, b + k * kPanel);
+    between();
   }
 }
 
@@ -96,12 +88,11 @@ enum class Triangle {
   kNone,
   kLowerA,    // A(i, k) = 0 for k > i
   kUpperA,    // A(i, k) = 0 for k < i
-  kLowerOut,  // of C(i, j) only j <= i is wanted: vectors above the diagonal of a tile's last row stay as
-              // they are
+  kLowerOut,  // of C(i, j) only j <= i is wanted: vectors above a tile's last row stay as they are
 };
 
 // C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
-// kTransposed. With beta = 0, C is not read. between() is called after every kBetween products of a register
+// kTransposed. With beta = 0, C is not read. between() is called after every kBetween steps of a register
 // tile.
 template <bool kTransposed, Triangle kTriangle = Triangle::kNone, class F = Nothing>
 void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int depth, float beta,
@@ -113,6 +104,7 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
       int const end = kTriangle == Triangle::kLowerA && i + kTileRows < depth ? i + kTileRows : depth;
       float const* const a_rows = kTransposed ? a.row(0, i / kPanel) + i % kPanel : a.row(i, 0);
       for (int j = 0; j < kPanel; j += kTileCols) {
+        if (kTriangle == Triangle::kLowerOut && panel * kPanel + j > i + kTileRows - 1) break;
         float *const b_rows = b.row(0, panel) + j, *const out = c.row(i, panel) + j;
         if (kTriangle == Triangle::kLowerOut && panel * kPanel + j + kLanes > i + kTileRows - 1) {
           multiply_tile<kTransposed, 1>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);

@@ -186,11 +186,11 @@ struct Block {
   }
 };
 
-// Registers hold kLanes sums of products with so many heads, or 16 vectors (8 where there are 16 registers).
+// Vectors of sums in registers. A row is read once for four heads, also where that leaves two keys at a time.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kMostHeads = 4, kAccumulators = 16;
+constexpr int kAccumulators = 16;
 #else
-constexpr int kMostHeads = 2, kAccumulators = 8;
+constexpr int kAccumulators = 8;
 #endif
 
 constexpr int kAhead = 4;  // rows that are fetched before they are needed
@@ -199,9 +199,7 @@ constexpr int kAhead = 4;  // rows that are fetched before they are needed
 template <class F>
 inline void each_heads(int64_t heads, F const& f) {
   int64_t h = 0;
-  if constexpr (kMostHeads == 4) {
-    for (; h + 4 <= heads; h += 4) f.template operator()<4>(h);
-  }
+  for (; h + 4 <= heads; h += 4) f.template operator()<4>(h);
   for (; h + 2 <= heads; h += 2) f.template operator()<2>(h);
   for (; h < heads; ++h) f.template operator()<1>(h);
 }

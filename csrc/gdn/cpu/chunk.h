@@ -139,7 +139,10 @@ template <class T>
 void compute_writes(Inputs const& p, int64_t row, int head, Chunk const& c, Panels const& s, int column,
                     int n, Panels const& y, Panels const& u) {
   load_rows<T>(p.v, row, head, c, column, n, u);
-  if (!p.delta) return scale_rows(u, c.beta, c.rows);
+  if (!p.delta) {
+    if (p.beta.data != nullptr) scale_rows(u, c.beta, c.rows);
+    return;
+  }
   multiply<false>(c.k, s, y, c.rows, s.rows, 0.f, c.ahead);
   for (int panel = 0; panel < y.panels(); ++panel) {
     for (int i = 0; i < c.rows; ++i) {

@@ -38,7 +38,7 @@ struct Arena {
 };
 
 // Lines of rows that will be needed or written, which are too far apart for the hardware to foresee. Fetched
-// all at once they wait for each other; with `spread`, between() of products fetches one at a time. A row is
+// all at once they wait for each other; with `spread`, between() of products fetches two at a time. A row is
 // some pieces, one after the other in memory if there is nothing between them, so that a page is visited
 // once.
 struct Ahead {
@@ -66,7 +66,8 @@ struct Ahead {
   void fetch() {
     Rows& rows = queue[first];
     __builtin_prefetch(rows.next + at, 0, 2);
-    if ((at += kLine) < end) return;
+    __builtin_prefetch(rows.next + at + kLine, 0, 2);
+    if ((at += 2 * kLine) < end) return;
     if (++piece < rows.pieces) {
       at = piece * rows.piece_stride;
       end = at + rows.bytes;
