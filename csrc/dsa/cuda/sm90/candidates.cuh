@@ -303,6 +303,7 @@ __device__ inline int keep(Candidate* list, int count, Bound& bound, uint32_t* b
   if (bound.even) {
     auto const few = static_cast<uint32_t>(__cvta_generic_to_shared(bins)), counter = few + kFew * 8;
     float const least = bound.bin + !bound.all;
+    __syncwarp();  // the last counts of the bins have been read
     if (lane == 0) bins[kFew * 2] = 0;
     __syncwarp();
     for_rows(list, count, [&](Candidate const(&x)[kRows]) {
