@@ -216,8 +216,13 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   }
 
   float s[kKeyDim / 2];
-  if (unit.initial != nullptr) {
-    load_state<kKeyDim>(s, unit.initial, unit.initial_v_first, a.p.value_dim, column, thread);
+  float const* initial = unit.initial;
+  if constexpr (kOutputs) {
+    wait_for_previous_kernel();
+    if (unit.before != nullptr && *unit.before != kWhole) initial = unit.forgets;
+  }
+  if (initial != nullptr) {
+    load_state<kKeyDim>(s, initial, unit.initial_v_first, a.p.value_dim, column, thread);
   } else {
     int const diagonal = column - a.p.value_dim;
     for_state_elements<kKeyDim>(diagonal, thread, [&](int i, int v, int k) {
@@ -491,7 +496,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *static_cast<typename Traits::Shared*>(__cvta_shared_to_generic(window));
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   let_next_kernel_start();
-  wait_for_previous_kernel();
+  // Only the states of segments read what the kernels since the plan wrote, which began after all before it.
+  if (Traits::kPass == Pass::kMaps || a.segments.span == 0) wait_for_previous_kernel();
   ForwardUnit const unit = forward_unit<Traits>(a, shared.counts);
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);

@@ -82,6 +82,8 @@ struct ForwardUnit {
   int slices;                 // of 64 columns
   int tiles;
   float const* initial;  // or null: zero, or the identity for M
+  float const* forgets;  // the start instead where the segment before has no map
+  int const* before;     // tells that, or null
   float* final;          // or null
   bool initial_v_first, final_v_first;
 
@@ -164,13 +166,17 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
   int64_t const segment_state = segment_head * kKeyDim * p.value_dim;
   bool const last = segment.index == segment.count - 1;
   int begin = segment.begin, tokens = max(segment.tokens, 0);
-  float const* initial = nullptr;
+  float const *initial = nullptr, *forgets = nullptr;
+  int const* before = nullptr;
   float* final = nullptr;
   bool initial_v_first = p.state_v_first, final_v_first = true;
   if (segment.index == 0 && p.initial_state != nullptr) initial = p.initial_state + sequence_state;
   if constexpr (!kMaps) {
     if (segment.index > 0) {
       initial = a.segments.starts + segment_state;
+      forgets = a.segments.ends + segment_state - int64_t{p.value_heads} * kKeyDim * p.value_dim;
+      before = a.segments.first_tiles + segment_head - p.value_heads;
+      if (segment.index == 1) initial = forgets;
       initial_v_first = true;
     }
     if (last && a.final_state != nullptr) final = a.final_state + sequence_state;
@@ -202,6 +208,8 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
           slices,
           (tokens + kTileSide - 1) / kTileSide,
           initial,
+          forgets,
+          before,
           final,
           initial_v_first,
           final_v_first};

@@ -72,7 +72,7 @@ inline constexpr float kForgotten = -32.f;  // log2
 
 // One block per segment and value head: a warp for each of the last tiles in turn, then a lane.
 template <class T>
-__global__ void __launch_bounds__(kPlanWarps * 32)
+__global__ void __launch_bounds__(kPlanWarps * 32, 2)
     plan_segments(Inputs const p, Segments const segments, int key_dim) {
   __shared__ float growth[kPlanTiles], scratch[kPlanWarps];
   let_next_kernel_start();
@@ -85,44 +85,63 @@ __global__ void __launch_bounds__(kPlanWarps * 32)
   }
   int const tiles = (segment.tokens + kTileSide - 1) / kTileSide;
   int const qk_head = head / (p.value_heads / p.heads);
-  auto const decay_of = [&](int token) {
-    bool const there = token >= 0 && token < segment.tokens;
-    return there ? portable::log_decay(p, segment.row, segment.begin + token, head) * kLog2E : 0.f;
+  // A warp's tiles, of each two tokens a lane. All gates are asked for at once.
+  auto const token_of = [&](int round, int half) {
+    return (tiles - 1 - round * kPlanWarps - warp) * kTileSide + half * 32 + lane;
   };
-  // Of a tile's tokens, 2 a lane: how much they multiply the norm of a state by, at most.
-  auto const growth_of = [&](int tile) {
-    float sum = 0.f;
-    for (int token = tile * kTileSide + lane; token < (tile + 1) * kTileSide; token += 32) {
-      if (token < 0 || token >= segment.tokens) continue;
+  auto const is_there = [&](int token) { return token >= 0 && token < segment.tokens; };
+  float g[kPlanRounds][2], beta[kPlanRounds][2];
+#pragma unroll
+  for (int round = 0; round < kPlanRounds; ++round) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const token = token_of(round, half);
       int64_t const at = segment.begin + token;
-      float norm2 = 1.f;  // after l2norm |k| <= 1, so that 1 - b |k|^2 lies between 1 and 1 - b
-      if (!p.qk_l2norm) {
-        auto const* const k =
-            reinterpret_cast<uint4 const*>(portable::token_row<T const>(p.k, segment.row, at, qk_head));
-        norm2 = 0.f;
-        for (int j = 0; j < key_dim / 8; ++j) {
-          uint4 const x = k[j];
-          for (uint32_t const pair : {x.x, x.y, x.z, x.w}) {
-            float2 const two = unpack<T>(pair);
-            norm2 += two.x * two.x + two.y * two.y;
-          }
-        }
-      }
-      float const strength = portable::write_strength(p, segment.row, at, head);
-      sum += decay_of(token) + log2f(fmaxf(1.f, fabsf(1.f - strength * norm2)));
+      bool const there = is_there(token);
+      bool const decays = there && p.g.data != nullptr, writes = there && p.beta.data != nullptr;
+      g[round][half] = decays ? *portable::token_row<float const>(p.g, segment.row, at, head) : 0.f;
+      beta[round][half] = writes ? *portable::token_row<float const>(p.beta, segment.row, at, head) : 1.f;
     }
-    return lane_sum(sum);
-  };
+  }
+  float sum = 0.f;  // of all that is looked at: keys are read only where it is enough
+#pragma unroll
+  for (int round = 0; round < kPlanRounds; ++round) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& decay = g[round][half];
+      bool const decays = is_there(token_of(round, half)) && p.g.data != nullptr;
+      decay = decays ? portable::log_decay(p, decay, head) * kLog2E : 0.f;
+      sum += decay;
+    }
+  }
   int result = kWhole;
-  float decay = 0.f;  // of all that is looked at: keys are read only where it is enough
-  for (int i = threadIdx.x; i < kPlanTiles * kTileSide; i += kPlanWarps * 32)
-    decay += decay_of(tiles * kTileSide - 1 - i);
-  if (block_sum<kPlanWarps * 32>(decay, scratch) < kForgotten) {
+  if (block_sum<kPlanWarps * 32>(sum, scratch) < kForgotten) {
 #pragma unroll
     for (int round = 0; round < kPlanRounds; ++round) {
-      int const back = round * kPlanWarps + warp;
-      float const mine = growth_of(tiles - 1 - back);
-      if (lane == 0) growth[back] = mine;
+      float mine = 0.f;  // how much the tile's tokens multiply the norm of a state by, at most
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const token = token_of(round, half);
+        if (!is_there(token)) continue;
+        float norm2 = 1.f;  // after l2norm |k| <= 1, so that 1 - b |k|^2 lies between 1 and 1 - b
+        if (!p.qk_l2norm) {
+          auto const* const k = reinterpret_cast<uint4 const*>(
+              portable::token_row<T const>(p.k, segment.row, segment.begin + token, qk_head));
+          norm2 = 0.f;
+          for (int j = 0; j < key_dim / 8; ++j) {
+            uint4 const x = k[j];
+            for (uint32_t const pair : {x.x, x.y, x.z, x.w}) {
+              float2 const two = unpack<T>(pair);
+              norm2 += two.x * two.x + two.y * two.y;
+            }
+          }
+        }
+        float const strength =
+            p.beta.data == nullptr ? 1.f : portable::write_strength(p, beta[round][half]);
+        mine += g[round][half] + log2f(fmaxf(1.f, fabsf(1.f - strength * norm2)));
+      }
+      mine = lane_sum(mine);
+      if (lane == 0) growth[round * kPlanWarps + warp] = mine;
     }
     __syncthreads();
     float total = growth[lane];  // of the tiles from here on
@@ -144,10 +163,10 @@ inline constexpr int kJoinParts = kKeyDim > 128 ? 4 : 8;
 template <int kKeyDim>
 inline constexpr int kJoinThreads = kKeyDim / kJoinColumns * kJoinParts<kKeyDim>;
 
-// One block per sequence, value head and kJoinRows value columns: a thread has two key columns and a part of
-// the sum. What is read of a segment is requested one segment ahead.
+// The starts of segments whose predecessor has a map; others start from what is in `ends` of theirs. One block
+// per sequence, value head and kJoinRows value columns: a thread has two key columns and a part of the sum.
 template <int kKeyDim>
-__global__ void __launch_bounds__(kJoinThreads<kKeyDim>)
+__global__ void __launch_bounds__(kJoinThreads<kKeyDim>, 1)
     join_segments(Inputs const p, Segments const segments) {
   constexpr int kMapRows = (kKeyDim + kTileSide - 1) / kTileSide * kTileSide, kParts = kJoinParts<kKeyDim>,
                 kTerms = kKeyDim / kParts, kOwn = kJoinRows / kParts;
@@ -163,59 +182,73 @@ __global__ void __launch_bounds__(kJoinThreads<kKeyDim>)
   int64_t const first = first_segment(p, segments.span, n);
   int const count = find_segment(p, segments.span, first).count;
   int64_t const offset = static_cast<int64_t>(group) * kJoinRows * kKeyDim + column;
-  float2 map[kTerms], end[kOwn];
-  bool mapped = false;
-  auto const request = [&](int i) {  // of segment i, from whose start to its end the join goes
-    if (i >= count - 1) return;
-    int64_t const at = (first + i) * p.value_heads + head;
-    mapped = i > 0 && segments.first_tiles[at] == kWhole;
-    float const* const ends = segments.ends + at * p.value_dim * kKeyDim + offset;
-#pragma unroll
-    for (int r = 0; r < kOwn; ++r)
-      end[r] = *reinterpret_cast<float2 const*>(ends + (part + r * kParts) * kKeyDim);
-    if (!mapped) return;
-    float const* const m = segments.maps + (at * kMapRows + part * kTerms) * kKeyDim + column;
-#pragma unroll
-    for (int j = 0; j < kTerms; ++j) map[j] = *reinterpret_cast<float2 const*>(m + j * kKeyDim);
+  auto const at = [&](int i) { return (first + i) * p.value_heads + head; };
+  // The first segment from i on that has a map, a successor and a start that is not that of the sequence; or
+  // `count`. By whole warps.
+  auto const next_mapped = [&](int i) {
+    for (; i + 1 < count; i += 32) {
+      int const mine = i + static_cast<int>(threadIdx.x % 32);
+      bool const mapped = mine + 1 < count && segments.first_tiles[at(mine)] == kWhole;
+      if (uint32_t const some = __ballot_sync(0xffffffffu, mapped); some != 0) return i + __ffs(some) - 1;
+    }
+    return count;
   };
-  request(0);
-  for (int i = 0; i + 1 < count; ++i) {
-    int64_t const next = (first + i + 1) * p.value_heads + head;
-    if (mapped) {
+  auto const rows_of = [&](float* states, int i, int r) {
+    return reinterpret_cast<float2*>(states + at(i) * p.value_dim * kKeyDim + offset +
+                                     (part + r * kParts) * kKeyDim);
+  };
+  auto const map_of = [&](int i, int j) {
+    return *reinterpret_cast<float2 const*>(segments.maps + (at(i) * kMapRows + part * kTerms + j) * kKeyDim +
+                                            column);
+  };
+  int i = next_mapped(1), joined = 0;  // the segment whose end is in `state`
+  if (i == count) return;
+  float2 map[kTerms];
+#pragma unroll
+  for (int j = 0; j < kTerms; ++j) map[j] = map_of(i, j);
+  while (i < count) {
+    int const next = next_mapped(i + 1);
+    float2 end[kOwn];
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r) end[r] = *rows_of(segments.ends, i, r);
+    if (joined == 0 || joined + 1 != i) {
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r)
+        *reinterpret_cast<float2*>(&state[part + r * kParts][column]) = *rows_of(segments.ends, i - 1, r);
+      __syncthreads();
+    }
+    float2 sum[kJoinRows] = {};
+#pragma unroll
+    for (int j = 0; j < kTerms; j += 4) {
 #pragma unroll
       for (int r = 0; r < kJoinRows; ++r) {
-        float2 sum = {};
+        float4 const s = *reinterpret_cast<float4 const*>(&state[r][part * kTerms + j]);
+        sum[r].x += s.x * map[j].x + s.y * map[j + 1].x + s.z * map[j + 2].x + s.w * map[j + 3].x;
+        sum[r].y += s.x * map[j].y + s.y * map[j + 1].y + s.z * map[j + 2].y + s.w * map[j + 3].y;
+      }
+      if (next < count) {
 #pragma unroll
-        for (int j = 0; j < kTerms; j += 4) {
-          float4 const s = *reinterpret_cast<float4 const*>(&state[r][part * kTerms + j]);
-          sum.x += s.x * map[j].x + s.y * map[j + 1].x + s.z * map[j + 2].x + s.w * map[j + 3].x;
-          sum.y += s.x * map[j].y + s.y * map[j + 1].y + s.z * map[j + 2].y + s.w * map[j + 3].y;
-        }
-        *reinterpret_cast<float2*>(&partial[part][r][column]) = sum;
+        for (int m = j; m < j + 4; ++m) map[m] = map_of(next, m);
       }
     }
-    bool const adds = mapped;
-    float2 sum[kOwn];
 #pragma unroll
-    for (int r = 0; r < kOwn; ++r) sum[r] = end[r];
-    request(i + 1);
+    for (int r = 0; r < kJoinRows; ++r) *reinterpret_cast<float2*>(&partial[part][r][column]) = sum[r];
     __syncthreads();
-    float* const start = segments.starts + next * p.value_dim * kKeyDim + offset;
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       int const row = part + r * kParts;
-      if (adds) {
 #pragma unroll
-        for (int q = 0; q < kParts; ++q) {
-          float2 const x = *reinterpret_cast<float2 const*>(&partial[q][row][column]);
-          sum[r].x += x.x;
-          sum[r].y += x.y;
-        }
+      for (int q = 0; q < kParts; ++q) {
+        float2 const x = *reinterpret_cast<float2 const*>(&partial[q][row][column]);
+        end[r].x += x.x;
+        end[r].y += x.y;
       }
-      *reinterpret_cast<float2*>(&state[row][column]) = sum[r];
-      *reinterpret_cast<float2*>(start + row * kKeyDim) = sum[r];
+      *reinterpret_cast<float2*>(&state[row][column]) = end[r];
+      *rows_of(segments.starts, i + 1, r) = end[r];
     }
     __syncthreads();
+    joined = i;
+    i = next;
   }
 }
 
