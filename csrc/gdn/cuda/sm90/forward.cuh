@@ -217,9 +217,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
 
   float s[kKeyDim / 2];
   float const* initial = unit.initial;
-  if constexpr (kOutputs) {
+  if constexpr (kOutputs && Traits::kCuts) {
     wait_for_previous_kernel();
-    if (unit.before != nullptr && *unit.before != kWhole) initial = unit.forgets;
+    if (unit.before >= 0 && a.segments.first_tiles[unit.before] != kWhole)
+      initial = a.segments.ends + int64_t{unit.before} * kKeyDim * a.p.value_dim;
   }
   if (initial != nullptr) {
     load_state<kKeyDim>(s, initial, unit.initial_v_first, a.p.value_dim, column, thread);
@@ -294,7 +295,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       }
       wgmma_commit();
     }
-    if (kShares && part == 0) wait_prepared(i);  // the products above need none of it
+    if (kShares && !kFolds && part == 0) wait_prepared(i);  // the products above need none of it
     float const decay = scalars.decay[part];
     if constexpr (kOutputs) {
       if (part == 0 && i > 0) send_output(i - 1);
@@ -353,7 +354,11 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         }
       }
     }
-    if (kFolds && part == kTileChunks - 1) release(shared.read[stage]);
+    if constexpr (kFolds && kShares) {
+      release(shared.chunk_read[stage][part]);
+    } else if (kFolds && part == kTileChunks - 1) {
+      release(shared.read[stage]);
+    }
     float2 k_out[kChunk / 8];
     if constexpr (!kFolds) {
 #pragma unroll
@@ -366,7 +371,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     float unrange = 1.f;  // of o
     auto const gain = [&] {
       if constexpr (kFolds) {
-        uint64_t const k = row_major(shared.gains[i % 2]) + rows;
+        uint64_t const k = row_major(shared.gains[i % Traits::kGains]) + rows;
 #pragma unroll
         for (int j = 0; j < kChunkSteps; ++j)
           wgmma<__half, kKeyDim, Major::MN>(s, written + 4 * j, k + j * kRowStep, true);
@@ -461,7 +466,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       named_barrier(barrier, kWarpgroup);  // the values have been read
       if (thread == 0) load_v(i + 2);
     }
-    if constexpr (kShares) release(shared.chunk_read[stage][part]);
+    if constexpr (kShares && !kFolds) release(shared.chunk_read[stage][part]);
     if (part == kTileChunks - 1) {
       if (!kFolds && !kShares) release(shared.read[stage]);
       release_prepared(i);
@@ -497,12 +502,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   let_next_kernel_start();
   // Only the states of segments read what the kernels since the plan wrote, which began after all before it.
-  if (Traits::kPass == Pass::kMaps || a.segments.span == 0) wait_for_previous_kernel();
+  bool const of_segments = Traits::kPass == Pass::kOutputs && Traits::kCuts && a.segments.span != 0;
+  if (!of_segments) wait_for_previous_kernel();
   ForwardUnit const unit = forward_unit<Traits>(a, shared.counts);
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);
     for (Barrier& b : shared.read) b.init(unit.slices * 4);
-    for (Barrier& b : shared.released) b.init(Traits::kCluster * unit.slices * 4);
+    for (Barrier& b : shared.released) b.init((Traits::kShares ? kSharedSlices : unit.slices) * 4);
     for (Barrier& b : shared.prepared) b.init(Traits::kShares ? 1 : kWarpgroup);
     for (auto& slice : shared.v_loaded) {
       for (Barrier& b : slice) b.init(1);
@@ -512,7 +518,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         for (Barrier& b : chunks) b.init(1);
       }
       for (auto& chunks : shared.chunk_read) {
-        for (Barrier& b : chunks) b.init(4);
+        for (Barrier& b : chunks) b.init(unit.slices * 4);
       }
       for (Barrier* b : {&shared.own_loaded, &shared.tail_loaded}) b->init(1);
       shared.own_read.init(4);
@@ -525,9 +531,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (group == 0) {
       grow_registers<Traits::kHelperRegisters>();
       prepare_shared_tiles<Traits>(shared, a, unit, rank, thread);
-    } else if (group == 1) {
+    } else if (Traits::kSlices == 1 ? group == 1 : group <= Traits::kSlices) {
       grow_registers<Traits::kStateRegisters>();
-      scan_tiles<Traits>(shared, a, maps, unit, 0, thread);
+      int const slice = Traits::kSlices == 1 ? 0 : group - 1;
+      if (slice < unit.slices) scan_tiles<Traits>(shared, a, maps, unit, slice, thread);
     } else {
       shrink_registers<Traits::kLoaderRegisters>();
       if (warp == 0) load_for_states<Traits>(shared, maps, unit, lane);

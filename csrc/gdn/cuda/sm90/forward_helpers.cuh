@@ -81,13 +81,13 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
     asm volatile("" : "+r"(thread));
     wait_released(i - kPrepared);
     shared.loaded[stage].wait((i / kStages) & 1);
-    prepare_tile<T, Traits::kKeyDim, kOutputs, kFolds>(
+    prepare_tile<T, Traits::kKeyDim, kOutputs, kFolds, false>(
         a.p, unit.tile(i).count, shared.qk[stage][0], shared.scratch[i % 2], shared.tiles[prepared],
-        shared.gains[i % 2], 1 + kTileBarriers * helper, thread, unit.head,
+        shared.gains[i % Traits::kGains], 1 + kTileBarriers * helper, thread, unit.head,
         [&] {
           if (next < unit.tiles) request(next);
         },
-        [&] { wait_released(i - 2); });
+        [&] { wait_released(i - 2); }, [] {});
     shared.prepared[prepared].arrive();
     static_assert(kStages == 3);
     if (i + 2 < unit.tiles) {
@@ -117,15 +117,15 @@ __device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLau
     PreparedTile& to = shared.tiles[place];
     asm volatile("" : "+r"(thread));
     shared.own_loaded.wait((i / kCluster) & 1);
-    prepare_tile<typename Traits::T, Traits::kKeyDim, kOutputs, false, true>(
-        a.p, unit.tile(i).count, shared.own_qk[0], shared.scratch[0], to, nullptr, 1, thread, unit.head,
+    prepare_tile<typename Traits::T, Traits::kKeyDim, kOutputs, Traits::kFolds, true>(
+        a.p, unit.tile(i).count, shared.own_qk[0], shared.scratch[0], to, shared.gains[place], 1, thread,
+        unit.head, [&] { request(i + kCluster); },
+        [&] {
+          if (before >= 0) shared.released[place].wait_for_cluster(before / kReleasePeriod<Traits> % 2);
+        },
         [&] {
           __syncwarp();
           if (thread % 32 == 0) shared.own_read.arrive();
-          request(i + kCluster);
-        },
-        [&] {
-          if (before >= 0) shared.released[place].wait_for_cluster(before / kReleasePeriod<Traits> % 2);
         });
     named_barrier(1, kWarpgroup);
     if (thread == 0) {
@@ -134,8 +134,9 @@ __device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLau
 #pragma unroll
       for (int other = 1; other < kCluster; ++other) {
         int const peer = (rank + other) % kCluster;
-        prepared.arrive_expecting_at(peer, kPreparedBytes);
+        prepared.arrive_expecting_at(peer, kPreparedBytes + Traits::kGainBytes);
         send_bytes(&to, kPreparedBytes, prepared, peer);
+        if constexpr (Traits::kFolds) send_bytes(shared.gains[place], Traits::kGainBytes, prepared, peer);
       }
     }
   }

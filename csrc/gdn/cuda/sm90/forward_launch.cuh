@@ -11,27 +11,31 @@ namespace lt2::gdn::sm90 {
 
 // How the work is cut: for each head, blocks of two slices of 64 value columns (which share the preparation
 // of tiles) and of one (which run faster while there are multiprocessors to fill), and tiles of a segment; 0:
-// sequences are not cut. Blocks of one slice may share the preparation in clusters.
+// sequences are not cut. Blocks may share the preparation in clusters of three slices: one each, or two and
+// one.
 struct Cut {
   int pairs, singles;
   int64_t segment_tiles;
   bool shares = false;
 };
 
-// Blocks of a cluster that shares; how many clusters are resident, a block on each multiprocessor, if 6 of a
-// GPU's parts have 16 of these and 2 have 18 (a guess, which only the choice depends on); and from which key
-// dimension on: with shorter keys the states have less to wait for.
-inline constexpr int kSharers = 3, kResidentClusters = 42, kLeastSharedKey = 192;
+// Whether blocks of one slice share, or those of two and of one; with other keys the states have less to wait
+// for. And how many clusters of three blocks are resident, a block on each multiprocessor, if 6 of a GPU's
+// parts have 16 of these and 2 have 18 (a guess, which only the choice depends on).
+inline constexpr bool shares_singles(int64_t key_dim) { return key_dim >= 192; }
+inline constexpr bool shares_pairs(int64_t key_dim) { return key_dim == 96; }
+inline constexpr int kResidentClusters = 42;
 
 // The cut of least time by a model: waves of blocks, times tiles of a block, times the time of a tile.
 inline Cut choose_cut(ForwardParams const& p) {
   constexpr double kJoin = 1.7, kPasses = 24;
-  // Measured microseconds of a tile with one slice, with two and in the maps, and until a block runs at that
-  // rate.
+  // Measured microseconds of a tile with one slice, with two, in a cluster and in the maps, and until a block
+  // runs at that rate.
   struct Times {
-    double one, two, map, start;
+    double one, two, shared, map, start;
   };
-  Times const t = p.key_dim == 96 ? Times{2.05, 3, 1.9, 12} : Times{kOneTime, kTwoTime, 2.9, kStartTime};
+  Times const t = p.key_dim == 96 ? Times{2.05, 3, 2.6, 1.9, 12}
+                                  : Times{kOneTime, kTwoTime, kSharedTime, 2.9, kStartTime};
   double const heads = double(p.sequences) * p.value_heads;
   int const slices = p.value_dim / kTileSide, most = slices / 2;
   // Sequences of unknown lengths count as equal ones.
@@ -43,6 +47,12 @@ inline Cut choose_cut(ForwardParams const& p) {
     if (units * (pairs + singles) <= kMultiprocessors) return pairs > 0 ? two : one;
     return waves(units * pairs) * two + waves(units * singles) * one;
   };
+  int const clusters = slices / kSharedSlices;
+  bool const pairs_share = shares_pairs(p.key_dim), divides = slices % kSharedSlices == 0;
+  auto const shared_time = [&](double units, double length) {
+    double const resident = pairs_share ? kMultiprocessors / 2 : kResidentClusters;
+    return std::ceil(units * clusters / resident) * (length * t.shared + t.start);
+  };
   Cut best{0, slices, 0};
   double least = time(0, heads, tiles);
   auto const consider = [&](Cut const& cut, double total) {
@@ -51,10 +61,8 @@ inline Cut choose_cut(ForwardParams const& p) {
       least = total;
     }
   };
-  if (p.key_dim >= kLeastSharedKey && slices % kSharers == 0) {
-    double const rounds = std::ceil(heads * slices / kSharers / kResidentClusters);
-    consider({0, slices, 0, true}, rounds * (tiles * kSharedTime + kStartTime));
-  }
+  if (shares_singles(p.key_dim) && divides) consider({0, slices, 0, true}, shared_time(heads, tiles));
+  if (pairs_share && divides) consider({clusters, clusters, 0, true}, shared_time(heads, tiles));
   for (int pairs = 1; pairs <= most; ++pairs)
     consider({pairs, slices - 2 * pairs, 0}, time(pairs, heads, tiles));
   for (int segments = 2; segments <= 64; segments *= 2) {
@@ -63,8 +71,11 @@ inline Cut choose_cut(ForwardParams const& p) {
     // Half of the maps are taken to be cut short by decay.
     double const map_waves = heads * (slices - most) * (segments - 1) * 2 / kMultiprocessors;
     double const maps = std::fmax(1., map_waves / 2) * (length * t.map + t.start);
-    consider({most, slices - 2 * most, static_cast<int64_t>(length)},
-             maps + segments * kJoin + kPasses + time(most, heads * segments, length));
+    double const before = maps + segments * kJoin + kPasses;
+    int64_t const span = static_cast<int64_t>(length);
+    consider({most, slices - 2 * most, span}, before + time(most, heads * segments, length));
+    if (pairs_share && divides)
+      consider({clusters, clusters, span, true}, before + shared_time(heads * segments, length));
   }
   return best;
 }
@@ -136,6 +147,10 @@ Status launch_passes(ForwardParams const& p, Cut const& cut, Segments const& seg
         kJoinThreads<kKeyDim>, 0, 1, stream, Inputs(p), segments);
     if (join != kOk) return join;
   }
+  if constexpr (kPairs && shares_pairs(kKeyDim)) {
+    using Traits = ForwardTraits<T, kKeyDim, kSlices, Pass::kOutputs, 2>;
+    if (cut.shares) return launch_pass<Traits>(p, cut, segments, kDtype, stream);
+  }
   return launch_pass<ForwardTraits<T, kKeyDim, kSlices>>(p, cut, segments, kDtype, stream);
 }
 
@@ -144,8 +159,8 @@ Status launch_forward(ForwardParams const& p, float* workspace, void* stream) {
   int64_t floats;
   Segments const segments = segment_layout(p, workspace, &floats);
   Cut const cut = choose_cut(p);
-  if constexpr (kKeyDim >= kLeastSharedKey) {
-    using Traits = ForwardTraits<Element<kDtype>, kKeyDim, 1, Pass::kOutputs, kSharers>;
+  if constexpr (shares_singles(kKeyDim)) {
+    using Traits = ForwardTraits<Element<kDtype>, kKeyDim, 1, Pass::kOutputs, kSharedSlices>;
     if (cut.shares) return launch_pass<Traits>(p, cut, segments, kDtype, stream);
   }
   return cut.pairs > 0 ? launch_passes<kDtype, kKeyDim, true>(p, cut, segments, stream)

@@ -14,7 +14,10 @@ struct MapCounts {
   int whole, cut, cut_tiles;
 };
 
-// kCluster: how many blocks of a head share what their helpers prepare, one helper each.
+// kCluster: how many blocks of a head share what their helpers prepare, one helper each; together they have
+// kSharedSlices slices.
+inline constexpr int kSharedSlices = 3;
+
 template <class T_, int kKeyDim_, int kSlices_, Pass kPass_ = Pass::kOutputs, int kCluster_ = 1>
 struct ForwardTraits {
   using T = T_;  // of q, k, v, o
@@ -26,29 +29,36 @@ struct ForwardTraits {
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   // Warpgroups that prepare tiles, in turn.
   static constexpr int kHelpers = kShares || (kKeyDim == 192 && kSlices == 2) ? 1 : 2;
-  // Tiles of q and k, and of what is prepared of them.
-  static constexpr int kStages = kShares ? 2 : 3, kPrepared = kShares ? 4 : kHelpers == 2 ? 3 : 2;
   // Whether k times what is left of a write lies in memory in fp16; there is no room for it beside long keys.
   static constexpr bool kFolds = kKeyDim <= 128 && std::is_same_v<T, __nv_bfloat16>;
-  static_assert(!kShares || !kFolds);
+  // Tiles of q and k, of what is prepared of them, and of k for what S gains.
+  static constexpr int kStages = kShares ? 2 : 3;
+  static constexpr int kPrepared = kShares && !kFolds ? 4 : kShares || kHelpers == 2 ? 3 : 2;
+  static constexpr int kGains = kShares ? kPrepared : 2;
+  static constexpr bool kCuts = !kShares || kSlices == 2;  // whether sequences may be cut into segments
+  static_assert(!kShares || kCluster == (kSharedSlices + kSlices - 1) / kSlices);
   // Two warps of one more warpgroup of a block that shares load q and k, for the states and for the helper.
   static constexpr int kThreads = (kSlices + kHelpers + kShares) * kWarpgroup;
   // Registers a thread, where the helpers have to give up what the states need.
   static constexpr bool kMovesRegisters = kThreads > 256;
-  static constexpr int kLoaderRegisters = 40;
-  static constexpr int kHelperRegisters = kShares ? 216 : kSlices == 1 ? 144 : kKeyDim == 64 ? 104 : 88;
-  static constexpr int kStateRegisters = kShares         ? 248
-                                         : kSlices == 1  ? 216
-                                         : kKeyDim == 64 ? 152
-                                         : kHelpers == 2 ? 168
-                                                         : 208;
+  static constexpr int kLoaderRegisters = kSlices == 1 ? 40 : 24;
+  static constexpr int kHelperRegisters = kShares         ? kSlices == 1 ? 216 : 152
+                                          : kSlices == 1  ? 144
+                                          : kKeyDim == 64 ? 104
+                                                          : 88;
+  static constexpr int kStateRegisters = kShares && kSlices == 1    ? 248
+                                         : kSlices == 1             ? 216
+                                         : kKeyDim == 64            ? 152
+                                         : kHelpers == 2 || kShares ? 168
+                                                                    : 208;
 
   static constexpr int kChunkBytes = kKeyTiles * kTileBytes;  // of q and k
+  static constexpr int kGainBytes = kFolds ? kKeyTiles * kTileBytes : 0;
   struct Shared {
     alignas(1024) char qk[kStages][kTileChunks][kChunkBytes];
     char own_qk[kTileChunks][kShares ? kChunkBytes : 512];  // of the tile that the helper prepares
     char v[kSlices][2][kTileBytes];                         // then the output of the same tile
-    char gains[2][kFolds ? kKeyTiles * kTileBytes : 512];   // of tile i % 2
+    char gains[kGains][kFolds ? kGainBytes : 512];          // of tile i % kGains
     PreparedTile tiles[kPrepared];
     TileScratch scratch[kShares ? 1 : 2];  // of tile i % 2
     MapCounts counts;
@@ -82,9 +92,8 @@ struct ForwardUnit {
   int slices;                 // of 64 columns
   int tiles;
   float const* initial;  // or null: zero, or the identity for M
-  float const* forgets;  // the start instead where the segment before has no map
-  int const* before;     // tells that, or null
   float* final;          // or null
+  int before;            // segment and head before, whose end is the start if it has no map; or -1
   bool initial_v_first, final_v_first;
 
   __device__ TileTokens tile(int i) const {
@@ -111,16 +120,19 @@ __device__ bool single_maps(ForwardLaunch const& a, MapCounts& counts, int slice
   whole = __reduce_add_sync(0xffffffffu, whole);
   cut = __reduce_add_sync(0xffffffffu, cut);
   cut_tiles = __reduce_add_sync(0xffffffffu, cut_tiles);
-  if (threadIdx.x % 32 == 0) {
+  if (threadIdx.x % 32 == 0 && whole + cut > 0) {
     atomicAdd(&counts.whole, whole);
     atomicAdd(&counts.cut, cut);
     atomicAdd(&counts.cut_tiles, cut_tiles);
   }
   __syncthreads();
   float const rest = value_groups * (counts.cut * kStartTime + counts.cut_tiles * kTwoTime);
+  float const last = kStartTime + kTwoTime * counts.cut_tiles / max(counts.cut, 1);
   auto const time = [&](int blocks, float tile) {
     float const one = tiles * tile + kStartTime;
-    return fmaxf(one, (counts.whole * blocks * one + rest) / kMultiprocessors);
+    bool const waits = counts.whole * blocks + counts.cut * value_groups > kMultiprocessors;
+    float const all = (counts.whole * blocks * one + rest) / kMultiprocessors;
+    return fmaxf(one, waits ? all + last : 0.f);  // the others end up to one of them later than on average
   };
   return time(slices, kOneTime) < time(groups, kTwoTime);
 }
@@ -133,18 +145,26 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
   int const value_slices = p.value_dim / kTileSide;
   int unit, first, slices;
   bool of_keys = false, of_whole = false;
-  if constexpr (kMaps) {
+  if constexpr (Traits::kShares && kSlices > 1) {
+    int const blocks = a.pairs + a.singles, block = blockIdx.x % blocks, rank = block % Traits::kCluster;
+    unit = blockIdx.x / blocks;
+    first = block / Traits::kCluster * kSharedSlices + rank * kSlices;
+    slices = min(kSharedSlices - rank * kSlices, kSlices);
+  } else if constexpr (kMaps) {
     auto const groups_of = [](int n, int width) { return (n + width - 1) / width; };
     int const value_groups = groups_of(value_slices, kSlices), all = value_slices + kKeyTiles;
     bool const singles =
         kSlices > 1 &&
         single_maps<Traits>(a, counts, all, value_groups + groups_of(kKeyTiles, kSlices), value_groups);
     // Whole segments first: the others fill what they leave.
-    int block = blockIdx.x;
-    of_whole = block < a.units * all;
-    if (!of_whole) block -= a.units * all;
-    int const width = of_whole && singles ? 1 : kSlices, of_values = groups_of(value_slices, width);
-    int const groups = of_values + (of_whole ? groups_of(kKeyTiles, width) : 0);
+    int block = blockIdx.x, width = singles ? 1 : kSlices, of_values = groups_of(value_slices, width);
+    int groups = of_values + groups_of(kKeyTiles, width);
+    of_whole = block < a.units * groups;
+    if (!of_whole) {
+      block -= a.units * groups;
+      width = kSlices;
+      groups = of_values = value_groups;
+    }
     unit = block / groups;
     of_keys = block % groups >= of_values;
     first = (block % groups - (of_keys ? of_values : 0)) * width;
@@ -166,17 +186,19 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
   int64_t const segment_state = segment_head * kKeyDim * p.value_dim;
   bool const last = segment.index == segment.count - 1;
   int begin = segment.begin, tokens = max(segment.tokens, 0);
-  float const *initial = nullptr, *forgets = nullptr;
-  int const* before = nullptr;
+  float const* initial = nullptr;
   float* final = nullptr;
+  int before = -1;
   bool initial_v_first = p.state_v_first, final_v_first = true;
   if (segment.index == 0 && p.initial_state != nullptr) initial = p.initial_state + sequence_state;
   if constexpr (!kMaps) {
     if (segment.index > 0) {
+      before = static_cast<int>(segment_head) - p.value_heads;
       initial = a.segments.starts + segment_state;
-      forgets = a.segments.ends + segment_state - int64_t{p.value_heads} * kKeyDim * p.value_dim;
-      before = a.segments.first_tiles + segment_head - p.value_heads;
-      if (segment.index == 1) initial = forgets;
+      if (segment.index == 1) {  // after the sequence's first, whose end is a state
+        initial = a.segments.ends + int64_t{before} * kKeyDim * p.value_dim;
+        before = -1;
+      }
       initial_v_first = true;
     }
     if (last && a.final_state != nullptr) final = a.final_state + sequence_state;
@@ -208,9 +230,8 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
           slices,
           (tokens + kTileSide - 1) / kTileSide,
           initial,
-          forgets,
-          before,
           final,
+          before,
           initial_v_first,
           final_v_first};
 }

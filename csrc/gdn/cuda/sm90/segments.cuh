@@ -17,8 +17,10 @@ namespace lt2::gdn::sm90 {
 struct Segments {
   int64_t span;  // tokens of a segment, a multiple of 64; 0: sequences are not cut
   // By the number of a segment, 0..count - 1; null where sequences are not cut.
-  float *starts, *ends;  // [count, HV, V, K]: before the segment; N^T, or the state after a sequence's first
-  float* maps;           // [count, HV, K rounded up to 64, K]: M^T
+  // [count, HV, V, K]: before the segment, where that before it has a map; N^T, which is the state after the
+  // first segment of a sequence and after those without a map.
+  float *starts, *ends;
+  float* maps;       // [count, HV, K rounded up to 64, K]: M^T
   int* first_tiles;  // [count, HV]: the first tile on which the end depends; kWhole: on all, and on the start
 };
 
@@ -136,8 +138,7 @@ __global__ void __launch_bounds__(kPlanWarps * 32, 2)
             }
           }
         }
-        float const strength =
-            p.beta.data == nullptr ? 1.f : portable::write_strength(p, beta[round][half]);
+        float const strength = p.beta.data == nullptr ? 1.f : portable::write_strength(p, beta[round][half]);
         mine += g[round][half] + log2f(fmaxf(1.f, fabsf(1.f - strength * norm2)));
       }
       mine = lane_sum(mine);
@@ -163,8 +164,9 @@ inline constexpr int kJoinParts = kKeyDim > 128 ? 4 : 8;
 template <int kKeyDim>
 inline constexpr int kJoinThreads = kKeyDim / kJoinColumns * kJoinParts<kKeyDim>;
 
-// The starts of segments whose predecessor has a map; others start from what is in `ends` of theirs. One block
-// per sequence, value head and kJoinRows value columns: a thread has two key columns and a part of the sum.
+// The starts of segments whose predecessor has a map; others start from what is in `ends` of theirs. One
+// block per sequence, value head and kJoinRows value columns: a thread has two key columns and a part of the
+// sum.
 template <int kKeyDim>
 __global__ void __launch_bounds__(kJoinThreads<kKeyDim>, 1)
     join_segments(Inputs const p, Segments const segments) {

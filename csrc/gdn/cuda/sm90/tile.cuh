@@ -305,12 +305,13 @@ inline constexpr int kTileBarriers = 4;
 // been requested by its first 64 threads and g by the others, one token each, who call `request` when the
 // place of these may be taken and the products of q and k are done. `qk` are the chunks' tiles. Without
 // kScores there is no q. With kFolds what S gains of k is written to `gains`, after `wait` by half of the
-// warps. With kShares these call `wait` before anything is written to `to`. Ends with the writes of this
-// thread ordered before later reads by wgmma.
-template <class T, int kKeyDim, bool kScores, bool kFolds, bool kShares = false, class F, class G>
+// warps. With kShares these call `wait` before anything is written to `to`, and each warp `read` when it no
+// longer needs `qk`. Ends with the writes of this thread ordered before later reads by wgmma.
+template <class T, int kKeyDim, bool kScores, bool kFolds, bool kShares, class F, class G, class H>
 __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& s, PreparedTile& to,
-                             char* gains, int barrier, int thread, int head, F const& request,
-                             G const& wait) {
+                             char* gains, int barrier, int thread, int head, F const& request, G const& wait,
+                             H const& read) {
+  static_assert(!kShares || kScores);
   constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide, kRows = kScores ? 2 * kChunk : kChunk;
   TileScalars& scalars = to.scalars;
   int const warp = thread / 32, lane = thread % 32, half = warp % 2, half_row = half * 16;
@@ -360,6 +361,7 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
   if (has_k) {
     s.k_norm[token] = norm;
     read_strength(p, count, thread, s);
+    if constexpr (kShares) read();
     request();
     arrive_at_named_barrier(barrier + 2, kWarpgroup);
     named_barrier(barrier + 1, kWarpgroup / 2);
@@ -376,6 +378,7 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
     invert_32(s.inverse[half], lane);
   } else {
     scan_decays(p, count, head, thread % kTileSide, s);
+    if constexpr (kShares && !kFolds) read();
     request();
     named_barrier(barrier + 2, kWarpgroup);      // the norms of k
     named_barrier(barrier + 3, kWarpgroup / 2);  // the decays of both chunks
@@ -390,10 +393,14 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
       s.q_factor[token] = p.scale * norm;
       scalars.q_in[token] = exp2_fast(decay) * p.scale * norm / (kFolds ? kGainUnit : 1.f);
       named_barrier(barrier + 3, kWarpgroup / 2);
+      if constexpr (kFolds && kShares) {  // first, so that the next tile may be loaded
+        store_gains<T, kKeyDim>(qk, scalars, gains, thread - kTileSide);
+        read();
+      }
 #pragma unroll
       for (int c = 0; c < kTileChunks; ++c) store_scores(products[c], s, to.scores, c, half_row, lane);
     }
-    if constexpr (kFolds) {
+    if constexpr (kFolds && !kShares) {
       if (!kScores) named_barrier(barrier + 3, kWarpgroup / 2);
       wait();
       store_gains<T, kKeyDim>(qk, scalars, gains, thread - kTileSide);
