@@ -11,7 +11,7 @@ demo: ## Four facts about LT2 and a small training run, about 3 minutes (ARGS=--
 	@echo "[3/3] demo"
 	@.venv/bin/lt2 demo $(ARGS)
 
-test: ## The quick tests, about 5 minutes
+test: ## The quick tests, 5 to 12 minutes on two cores
 	@.ci/setup test recipes hf
 	@echo "[3/3] tests"
 	@.venv/bin/python .ci/test.py -q -m "not slow" $(parallel) $(ARGS)
