@@ -88,7 +88,7 @@ enum class Triangle {
   kNone,
   kLowerA,    // A(i, k) = 0 for k > i
   kUpperA,    // A(i, k) = 0 for k < i
-  kLowerOut,  // of C(i, j) only j <= i is wanted: vectors above a tile's last row stay as they are
+  kLowerOut,  // of C(i, j) only j <= i is wanted: vectors that begin right of it in a tile's last row stay
 };
 
 // C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
@@ -99,7 +99,6 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
               F&& between = F{}) {
   for (int panel = 0; panel < c.panels(); ++panel) {
     for (int i = 0; i < m; i += kTileRows) {
-      if (kTriangle == Triangle::kLowerOut && panel * kPanel > i + kTileRows - 1) continue;
       int const begin = kTriangle == Triangle::kUpperA ? i : 0;
       int const end = kTriangle == Triangle::kLowerA && i + kTileRows < depth ? i + kTileRows : depth;
       float const* const a_rows = kTransposed ? a.row(0, i / kPanel) + i % kPanel : a.row(i, 0);
