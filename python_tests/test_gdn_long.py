@@ -38,7 +38,7 @@ def test_gates(device, gate):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("K, V", [(64, 192), (128, 128), (192, 128)])
+@pytest.mark.parametrize("K, V", [(64, 192), (96, 192), (128, 128), (192, 128)])
 def test_more_maps_than_multiprocessors(K, V):
     x = long_inputs("cuda", H=8, HV=16, K=K, V=V, gate="zero")
     x["g"][..., 3::4] -= 0.1  # some heads forget
@@ -59,7 +59,7 @@ def test_equal_keys(device, K, V, dtype):
 
 @pytest.mark.parametrize(
     "offsets", [(0, 0, 1, 64, 65, 300, 1900, 2931, 3000), (0, 2500, 2500, 2999, 3000), (0, 3000), (7, 2990)])
-@pytest.mark.parametrize("K, V", [(128, 128), (192, 192)])
+@pytest.mark.parametrize("K, V", [(96, 192), (128, 128), (192, 192)])
 def test_varlen(device, offsets, K, V):
     x = long_inputs(device, sequences=len(offsets) - 1, K=K, V=V, gate="zero")
     x["v"][:, : offsets[0]] = x["v"][:, offsets[-1] :] = torch.nan  # of no sequence
