@@ -55,18 +55,28 @@ inline float log_decay(Inputs const& p, int64_t row, int64_t token, int head) {
   return p.A_log == nullptr ? x : -__builtin_expf(p.A_log[head]) * softplus(x + p.dt_bias[head]);
 }
 
+// Without decays gamma, delta and the lower triangle of E are ones.
+inline void prepare_no_decay(Chunk& c) {
+  for (int i = 0; i < c.rows; ++i) {
+    c.gamma[i] = c.delta[i] = 1.f;
+    for (int j = 0; j < c.decay.cols; ++j) c.decay.at(i, j) = j <= i ? 1.f : 0.f;
+  }
+  c.last_decay = 1.f;
+}
+
 // Gates of the chunk: gamma, delta, beta and E. G is summed in fp64 and kept as a sum of two floats, so that
 // differences of large sums stay exact.
 inline void prepare_gates(Inputs const& p, int64_t row, int head, Chunk& c) {
   alignas(64) float high[kBackwardChunk], low[kBackwardChunk];
   double sum = 0;
   for (int i = 0; i < c.rows; ++i) {
+    c.beta[i] = i < c.tokens ? write_strength(p, row, c.begin + i, head) : 0.f;
+  }
+  if (p.g.data == nullptr) return prepare_no_decay(c);
+  for (int i = 0; i < c.rows; ++i) {
     if (i < c.tokens) {
       float const g = log_decay(p, row, c.begin + i, head);
       sum += g < kNoDecay ? kNoDecay : g;
-      c.beta[i] = write_strength(p, row, c.begin + i, head);
-    } else {
-      c.beta[i] = 0.f;
     }
     high[i] = static_cast<float>(sum);
     low[i] = static_cast<float>(sum - high[i]);
@@ -143,12 +153,18 @@ void compute_writes(Inputs const& p, int64_t row, int head, Chunk const& c, Pane
     if (p.beta.data != nullptr) scale_rows(u, c.beta, c.rows);
     return;
   }
-  multiply<false>(c.k, s, y, c.rows, s.rows, 0.f, c.ahead);
   for (int panel = 0; panel < y.panels(); ++panel) {
-    for (int i = 0; i < c.rows; ++i) {
-      for (int j = 0; j < kPanel; j += kLanes) {
-        Vec const residual = load(u.row(i, panel) + j) - load(y.row(i, panel) + j) * c.gamma[i];
-        store(y.row(i, panel) + j, residual * c.beta[i]);
+    for (int i = 0; i < c.rows; i += kTileRows) {
+      for (int j = 0; j < kPanel; j += kTileCols) {
+        Tile ks{};
+        accumulate_tile<false>(c.k.row(i, 0), c.k.panel_size(), s.row(0, panel) + j, ks, 0, s.rows, c.ahead);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+          float const *const v = u.row(i + r, panel) + j, gamma = c.gamma[i + r], beta = c.beta[i + r];
+          float* const to = y.row(i + r, panel) + j;
+          store(to, (load(v) - ks[r][0] * gamma) * beta);
+          store(to + kLanes, (load(v + kLanes) - ks[r][1] * gamma) * beta);
+        }
       }
     }
   }
