@@ -366,7 +366,7 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
     arrive_at_named_barrier(barrier + 2, kWarpgroup);
     named_barrier(barrier + 1, kWarpgroup / 2);
     // Where helpers hold the states up, a shorter way to the inverse counts; else the states beside it do.
-    if constexpr (kKeyDim > 128) {
+    if constexpr (kKeyDim > 128 || !kScores) {
       store_both_correlations(products, s, p.qk_l2norm, half_row, lane);
     } else {
 #pragma unroll
