@@ -45,6 +45,12 @@ def test_more_maps_than_multiprocessors(K, V):
     check_outputs(x)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+def test_more_clusters_than_are_resident(dtype):
+    check_outputs(long_inputs("cuda", dtype, T=1100, H=8, HV=16, K=192, V=384, gate="mixed"))
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("K, V", [(64, 64), (96, 192), (128, 64), (128, 128), (192, 384)])
 def test_sizes(device, K, V, dtype):

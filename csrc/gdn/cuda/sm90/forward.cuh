@@ -34,8 +34,8 @@ __device__ void load_state(float (&s)[kKeyDim / 2], float const* state, bool v_f
       s[i] = x.x;
       s[i + 1] = x.y;
     } else {
-      s[i] = state[int64_t{k} * value_dim + v];
-      s[i + 1] = state[int64_t{k + 1} * value_dim + v];
+      s[i] = state[k * value_dim + v];
+      s[i + 1] = state[(k + 1) * value_dim + v];
     }
   });
 }
@@ -265,7 +265,9 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   auto const release_prepared = [&](int i) {
     Barrier& released = shared.released[i % kPrepared];
     if constexpr (kShares) {
-      if (lane == 0 && i + kPrepared < unit.tiles) released.arrive_at((i + kPrepared) % Traits::kCluster);
+      int const next = i + kPrepared;
+      if (lane == 0 && next < unit.tiles)
+        released.arrive_at(Traits::kAside ? Traits::kStateBlocks : next % Traits::kCluster);
     } else {
       release(released);
     }
@@ -500,15 +502,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   asm volatile("" : "+r"(window));
   auto& shared = *static_cast<typename Traits::Shared*>(__cvta_shared_to_generic(window));
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
-  let_next_kernel_start();
+  if constexpr (!Traits::kAside) let_next_kernel_start();
   // Only the states of segments read what the kernels since the plan wrote, which began after all before it.
+  // What runs beside the kernel before reads nothing of it, and that one has then waited for all before.
   bool const of_segments = Traits::kPass == Pass::kOutputs && Traits::kCuts && a.segments.span != 0;
-  if (!of_segments) wait_for_previous_kernel();
+  bool const beside = Traits::kAside && a.first_slice > 0;
+  if (!of_segments && !beside) wait_for_previous_kernel();
+  if constexpr (Traits::kAside) let_next_kernel_start();
   ForwardUnit const unit = forward_unit<Traits>(a, shared.counts);
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);
     for (Barrier& b : shared.read) b.init(unit.slices * 4);
-    for (Barrier& b : shared.released) b.init((Traits::kShares ? kSharedSlices : unit.slices) * 4);
+    for (Barrier& b : shared.released) b.init((Traits::kShares ? Traits::kClusterSlices : unit.slices) * 4);
     for (Barrier& b : shared.prepared) b.init(Traits::kShares ? 1 : kWarpgroup);
     for (auto& slice : shared.v_loaded) {
       for (Barrier& b : slice) b.init(1);
@@ -520,28 +525,37 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       for (auto& chunks : shared.chunk_read) {
         for (Barrier& b : chunks) b.init(unit.slices * 4);
       }
-      for (Barrier* b : {&shared.own_loaded, &shared.tail_loaded}) b->init(1);
-      shared.own_read.init(4);
+      for (Barrier& b : shared.own_loaded) b.init(1);
+      for (Barrier& b : shared.own_read) b.init(4);
+      shared.tail_loaded.init(1);
     }
     fence_barrier_init();
   }
   if constexpr (Traits::kShares) {
     int const rank = cluster_rank(), lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     cluster_sync();  // the barriers of all blocks
-    if (group == 0) {
-      grow_registers<Traits::kHelperRegisters>();
-      prepare_shared_tiles<Traits>(shared, a, unit, rank, thread);
-    } else if (Traits::kSlices == 1 ? group == 1 : group <= Traits::kSlices) {
-      grow_registers<Traits::kStateRegisters>();
-      int const slice = Traits::kSlices == 1 ? 0 : group - 1;
-      if (slice < unit.slices) scan_tiles<Traits>(shared, a, maps, unit, slice, thread);
-    } else {
+    bool const has_states = !Traits::kAside || rank < Traits::kStateBlocks;
+    bool const has_helpers = !Traits::kAside || !has_states;
+    int const first_state = Traits::kAside ? 0 : Traits::kHelpers;  // warpgroup
+    if (group >= (has_states ? first_state + Traits::kSlices : Traits::kHelpers)) {
       shrink_registers<Traits::kLoaderRegisters>();
-      if (warp == 0) load_for_states<Traits>(shared, maps, unit, lane);
-      if (warp == 1) load_for_helper<Traits>(shared, maps, unit, rank, lane);
+      if (group == Traits::kGroups - 1) {
+        if (has_states && warp == 0) load_for_states<Traits>(shared, maps, unit, lane);
+        if (has_helpers && warp > 0 && warp <= Traits::kHelpers)
+          load_for_helper<Traits>(shared, maps, unit, rank, warp - 1, lane);
+      }
+    } else if (has_helpers && group < Traits::kHelpers) {
+      grow_registers<Traits::kHelperRegisters>();
+      prepare_shared_tiles<Traits>(shared, a, unit, rank, group, thread);
+    } else {
+      grow_registers<Traits::kStateRegisters>();
+      int const slice = Traits::kSlices == 1 ? 0 : group - first_state;
+      if (Traits::kSlices == 1 || slice < unit.slices)
+        scan_tiles<Traits>(shared, a, maps, unit, slice, thread);
     }
     __syncwarp();
-    cluster_sync();  // all that is sent from here has arrived
+    cluster_sync();                          // all that is sent from here has arrived
+    if (beside) wait_for_previous_kernel();  // what waits for this kernel waits for both
   } else {
     __syncthreads();
     if (group < Traits::kHelpers) {

@@ -1,11 +1,10 @@
 // The warps of a block that load q and k and prepare tiles (tile.cuh) for the states. Blocks of a cluster
-// share this: q and k of a tile are loaded for the helper of one of them, which sends what it makes of them
-// to the others, and by chunks for the states of each.
+// share this: q and k of a tile are loaded for a helper of one of them, which sends what it makes of them to
+// the others, and by chunks for the states of each.
 #pragma once
 
 #include <numeric>
 
-#include "common/cuda/cluster.cuh"
 #include "gdn/cuda/sm90/forward_unit.cuh"
 
 namespace lt2::gdn::sm90 {
@@ -97,37 +96,52 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
   }
 }
 
-// Block i % kCluster of a cluster prepares tile i, for place i % kPrepared of all blocks, and waits there
-// until these have left tile i - kPrepared. It waits at the same barrier again this many tiles later.
+// q and k of the tile that a helper of a cluster prepares.
 template <class Traits>
-inline constexpr int kReleasePeriod = std::lcm(Traits::kPrepared, Traits::kCluster);
+__device__ auto& own_qk(typename Traits::Shared& shared, int helper) {
+  if constexpr (Traits::kAside) {
+    static_assert(Traits::kHelpers <= Traits::kStages);
+    return shared.qk[helper];
+  } else {
+    return shared.own_qk;
+  }
+}
 
-// The helper of block `rank` of a cluster: tiles rank, + kCluster, ..., of q and k of its own.
+// A helper of a cluster prepares tile i for place i % kPrepared of all blocks, and waits in its own until
+// these have left tile i - kPrepared. There somebody waits at the same barrier again this many tiles later.
+template <class Traits>
+inline constexpr int kReleasePeriod =
+    Traits::kAside ? Traits::kPrepared : std::lcm(Traits::kPrepared, Traits::kCluster);
+
+// Helper `helper` of block `rank` of a cluster: tiles from its turn on, of q and k of its own.
 template <class Traits>
 __device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLaunch const& a,
-                                     ForwardUnit const& unit, int rank, int thread) {
-  constexpr int kPrepared = Traits::kPrepared, kCluster = Traits::kCluster;
+                                     ForwardUnit const& unit, int rank, int helper, int thread) {
+  constexpr int kPrepared = Traits::kPrepared, kCluster = Traits::kCluster, kTurns = Traits::kTurns;
   constexpr bool kOutputs = Traits::kPass == Pass::kOutputs;
+  int const turn = Traits::kAside ? helper : rank, barrier = 1 + kTileBarriers * helper;
+  auto& qk = own_qk<Traits>(shared, helper);
+  TileScratch& scratch = shared.scratch[helper];
   auto const request = [&](int i) {
-    if (i < unit.tiles) request_tile<Traits>(shared.scratch[0], a, unit, i, thread);
+    if (i < unit.tiles) request_tile<Traits>(scratch, a, unit, i, thread);
   };
-  request(rank);
-  for (int i = rank; i < unit.tiles; i += kCluster) {
+  request(turn);
+  for (int i = turn; i < unit.tiles; i += kTurns) {
     int const place = i % kPrepared, before = i - kPrepared;
     PreparedTile& to = shared.tiles[place];
     asm volatile("" : "+r"(thread));
-    shared.own_loaded.wait((i / kCluster) & 1);
+    shared.own_loaded[helper].wait((i / kTurns) & 1);
     prepare_tile<typename Traits::T, Traits::kKeyDim, kOutputs, Traits::kFolds, true>(
-        a.p, unit.tile(i).count, shared.own_qk[0], shared.scratch[0], to, shared.gains[place], 1, thread,
-        unit.head, [&] { request(i + kCluster); },
+        a.p, unit.tile(i).count, qk[0], scratch, to, shared.gains[place], barrier, thread, unit.head,
+        [&] { request(i + kTurns); },
         [&] {
           if (before >= 0) shared.released[place].wait_for_cluster(before / kReleasePeriod<Traits> % 2);
         },
         [&] {
           __syncwarp();
-          if (thread % 32 == 0) shared.own_read.arrive();
+          if (thread % 32 == 0) shared.own_read[helper].arrive();
         });
-    named_barrier(1, kWarpgroup);
+    named_barrier(barrier, kWarpgroup);
     if (thread == 0) {
       Barrier& prepared = shared.prepared[place];
       prepared.arrive();
@@ -142,7 +156,7 @@ __device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLau
   }
 }
 
-// The loading warps of a block that shares.
+// The loading warps of blocks that share.
 template <class Traits>
 __device__ void load_for_states(typename Traits::Shared& shared, ForwardMaps const& maps,
                                 ForwardUnit const& unit, int lane) {
@@ -174,16 +188,17 @@ __device__ void load_for_states(typename Traits::Shared& shared, ForwardMaps con
 }
 template <class Traits>
 __device__ void load_for_helper(typename Traits::Shared& shared, ForwardMaps const& maps,
-                                ForwardUnit const& unit, int rank, int lane) {
-  constexpr int kCluster = Traits::kCluster;
+                                ForwardUnit const& unit, int rank, int helper, int lane) {
+  constexpr int kTurns = Traits::kTurns;
+  auto& qk = own_qk<Traits>(shared, helper);
+  Barrier& loaded = shared.own_loaded[helper];
 #pragma unroll 1
-  for (int i = rank; i < unit.tiles; i += kCluster) {
-    if (i >= kCluster) shared.own_read.wait((i / kCluster - 1) & 1);
+  for (int i = Traits::kAside ? helper : rank; i < unit.tiles; i += kTurns) {
+    if (i >= kTurns) shared.own_read[helper].wait((i / kTurns - 1) & 1);
     if (lane == 0) {
-      shared.own_loaded.arrive_expecting(kTileChunks * kLoadedBytes<Traits>);
+      loaded.arrive_expecting(kTileChunks * kLoadedBytes<Traits>);
 #pragma unroll 1
-      for (int c = 0; c < kTileChunks; ++c)
-        load_chunk<Traits>(shared.own_qk[c], maps, unit, i, c, shared.own_loaded);
+      for (int c = 0; c < kTileChunks; ++c) load_chunk<Traits>(qk[c], maps, unit, i, c, loaded);
     }
     __syncwarp();
   }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
@@ -20,11 +22,50 @@ struct Cut {
 };
 
 // Whether blocks of one slice share, or those of two and of one; with other keys the states have less to wait
-// for. And how many clusters of three blocks are resident, a block on each multiprocessor, if 6 of a GPU's
-// parts have 16 of these and 2 have 18 (a guess, which only the choice depends on).
+// for.
 inline constexpr bool shares_singles(int64_t key_dim) { return key_dim >= 192; }
 inline constexpr bool shares_pairs(int64_t key_dim) { return key_dim == 96; }
-inline constexpr int kResidentClusters = 42;
+
+template <int kBlocks>
+__global__ void fill_multiprocessor() {}
+
+// How many clusters of kBlocks are resident, a block on each multiprocessor; GPUs of one kind differ in this.
+template <int kBlocks>
+int resident_clusters() {
+  constexpr int kDevices = 64, kBytes = 200 << 10;
+  static std::atomic<int> known[kDevices];
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  if (known[device] > 0) return known[device];
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kBlocks, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kBlocks);
+  config.blockDim = dim3(kWarpgroup);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (allow_shared(fill_multiprocessor<kBlocks>, kBytes) != kOk ||
+      cudaOccupancyMaxActiveClusters(&count, fill_multiprocessor<kBlocks>, &config) != cudaSuccess) {
+    return 0;
+  }
+  return known[device] = count;
+}
+
+// Blocks of one slice with helpers aside: clusters of kSharedSlices of them, as many as are resident, and
+// beside these the other slices, each with a block of helpers. None where these do not fit.
+struct AsideLaunches {
+  int64_t clusters, slices;
+};
+inline AsideLaunches aside_launches(ForwardParams const& p) {
+  int64_t const slices = p.sequences * p.value_heads * (p.value_dim / kTileSide);
+  int64_t const resident = resident_clusters<kSharedSlices + 1>();
+  int64_t const clusters = std::min(slices / kSharedSlices, resident),
+                rest = slices - clusters * kSharedSlices;
+  bool const fits = clusters * (kSharedSlices + 1) + 2 * rest <= kMultiprocessors;
+  return fits ? AsideLaunches{clusters, rest} : AsideLaunches{};
+}
 
 // The cut of least time by a model: waves of blocks, times tiles of a block, times the time of a tile.
 inline Cut choose_cut(ForwardParams const& p) {
@@ -50,7 +91,8 @@ inline Cut choose_cut(ForwardParams const& p) {
   int const clusters = slices / kSharedSlices;
   bool const pairs_share = shares_pairs(p.key_dim), divides = slices % kSharedSlices == 0;
   auto const shared_time = [&](double units, double length) {
-    double const resident = pairs_share ? kMultiprocessors / 2 : kResidentClusters;
+    double const resident =
+        pairs_share ? kMultiprocessors / 2 : std::max(resident_clusters<kSharedSlices>(), 1);
     return std::ceil(units * clusters / resident) * (length * t.shared + t.start);
   };
   Cut best{0, slices, 0};
@@ -61,7 +103,10 @@ inline Cut choose_cut(ForwardParams const& p) {
       least = total;
     }
   };
-  if (shares_singles(p.key_dim) && divides) consider({0, slices, 0, true}, shared_time(heads, tiles));
+  if (shares_singles(p.key_dim) && divides) {
+    bool const aside = aside_launches(p).clusters > 0;
+    consider({0, slices, 0, true}, aside ? tiles * kAsideTime + t.start : shared_time(heads, tiles));
+  }
   if (pairs_share && divides) consider({clusters, clusters, 0, true}, shared_time(heads, tiles));
   for (int pairs = 1; pairs <= most; ++pairs)
     consider({pairs, slices - 2 * pairs, 0}, time(pairs, heads, tiles));
@@ -101,7 +146,7 @@ inline Segments segment_layout(ForwardParams const& p, float* workspace, int64_t
 
 template <class Traits>
 Status launch_pass(ForwardParams const& p, Cut const& cut, Segments const& segments, Dtype dtype,
-                   void* stream) {
+                   void* stream, AsideLaunches const& aside = {}, bool beside = false) {
   ForwardMaps maps;
   struct {
     CUtensorMap* map;
@@ -120,12 +165,15 @@ Status launch_pass(ForwardParams const& p, Cut const& cut, Segments const& segme
   int64_t const blocks =
       Traits::kPass == Pass::kMaps
           ? units * (slices + Traits::kKeyTiles + portable::ceil_div(slices, Traits::kSlices))
-          : units * (cut.pairs + cut.singles);
+      : Traits::kAside ? (beside ? aside.slices : aside.clusters) * Traits::kCluster
+                       : units * (cut.pairs + cut.singles);
   if (blocks > INT32_MAX) return "too many sequences, heads and slices for one launch (2^31 - 1 blocks)";
   return launch_overlapped(
       forward_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), Traits::kThreads,
       sizeof(typename Traits::Shared), Traits::kCluster, stream,
-      ForwardLaunch{p, p.o, p.final_state, segments, static_cast<int>(units), cut.pairs, cut.singles}, maps);
+      ForwardLaunch{p, p.o, p.final_state, segments, static_cast<int>(units), cut.pairs, cut.singles,
+                    static_cast<int>(beside ? aside.clusters * kSharedSlices : 0)},
+      maps);
 }
 
 // kPairs: two slices in a block, which share the preparation of tiles.
@@ -160,8 +208,17 @@ Status launch_forward(ForwardParams const& p, float* workspace, void* stream) {
   Segments const segments = segment_layout(p, workspace, &floats);
   Cut const cut = choose_cut(p);
   if constexpr (shares_singles(kKeyDim)) {
-    using Traits = ForwardTraits<Element<kDtype>, kKeyDim, 1, Pass::kOutputs, kSharedSlices>;
-    if (cut.shares) return launch_pass<Traits>(p, cut, segments, kDtype, stream);
+    using T = Element<kDtype>;
+    if (AsideLaunches const aside = aside_launches(p); cut.shares && aside.clusters > 0) {
+      using Clusters = ForwardTraits<T, kKeyDim, 1, Pass::kOutputs, kSharedSlices + 1, true>;
+      using Others = ForwardTraits<T, kKeyDim, 1, Pass::kOutputs, 2, true>;
+      Status const first = launch_pass<Clusters>(p, cut, segments, kDtype, stream, aside);
+      if (first != kOk || aside.slices == 0) return first;
+      return launch_pass<Others>(p, cut, segments, kDtype, stream, aside, true);
+    }
+    if (cut.shares)
+      return launch_pass<ForwardTraits<T, kKeyDim, 1, Pass::kOutputs, kSharedSlices>>(p, cut, segments,
+                                                                                      kDtype, stream);
   }
   return cut.pairs > 0 ? launch_passes<kDtype, kKeyDim, true>(p, cut, segments, stream)
                        : launch_passes<kDtype, kKeyDim, false>(p, cut, segments, stream);

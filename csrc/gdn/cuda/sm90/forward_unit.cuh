@@ -1,6 +1,7 @@
 // What a block of the chunked forward pass works on, and its shared memory.
 #pragma once
 
+#include "common/cuda/cluster.cuh"
 #include "gdn/cuda/sm90/segments.cuh"
 
 namespace lt2::gdn::sm90 {
@@ -14,21 +15,25 @@ struct MapCounts {
   int whole, cut, cut_tiles;
 };
 
-// kCluster: how many blocks of a head share what their helpers prepare, one helper each; together they have
-// kSharedSlices slices.
+// kCluster: how many blocks of a head share what their helpers prepare. Each has one, and together they have
+// kSharedSlices slices; or all are in the last block (kAside), and the others have one slice each.
 inline constexpr int kSharedSlices = 3;
 
-template <class T_, int kKeyDim_, int kSlices_, Pass kPass_ = Pass::kOutputs, int kCluster_ = 1>
+template <class T_, int kKeyDim_, int kSlices_, Pass kPass_ = Pass::kOutputs, int kCluster_ = 1,
+          bool kAside_ = false>
 struct ForwardTraits {
   using T = T_;  // of q, k, v, o
   static constexpr Pass kPass = kPass_;
   static constexpr int kKeyDim = kKeyDim_;  // 64, 96, 128, 192
   static constexpr int kSlices = kSlices_;  // state warpgroups, at most
   static constexpr int kCluster = kCluster_;
-  static constexpr bool kShares = kCluster > 1;
+  static constexpr bool kShares = kCluster > 1, kAside = kAside_;
+  static constexpr int kStateBlocks = kCluster - kAside,
+                       kClusterSlices = kAside ? kStateBlocks : kSharedSlices;
   static constexpr int kKeyTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   // Warpgroups that prepare tiles, in turn.
-  static constexpr int kHelpers = kShares || (kKeyDim == 192 && kSlices == 2) ? 1 : 2;
+  static constexpr int kHelpers = !kAside && (kShares || (kKeyDim == 192 && kSlices == 2)) ? 1 : 2;
+  static constexpr int kTurns = kShares && !kAside ? kCluster : kHelpers;  // how many take tiles in turn
   // Whether k times what is left of a write lies in memory in fp16; there is no room for it beside long keys.
   static constexpr bool kFolds = kKeyDim <= 128 && std::is_same_v<T, __nv_bfloat16>;
   // Tiles of q and k, of what is prepared of them, and of k for what S gains.
@@ -36,17 +41,19 @@ struct ForwardTraits {
   static constexpr int kPrepared = kShares && !kFolds ? 4 : kShares || kHelpers == 2 ? 3 : 2;
   static constexpr int kGains = kShares ? kPrepared : 2;
   static constexpr bool kCuts = !kShares || kSlices == 2;  // whether sequences may be cut into segments
-  static_assert(!kShares || kCluster == (kSharedSlices + kSlices - 1) / kSlices);
-  // Two warps of one more warpgroup of a block that shares load q and k, for the states and for the helper.
-  static constexpr int kThreads = (kSlices + kHelpers + kShares) * kWarpgroup;
+  static_assert(kAside ? kShares && kSlices == 1
+                       : !kShares || kCluster == (kSharedSlices + kSlices - 1) / kSlices);
+  // Warps of one more warpgroup of a block that shares load q and k, for the states and for each helper.
+  static constexpr int kGroups = kAside ? kHelpers + 1 : kSlices + kHelpers + kShares;
+  static constexpr int kThreads = kGroups * kWarpgroup;
   // Registers a thread, where the helpers have to give up what the states need.
   static constexpr bool kMovesRegisters = kThreads > 256;
   static constexpr int kLoaderRegisters = kSlices == 1 ? 40 : 24;
-  static constexpr int kHelperRegisters = kShares         ? kSlices == 1 ? 216 : 152
+  static constexpr int kHelperRegisters = kShares         ? kSlices == 1 ? 208 : 152
                                           : kSlices == 1  ? 144
                                           : kKeyDim == 64 ? 104
                                                           : 88;
-  static constexpr int kStateRegisters = kShares && kSlices == 1    ? 248
+  static constexpr int kStateRegisters = kShares && kSlices == 1    ? 256
                                          : kSlices == 1             ? 216
                                          : kKeyDim == 64            ? 152
                                          : kHelpers == 2 || kShares ? 168
@@ -56,18 +63,19 @@ struct ForwardTraits {
   static constexpr int kGainBytes = kFolds ? kKeyTiles * kTileBytes : 0;
   struct Shared {
     alignas(1024) char qk[kStages][kTileChunks][kChunkBytes];
-    char own_qk[kTileChunks][kShares ? kChunkBytes : 512];  // of the tile that the helper prepares
-    char v[kSlices][2][kTileBytes];                         // then the output of the same tile
-    char gains[kGains][kFolds ? kGainBytes : 512];          // of tile i % kGains
+    // Of the tile that the helper prepares; in a block of helpers in qk.
+    char own_qk[kTileChunks][kShares && !kAside ? kChunkBytes : 512];
+    char v[kSlices][2][kTileBytes];                 // then the output of the same tile
+    char gains[kGains][kFolds ? kGainBytes : 512];  // of tile i % kGains
     PreparedTile tiles[kPrepared];
-    TileScratch scratch[kShares ? 1 : 2];  // of tile i % 2
+    TileScratch scratch[kShares && !kAside ? 1 : 2];  // of tile i % 2
     MapCounts counts;
     // read: of q and k; released: of all that is prepared of a tile, in a cluster by the states of all
     // blocks.
     Barrier loaded[kStages], read[kStages], released[kPrepared], prepared[kPrepared], v_loaded[kSlices][2];
-    // In a cluster q and k come by chunks for the states, by tiles for the helper.
-    Barrier chunk_loaded[kStages][kTileChunks], chunk_read[kStages][kTileChunks], own_loaded, own_read,
-        tail_loaded;
+    // In a cluster q and k come by chunks for the states, by tiles for a helper.
+    Barrier chunk_loaded[kStages][kTileChunks], chunk_read[kStages][kTileChunks], own_loaded[kHelpers],
+        own_read[kHelpers], tail_loaded;
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
 };
@@ -83,6 +91,8 @@ struct ForwardLaunch {
   Segments segments;
   int units;           // sequences or segments, times value heads
   int pairs, singles;  // blocks of a unit with two slices, and with one
+  // Of all units, with helpers aside: slices that the launch before has. If any, this one runs beside it.
+  int first_slice;
 };
 
 // What a block works on: tiles of a segment, for a value head and some rows of S^T.
@@ -145,7 +155,12 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
   int const value_slices = p.value_dim / kTileSide;
   int unit, first, slices;
   bool of_keys = false, of_whole = false;
-  if constexpr (Traits::kShares && kSlices > 1) {
+  if constexpr (Traits::kAside) {
+    int const slice = a.first_slice + blockIdx.x / Traits::kCluster * Traits::kClusterSlices;
+    unit = slice / value_slices;
+    first = slice % value_slices + cluster_rank();
+    slices = 1;
+  } else if constexpr (Traits::kShares && kSlices > 1) {
     int const blocks = a.pairs + a.singles, block = blockIdx.x % blocks, rank = block % Traits::kCluster;
     unit = blockIdx.x / blocks;
     first = block / Traits::kCluster * kSharedSlices + rank * kSlices;

@@ -27,8 +27,8 @@ struct Segments {
 inline constexpr int kWhole = -1;
 
 // What the cut of the work goes by: measured microseconds of a tile in a block with one slice, with two and
-// with one in a cluster that shares, and until a block runs at that rate.
-inline constexpr float kOneTime = 2.4f, kTwoTime = 3.5f, kSharedTime = 2.35f, kStartTime = 8;
+// with one in a cluster that shares, without and with helpers aside, and until a block runs at that rate.
+inline constexpr float kOneTime = 2.4f, kTwoTime = 3.5f, kSharedTime = 2.35f, kAsideTime = 2, kStartTime = 8;
 
 struct Segment {
   int sequence, index, count;  // count: of the sequence's segments, at least 1
