@@ -43,21 +43,30 @@ __device__ void load_state(float (&s)[kKeyDim / 2], float const* state, bool v_f
 template <int kKeyDim>
 __device__ void store_state(float const (&s)[kKeyDim / 2], float* state, bool v_first, int value_dim,
                             int column, int thread) {
-  for_state_elements<kKeyDim>(column, thread, [&](int i, int v, int k) {
-    if (v_first) {
+  if (v_first) {
+    for_state_elements<kKeyDim>(column, thread, [&](int i, int v, int k) {
       *reinterpret_cast<float2*>(state + int64_t{v} * kKeyDim + k) = float2{s[i], s[i + 1]};
-    } else {
-      state[int64_t{k} * value_dim + v] = s[i];
-      state[int64_t{k + 1} * value_dim + v] = s[i + 1];
+    });
+  } else {
+    float* row = state + thread % 4 * 2 * value_dim + column + thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < kKeyDim / 8; ++n) {
+      float* const next = row + value_dim;
+      row[0] = s[4 * n];
+      next[0] = s[4 * n + 1];
+      row[8] = s[4 * n + 2];
+      next[8] = s[4 * n + 3];
+      row += 8 * value_dim;
     }
-  });
+  }
 }
 
 // Byte offset, in a tile [tokens x 64 values], of the matrix rows that lane `lane` names for the fragments of
-// tokens 8 n .. 8 n + 15 and the warp's 16 values.
+// tokens 8 n .. 8 n + 15 and the warp's 16 values; it is 8 n kTokenBytes more than for the first.
 __device__ __forceinline__ int value_offset(int token, int warp, int lane) {
   return tile_offset(token + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 }
+inline constexpr int kTokenBytes = 128;
 
 // Without a branch, so that it can stand among products.
 __device__ __forceinline__ void store_matrices_transposed_if(bool puts, uint32_t address, uint32_t r0,
@@ -87,25 +96,23 @@ struct ChunkValues {
   float2 k_in[kChunk / 8];
 };
 
-__device__ __forceinline__ void load_values(ChunkValues& x, char const* v_tile, float const* k_in, int first,
-                                            int warp, int lane) {
-  uint32_t const address = shared_address(v_tile);
+__device__ __forceinline__ void load_values(ChunkValues& x, uint32_t values, float const* k_in, int lane) {
 #pragma unroll
   for (int n = 0; n < kChunk / 8; n += 2) {
     uint32_t v[4];
-    load_matrices_transposed(v, address + value_offset(first + 8 * n, warp, lane));
+    load_matrices_transposed(v, values + 8 * n * kTokenBytes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x.v[2 * n + i] = v[i];
   }
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n)
-    x.k_in[n] = *reinterpret_cast<float2 const*>(k_in + first + 8 * n + 2 * (lane % 4));
+    x.k_in[n] = *reinterpret_cast<float2 const*>(k_in + 8 * n + 2 * (lane % 4));
 }
 
-// W = V - k_in (K S) of that chunk; tokens from `count` on write nothing.
+// W = V - k_in (K S) of that chunk; tokens from its `count`-th on write nothing.
 template <class T>
 __device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const* ks,
-                                          ChunkValues const& values, int first, int count, int lane) {
+                                          ChunkValues const& values, int count, int lane) {
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
     float2 const g = values.k_in[n];
@@ -116,10 +123,10 @@ __device__ __forceinline__ void residuals(uint32_t (&w)[kChunk / 4], float const
       w[2 * n + half] = pack<T>(x.x - g.x * ks[i], x.y - g.y * ks[i + 1]);
     }
   }
-  if (count < first + kChunk) {
+  if (count < kChunk) [[unlikely]] {
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      int const token = first + 8 * n + 2 * (lane % 4);
+      int const token = 8 * n + 2 * (lane % 4);
       uint32_t const mask = (token < count ? 0xffffu : 0u) | (token + 1 < count ? 0xffff0000u : 0u);
       w[2 * n] &= mask;
       w[2 * n + 1] &= mask;
@@ -146,6 +153,14 @@ __device__ __forceinline__ void pack_all(uint32_t (&a)[kCount / 2], float const 
   for (int i = 0; i < kCount / 2; ++i) a[i] = pack<T>(x[2 * i] * factor, x[2 * i + 1] * factor);
 }
 
+// Pairs of bf16 times a power of two.
+template <int kCount>
+__device__ __forceinline__ void scale_packed(uint32_t (&x)[kCount], int biased) {
+  uint32_t const factor = biased << 7 | biased << 23;
+#pragma unroll
+  for (uint32_t& y : x) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(y) : "r"(factor));
+}
+
 // The biased exponent of the largest of a warp's |x|.
 template <int kCount>
 __device__ __forceinline__ uint32_t warp_exponent(float const (&x)[kCount]) {
@@ -164,12 +179,22 @@ __device__ __forceinline__ float range_factor(float const (&x)[kCount]) {
 
 __device__ __forceinline__ float power_of_two(int biased) { return __uint_as_float(biased << 23); }
 
+// Calls `multiply` with powers of two whose product is 2^exponent.
+template <class F>
+__device__ __forceinline__ void for_steps(int exponent, F const& multiply) {
+#pragma unroll 1
+  while (exponent != 0) {
+    int const step = max(min(exponent, 120), -120);
+    multiply(power_of_two(127 + step));
+    exponent -= step;
+  }
+}
+
 inline constexpr int kScaleSlack = 4;  // how far below the most a scale may be
 
-// The largest scale of S (biased exponent) at which a warp's |U| = |T~ W| is at most 2^15 where S is
-// kGainUnit times as large: from the packed bf16 W and the largest |T~|. Without a finite W there is nothing
-// to fit.
-__device__ __forceinline__ int most_scale(uint32_t const (&w)[kChunk / 4], float most, int otherwise) {
+// The largest scale of S (biased exponent) at which a warp's |U| = |T~ W| is at most 2^15: from the packed
+// bf16 W, which has that of `scale`, and the largest |T~|. Without a finite W there is nothing to fit.
+__device__ __forceinline__ int most_scale(uint32_t const (&w)[kChunk / 4], float most, int scale) {
   uint32_t largest[2] = {w[0], w[1]};
 #pragma unroll
   for (int i = 2; i < kChunk / 4; ++i)
@@ -179,9 +204,8 @@ __device__ __forceinline__ int most_scale(uint32_t const (&w)[kChunk / 4], float
   bits = max(bits, bits << 16);
   int const exponent = __reduce_max_sync(0xffffffffu, bits < 0x7f800000u ? bits : 0) >> 23;
   // 32 products, each less than 2^(exponent + 1) times 2^(that of T~ + 1).
-  int const fits =
-      15 + kGainExponent - 7 + 3 * 127 - exponent - static_cast<int>(__float_as_uint(most) >> 23);
-  return exponent == 0 ? otherwise : min(max(fits, 20), 240);
+  int const fits = scale + 15 - 7 + 2 * 127 - exponent - static_cast<int>(__float_as_uint(most) >> 23);
+  return exponent == 0 ? scale : min(max(fits, 20), 220);
 }
 
 // A state warpgroup.
@@ -210,8 +234,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       reinterpret_cast<uint4*>(shared.v[slice])[i] = uint4{};
     }
     named_barrier(barrier, kWarpgroup);
-  } else if (thread == 0) {
-    if (unit.tiles > 0) load_v(0);
+  } else if (thread == 0 && unit.tiles > 0) {
+    load_v(0);
     if (unit.tiles > 1) load_v(1);
   }
 
@@ -232,15 +256,20 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     });
   }
 
+  uint32_t own_values = shared_address(shared.v[slice]) + value_offset(0, warp, lane);
+  asm volatile("" : "+r"(own_values));
+  auto const values_at = [&](int i, int part) {
+    return own_values + i % 2 * kTileBytes + part * (kChunk * kTokenBytes);
+  };
   // S is kept times a power of two, by which U (times kGainUnit) fits into fp16; this is its biased exponent.
   int scale = 127;
   uint32_t packed[kChunk / 4];  // of the output of a chunk, which goes where its values were
   auto const put_output = [&](int i, int part, bool puts) {
-    uint32_t const tile = shared_address(shared.v[slice][i % 2]);
+    uint32_t const to = values_at(i, part);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
-      store_matrices_transposed_if(puts, tile + value_offset(part * kChunk + 8 * n, warp, lane),
-                                   packed[2 * n], packed[2 * n + 1], packed[2 * n + 2], packed[2 * n + 3]);
+      store_matrices_transposed_if(puts, to + 8 * n * kTokenBytes, packed[2 * n], packed[2 * n + 1],
+                                   packed[2 * n + 2], packed[2 * n + 3]);
     }
   };
   auto const send_output = [&](int i) {  // a tile's, after its last chunk
@@ -274,9 +303,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
   };
   auto const chunk = [&](int i, int part) {
     int const first = part * kChunk, stage = i % kStages, prepared = i % kPrepared;
-    uint64_t const rows = part * (kChunk * 128 >> 4);    // of descriptors: the chunk's rows of a tile
-    uint64_t const block = rows + k_step(2) * part;      // and its diagonal block
-    uint64_t const low = rows + k_step(2) * (1 - part);  // and the other block there
+    uint64_t const rows = part * (kChunk * 128 >> 4);  // of descriptors: the chunk's rows of a tile
     PreparedTile const& tile = shared.tiles[prepared];
     TileScalars const& scalars = tile.scalars;
     if (!kFolds && !kShares && part == 0) wait_prepared(i);
@@ -304,30 +331,25 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     }
     if (part == 0 && !of_keys) shared.v_loaded[slice][i % 2].wait((i / 2) & 1);
     ChunkValues values;
-    load_values(values, shared.v[slice][i % 2], scalars.k_in, first, warp, lane);
-    if constexpr (kFolds) {
-      float const inverse = power_of_two(254 - scale);
-#pragma unroll
-      for (float2& x : values.k_in) x = {x.x * inverse, x.y * inverse};
-    }
+    load_values(values, values_at(i, part), scalars.k_in + first, lane);
+    if constexpr (kFolds) scale_packed(values.v, scale - kGainExponent);
     wgmma_wait<0>();
     pin(sums);
     uint32_t w[kChunk / 4];
-    residuals<T>(w, sums, values, first, unit.tile(i).count, lane);
+    residuals<T>(w, sums, values, unit.tokens - i * kTileSide - first, lane);
 
-    float u[kChunk / 2];
+    float parts[kChunk];  // of U: from the high parts of T~, and from the low ones
     {
-      uint64_t const inverse = k_major(tile.inverse);
+      uint64_t const inverse = k_major(tile.inverse) + k_step(2) * part;
       pin(w);
-      pin(u);
+      pin(parts);
       wgmma_begin();
 #pragma unroll
       for (int j = 0; j < kChunkSteps; ++j)
-        wgmma<T, kChunk>(u, w + 4 * j, inverse + block + k_step(j), j > 0);
-#pragma unroll
-      for (int j = 0; j < kChunkSteps; ++j) wgmma<T, kChunk>(u, w + 4 * j, inverse + low + k_step(j), true);
+        wgmma<T, 2 * kChunk>(parts, w + 4 * j, inverse + k_step(j), j > 0);
       wgmma_commit();
     }
+    [[maybe_unused]] int rescale = 0;  // by which power of two S has changed since W
     float o[kChunk / 2];
     if constexpr (kOutputs) {
 #pragma unroll
@@ -344,16 +366,16 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       if (scale > fits || scale < fits - kScaleSlack) [[unlikely]] {
         // But S stays finite.
         int const goal = min(fits - 1, scale + 245 - static_cast<int>(warp_exponent(s)));
-        while (scale != goal) {
-          int const step = max(min(goal - scale, 120), -120);
-          scale += step;
+        rescale = goal - scale;
+        for_steps(rescale, [&](float factor) {
 #pragma unroll
-          for (float& x : s) x *= power_of_two(127 + step);
+          for (float& x : s) x *= factor;
           if constexpr (kOutputs) {
 #pragma unroll
-            for (float& x : o) x *= power_of_two(127 + step);
+            for (float& x : o) x *= factor;
           }
-        }
+        });
+        scale = goal;
       }
     }
     if constexpr (kFolds && kShares) {
@@ -368,7 +390,10 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
         k_out[n] = *reinterpret_cast<float2 const*>(scalars.k_out + first + 8 * n + 2 * (lane % 4));
     }
     wgmma_wait<0>();
-    pin(u);
+    pin(parts);
+    float u[kChunk / 2];
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) u[j] = parts[j] + parts[kChunk / 2 + j];
     uint32_t written[kChunk / 4];
     float unrange = 1.f;  // of o
     auto const gain = [&] {
@@ -416,8 +441,13 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
       wgmma_commit();
     };
     if constexpr (kFolds) {
-      pack_all<__half>(written, u, power_of_two(scale - kGainExponent));
-      unrange = power_of_two(254 - scale + kGainExponent);
+      if (rescale != 0) [[unlikely]] {
+        for_steps(rescale, [&](float factor) {
+#pragma unroll
+          for (float& x : u) x *= factor;
+        });
+      }
+      pack_all<__half>(written, u);
       pin(written);
       pin(s);
       pin(o);
@@ -445,7 +475,8 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     if constexpr (kFolds && kOutputs) {
       wgmma_wait<1>();
       pin(o);
-      pack_all<T>(packed, o, unrange);
+      pack_all<T>(packed, o);
+      scale_packed(packed, 254 - scale + kGainExponent);
       put_output(i, part, true);
       wgmma_wait<0>();
     } else {
@@ -507,8 +538,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // What runs beside the kernel before reads nothing of it, and that one has then waited for all before.
   bool const of_segments = Traits::kPass == Pass::kOutputs && Traits::kCuts && a.segments.span != 0;
   bool const beside = Traits::kAside && a.first_slice > 0;
-  if (!of_segments && !beside) wait_for_previous_kernel();
-  if constexpr (Traits::kAside) let_next_kernel_start();
+  if (Traits::kPass == Pass::kMaps || (!of_segments && !beside && a.p.cu_seqlens != nullptr))
+    wait_for_previous_kernel();
   ForwardUnit const unit = forward_unit<Traits>(a, shared.counts);
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);
@@ -531,6 +562,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     fence_barrier_init();
   }
+  // What is above the diagonals of T~ and P is not written again.
+  for (PreparedTile& tile : shared.tiles) {
+    for (int i = threadIdx.x; i < kPreparedBytes / 16; i += Traits::kThreads)
+      reinterpret_cast<uint4*>(&tile)[i] = uint4{};
+  }
+  fence_async_shared();
+  if (!of_segments && !beside) wait_for_previous_kernel();
+  if constexpr (Traits::kAside) let_next_kernel_start();
   if constexpr (Traits::kShares) {
     int const rank = cluster_rank(), lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     cluster_sync();  // the barriers of all blocks

@@ -28,25 +28,40 @@ template <class Traits>
 inline constexpr int kLoadedBytes =
     Traits::kPass == Pass::kOutputs ? Traits::kChunkBytes : Traits::kChunkBytes / 2;
 
-// The gates of tile i, and where keys are folded its rows of q and k, which the copy engine then finds in the
-// L2 cache. By a helper.
+// What a helper's thread asks for ahead of a tile: its token's gate, and where keys are folded its row of q
+// or k, which the copy engine then finds in the L2 cache.
 template <class Traits>
-__device__ void request_tile(TileScratch& scratch, ForwardLaunch const& a, ForwardUnit const& unit, int i,
-                             int thread) {
-  bool const has_k = thread < kTileSide;
-  int const token = thread % kTileSide;
-  request_gate(has_k ? a.p.beta : a.p.g, unit.tile(i), unit.head, token, has_k ? scratch.beta : scratch.g);
-  if constexpr (Traits::kFolds) {
-    TileTokens const t = unit.tile(i);
-    if (token < t.count && (has_k || Traits::kPass == Pass::kOutputs)) {
-      auto const* const row = reinterpret_cast<char const*>(portable::token_row<typename Traits::T const>(
-          has_k ? a.p.k : a.p.q, t.row, t.begin + token, unit.qk_head));
+struct Ahead {
+  static constexpr int kStep = Traits::kTurns * kTileSide;
+  float const* gate;
+  char const* row;
+
+  __device__ Ahead(ForwardLaunch const& a, ForwardUnit const& unit, int i, int thread) {
+    bool const has_k = thread < kTileSide;
+    int const token = unit.begin + i * kTileSide + thread % kTileSide;
+    gate = portable::token_row<float const>(has_k ? a.p.beta : a.p.g, unit.row, token, unit.head);
+    row = reinterpret_cast<char const*>(
+        portable::token_row<typename Traits::T const>(has_k ? a.p.k : a.p.q, unit.row, token, unit.qk_head));
+  }
+  // For tile i, then one kStep tokens later.
+  __device__ void request(TileScratch& scratch, ForwardLaunch const& a, ForwardUnit const& unit, int i,
+                          int thread) {
+    bool const has_k = thread < kTileSide;
+    int const token = thread % kTileSide;
+    bool const there = token < unit.tile(i).count;
+    Strided const &gates = has_k ? a.p.beta : a.p.g, &rows = has_k ? a.p.k : a.p.q;
+    if (gates.data != nullptr) request_gate(gate, there, (has_k ? scratch.beta : scratch.g) + token);
+    gate += gates.token * kStep;
+    if constexpr (Traits::kFolds) {
+      if (there && (has_k || Traits::kPass == Pass::kOutputs)) {
 #pragma unroll
-      for (int line = 0; line < Traits::kKeyTiles; ++line)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line * 128));
+        for (int line = 0; line < Traits::kKeyTiles; ++line)
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line * 128));
+      }
+      row += rows.token * kStep * sizeof(typename Traits::T);
     }
   }
-}
+};
 
 // A helper warpgroup: tiles `helper`, + kHelpers, ...
 template <class Traits>
@@ -67,17 +82,19 @@ __device__ void prepare_tiles(typename Traits::Shared& shared, ForwardLaunch con
     if (i >= 0) shared.released[i % kPrepared].wait((i / kPrepared) & 1);
   };
   if (helper >= unit.tiles) return;
-  auto const request = [&](int i) { request_tile<Traits>(shared.scratch[i % 2], a, unit, i, thread); };
-  request(helper);
   if (thread == 0) {
     load_qk(helper);
     if (kHelpers == 1 && unit.tiles > 1) load_qk(1);
   }
+  Ahead<Traits> ahead(a, unit, helper, thread);
+  auto const request = [&](int i) { ahead.request(shared.scratch[i % 2], a, unit, i, thread); };
+  request(helper);
   for (int i = helper; i < unit.tiles; i += kHelpers) {
     int const stage = i % kStages, prepared = i % kPrepared, next = i + kHelpers;
     // What follows from the thread's number is cheaper to compute again than to keep from tile to tile in the
     // few registers there are.
     asm volatile("" : "+r"(thread));
+    thread &= kWarpgroup - 1;  // the range, or divisions would be of any number
     wait_released(i - kPrepared);
     shared.loaded[stage].wait((i / kStages) & 1);
     prepare_tile<T, Traits::kKeyDim, kOutputs, kFolds, false>(
@@ -122,14 +139,16 @@ __device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLau
   int const turn = Traits::kAside ? helper : rank, barrier = 1 + kTileBarriers * helper;
   auto& qk = own_qk<Traits>(shared, helper);
   TileScratch& scratch = shared.scratch[helper];
+  Ahead<Traits> ahead(a, unit, turn, thread);
   auto const request = [&](int i) {
-    if (i < unit.tiles) request_tile<Traits>(scratch, a, unit, i, thread);
+    if (i < unit.tiles) ahead.request(scratch, a, unit, i, thread);
   };
   request(turn);
   for (int i = turn; i < unit.tiles; i += kTurns) {
     int const place = i % kPrepared, before = i - kPrepared;
     PreparedTile& to = shared.tiles[place];
     asm volatile("" : "+r"(thread));
+    thread &= kWarpgroup - 1;  // the range, or divisions would be of any number
     shared.own_loaded[helper].wait((i / kTurns) & 1);
     prepare_tile<typename Traits::T, Traits::kKeyDim, kOutputs, Traits::kFolds, true>(
         a.p, unit.tile(i).count, qk[0], scratch, to, shared.gains[place], barrier, thread, unit.head,

@@ -20,7 +20,6 @@ namespace lt2::gdn::sm90 {
 using namespace cuda;
 using namespace cuda::sm90;
 using portable::exp2_fast;
-using portable::inverse_pair;
 using portable::invert_32;
 using portable::kInverseRow;
 using portable::kLeastLog2Decay;
@@ -46,7 +45,8 @@ inline constexpr float kLeastLength2 = 1e-30f;
 // where keys are not normalised.
 struct alignas(16) TileScalars {
   float q_in[kTileSide];     // scale e^G qn; folded, / kGainUnit
-  float k_in[kTileSide];     // e^G kn (1 / kn is 1 there): what k sees of the state before the chunk
+  float k_in[kTileSide];     // e^G kn, or e^G where keys are not normalised: what k sees of the state before
+                             // the chunk; folded, / kGainUnit
   float k_out[kTileSide];    // e^(G_last - G) kn: what is left of a write at the end of the chunk; folded,
                              // times kGainUnit
   float decay[kTileChunks];  // e^(G_last)
@@ -55,7 +55,7 @@ struct alignas(16) TileScalars {
 
 // What is prepared of a tile for the states.
 struct PreparedTile {
-  // T~ of chunk c: its high parts are block (c, c) of 32 x 32, the low ones block (c, 1 - c).
+  // T~ of chunk c, columns 32 c on: the high parts in rows 0..31, the low ones in the others.
   alignas(1024) char inverse[kTileBytes];
   alignas(1024) char scores[kHalfTileBytes];  // P of chunk c: rows 0..31, columns 32 c on
   TileScalars scalars;
@@ -69,6 +69,7 @@ struct alignas(16) TileScratch {
   float k_norm[kTileSide];              // kn
   float k_shift[kTileSide];             // G / ln 2 - log2 kn
   float q_factor[kTileSide];            // scale qn
+  float cross[kTileSide];               // e^-|G - G_15|, which E_ij is the product of for j < 16 <= i
   float g[kTileSide], beta[kTileSide];  // raw, of the next tile
 };
 
@@ -78,16 +79,12 @@ struct TileTokens {
   int count;       // 1..64
 };
 
-// Raw g or beta of token `i` of a tile, requested before it is needed: scan_decays and read_strength wait for
-// it. Tokens that are not there neither decay nor write.
-__device__ inline void request_gate(Strided const& from, TileTokens const& tile, int head, int i, float* to) {
-  if (from.data == nullptr) return;
-  int const bytes = i < tile.count ? 4 : 0;
-  asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to + i)),
-      "l"(portable::token_row<float const>(from, tile.row, tile.begin + (i < tile.count ? i : 0), head)),
-      "r"(bytes)
-      : "memory");
+// A token's raw g or beta, requested before it is needed: scan_decays and read_strength wait for it. Tokens
+// that are not there neither decay nor write.
+__device__ inline void request_gate(float const* from, bool there, float* to) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 4 : 0)
+               : "memory");
 }
 
 // `strength` of token `i`.
@@ -148,36 +145,61 @@ __device__ float row_norm(char const* qk, int row) {
   return rsqrtf(sum[0] + sum[1] + kNormEpsilon);
 }
 
-// T~ of chunk c from its inverse, by 64 threads.
+// Two numbers as a pair of pairs that add up to them.
+template <class T>
+__device__ __forceinline__ Split split_pair(float x, float y) {
+  uint32_t const high = pack<T>(x, y);
+  float2 const h = unpack<T>(high);
+  return {high, pack<T>(x - h.x, y - h.y)};
+}
+
+// T~ of chunk c from its inverse, by two warps: each a block of 16 x 16 on the diagonal and half of the one
+// below these. What is above stays zero.
 template <class T, bool kMost>
-__device__ void store_inverse(TileScratch const& scratch, PreparedTile& to, int chunk, int thread) {
-  int const row = thread % kChunk, first = thread / kChunk * 16;
-  float const* const inverse = scratch.inverse[chunk];
+__device__ void store_inverse(TileScratch const& scratch, PreparedTile& to, int chunk, int half, int lane) {
   float const *const log2_decay = scratch.log2_decay + chunk * kChunk, *const strength =
                                                                            scratch.strength + chunk * kChunk;
+  float const* const cross = scratch.cross + chunk * kChunk;
   uint32_t most = 0;
+  auto const look = [&](Split const& x) {
+    if constexpr (kMost) most = __vmaxu2(most, x.high & 0x7fff7fff);
+  };
+  {
+    int const row = 16 * half + lane % 16, col = 16 * half + lane / 16 * 8;
+    float const* const inverse = scratch.inverse[chunk] + row * kInverseRow + col;
+    float const decay = log2_decay[row];
+    Split t[4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    int const col = first + 8 * i;
-    float4 const x = *reinterpret_cast<float4 const*>(inverse + row * kInverseRow + col);
-    float4 const y = *reinterpret_cast<float4 const*>(inverse + row * kInverseRow + col + 4);
-    Split const t[4] = {inverse_pair<T>(log2_decay, strength, row, col, x.x, x.y),
-                        inverse_pair<T>(log2_decay, strength, row, col + 2, x.z, x.w),
-                        inverse_pair<T>(log2_decay, strength, row, col + 4, y.x, y.y),
-                        inverse_pair<T>(log2_decay, strength, row, col + 6, y.z, y.w)};
-    if constexpr (kMost) {
-#pragma unroll
-      for (Split const& x : t) most = __vmaxu2(most, x.high & 0x7fff7fffu);
+    for (int i = 0; i < 2; ++i) {
+      float4 const x = *reinterpret_cast<float4 const*>(inverse + 4 * i);
+      float4 const g = *reinterpret_cast<float4 const*>(log2_decay + col + 4 * i);
+      float4 const b = *reinterpret_cast<float4 const*>(strength + col + 4 * i);
+      // Above the diagonal, where the inverse is zero, only finite.
+      auto const of = [&](float x, float g, float b) { return exp2_fast(fminf(decay - g, 126.f)) * x * b; };
+      t[2 * i] = split_pair<T>(of(x.x, g.x, b.x), of(x.y, g.y, b.y));
+      t[2 * i + 1] = split_pair<T>(of(x.z, g.z, b.z), of(x.w, g.w, b.w));
     }
-    int const tile_row = chunk * kChunk + row;
-    *reinterpret_cast<uint4*>(to.inverse + tile_offset(tile_row, chunk * 4 + col / 8)) = {
-        t[0].high, t[1].high, t[2].high, t[3].high};
-    *reinterpret_cast<uint4*>(to.inverse + tile_offset(tile_row, (1 - chunk) * 4 + col / 8)) = {
-        t[0].low, t[1].low, t[2].low, t[3].low};
+    for (Split const& x : t) look(x);
+    char* const at = to.inverse + tile_offset(row, chunk * 4 + col / 8);
+    *reinterpret_cast<uint4*>(at) = {t[0].high, t[1].high, t[2].high, t[3].high};
+    *reinterpret_cast<uint4*>(at + kHalfTileBytes) = {t[0].low, t[1].low, t[2].low, t[3].low};
+  }
+  {
+    int const row = 16 + lane % 16, col = 8 * half + lane / 16 * 4;
+    float4 const x = *reinterpret_cast<float4 const*>(scratch.inverse[chunk] + row * kInverseRow + col);
+    float4 const e = *reinterpret_cast<float4 const*>(cross + col);
+    float4 const b = *reinterpret_cast<float4 const*>(strength + col);
+    float const own = cross[row];
+    Split const t[2] = {split_pair<T>(x.x * own * (e.x * b.x), x.y * own * (e.y * b.y)),
+                        split_pair<T>(x.z * own * (e.z * b.z), x.w * own * (e.w * b.w))};
+    for (Split const& x : t) look(x);
+    char* const at = to.inverse + tile_offset(row, chunk * 4 + half) + lane / 16 * 8;
+    *reinterpret_cast<uint2*>(at) = {t[0].high, t[1].high};
+    *reinterpret_cast<uint2*>(at + kHalfTileBytes) = {t[0].low, t[1].low};
   }
   if constexpr (kMost) {
     most = __reduce_max_sync(0xffffffffu, max(most >> 16, most & 0xffffu));
-    if (thread % 32 == 0) reinterpret_cast<float*>(to.scalars.most + chunk)[thread / 32] = unpack<T>(most).x;
+    if (lane == 0) reinterpret_cast<float*>(to.scalars.most + chunk)[half] = unpack<T>(most).x;
   }
 }
 
@@ -218,23 +240,32 @@ __device__ void store_gains(char const* qk, TileScalars const& s, char* gains, i
   }
 }
 
-// The strictly lower part of b_i kn_i kn_j k_i.k_j of a warp's 16 rows; `half_row` is the first of them in
-// the chunk.
+// b_i kn_i kn_j k_i.k_j of a warp's 16 rows, `half_row` the first of them in the chunk. What is not below the
+// diagonal is not read.
 __device__ inline void store_correlations(float const (&kk)[kChunk / 2], TileScratch const& s, float* m,
                                           bool normalised, int chunk, int half_row, int lane) {
+  int const row = half_row + lane / 4, col = 2 * (lane % 4);
+  float factors[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int const row = half_row + lane / 4 + 8 * half;
-    float const strength = s.strength[chunk * kChunk + row], own = s.k_norm[chunk * kChunk + row];
-    float const factor = normalised ? strength * own : __fdividef(strength, own);
+    float const b = s.strength[chunk * kChunk + row + 8 * half],
+                own = s.k_norm[chunk * kChunk + row + 8 * half];
+    factors[half] = normalised ? b * own : __fdividef(b, own);
+  }
+  float const* const norms = s.k_norm + chunk * kChunk + col;
+  m += row * kInverseRow + col;
+  auto const put = [&](int n) {
+    float2 const norm = *reinterpret_cast<float2 const*>(norms + 8 * n);
 #pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-      int const col = 8 * n + 2 * (lane % 4);
-      float2 const norm = *reinterpret_cast<float2 const*>(s.k_norm + chunk * kChunk + col);
-      *reinterpret_cast<float2*>(m + row * kInverseRow + col) =
-          float2{col < row ? factor * norm.x * kk[4 * n + 2 * half] : 0.f,
-                 col + 1 < row ? factor * norm.y * kk[4 * n + 2 * half + 1] : 0.f};
-    }
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<float2*>(m + 8 * half * kInverseRow + 8 * n) = float2{
+          factors[half] * norm.x * kk[4 * n + 2 * half], factors[half] * norm.y * kk[4 * n + 2 * half + 1]};
+  };
+  put(0);
+  put(1);
+  if (half_row > 0) {
+    put(2);
+    put(3);
   }
 }
 
@@ -270,30 +301,53 @@ __device__ __forceinline__ void store_both_correlations(float (&kk)[kTileChunks]
   }
 }
 
-// P of a warp's 16 rows.
-__device__ inline void store_scores(float (&qk)[kChunk / 2], TileScratch const& s, char* scores, int chunk,
-                                    int half_row, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const row = half_row + lane / 4 + 8 * half;
-    float const factor = s.q_factor[chunk * kChunk + row], decay = s.log2_decay[chunk * kChunk + row];
-#pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-      int const col = 8 * n + 2 * (lane % 4);
-      float2 const shift = *reinterpret_cast<float2 const*>(s.k_shift + chunk * kChunk + col);
-      float& x = qk[4 * n + 2 * half];
-      float& y = qk[4 * n + 2 * half + 1];
-      x = col <= row ? factor * exp2_fast(decay - shift.x) * x : 0.f;
-      y = col + 1 <= row ? factor * exp2_fast(decay - shift.y) * y : 0.f;
-    }
-  }
+// P of a warp's 16 rows, the first of them `half_row`: the block on the diagonal, and that below those. What
+// is above stays zero.
+__device__ inline void store_scores(float const (&qk)[kChunk / 2], TileScratch const& s, char* scores,
+                                    int chunk, int half_row, int lane) {
+  int const row = half_row + lane / 4, col = 2 * (lane % 4), first = chunk * kChunk;
+  float const factors[2] = {s.q_factor[first + row], s.q_factor[first + row + 8]};
   uint32_t const address = shared_address(scores);
-  int const row = half_row + lane % 16;
+  int const store_row = half_row + lane % 16;
+  auto const put = [&](int n, float const(&x)[8]) {
+    store_matrices(address + tile_offset(store_row, chunk * 4 + n + lane / 16), pack<__half>(x[0], x[1]),
+                   pack<__half>(x[2], x[3]), pack<__half>(x[4], x[5]), pack<__half>(x[6], x[7]));
+  };
+  {
+    float const decays[2] = {s.log2_decay[first + row], s.log2_decay[first + row + 8]};
+    float2 const shifts[2] = {*reinterpret_cast<float2 const*>(s.k_shift + first + half_row + col),
+                              *reinterpret_cast<float2 const*>(s.k_shift + first + half_row + col + 8)};
+    float x[8];
 #pragma unroll
-  for (int n = 0; n < kChunk / 8; n += 2) {
-    store_matrices(address + tile_offset(row, chunk * 4 + n + lane / 16),
-                   pack<__half>(qk[4 * n], qk[4 * n + 1]), pack<__half>(qk[4 * n + 2], qk[4 * n + 3]),
-                   pack<__half>(qk[4 * n + 4], qk[4 * n + 5]), pack<__half>(qk[4 * n + 6], qk[4 * n + 7]));
+    for (int i = 0; i < 8; ++i) x[i] = half_row == 0 ? qk[i] : qk[8 + i];
+    auto const of = [&](float x, int half, float shift) {
+      return factors[half] * exp2_fast(decays[half] - shift) * x;
+    };
+    bool const first_column = col <= lane / 4, second_column = col + 1 <= lane / 4;
+    x[0] = first_column ? of(x[0], 0, shifts[0].x) : 0.f;
+    x[1] = second_column ? of(x[1], 0, shifts[0].y) : 0.f;
+    x[2] = of(x[2], 1, shifts[0].x);
+    x[3] = of(x[3], 1, shifts[0].y);
+    x[4] = x[5] = 0.f;
+    x[6] = first_column ? of(x[6], 1, shifts[1].x) : 0.f;
+    x[7] = second_column ? of(x[7], 1, shifts[1].y) : 0.f;
+    put(half_row / 8, x);
+  }
+  if (half_row > 0) {
+    float const rows[2] = {factors[0] * s.cross[first + row], factors[1] * s.cross[first + row + 8]};
+    float x[8];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float2 const e = *reinterpret_cast<float2 const*>(s.cross + first + 8 * n + col);
+      float2 const norm = *reinterpret_cast<float2 const*>(s.k_norm + first + 8 * n + col);
+      float2 const y = {e.x * norm.x, e.y * norm.y};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        x[4 * n + 2 * half] = rows[half] * y.x * qk[4 * n + 2 * half];
+        x[4 * n + 2 * half + 1] = rows[half] * y.y * qk[4 * n + 2 * half + 1];
+      }
+    }
+    put(0, x);
   }
 }
 
@@ -339,16 +393,17 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
     wgmma_commit();
     wgmma_wait<0>();
     pin(x);
-    // Rows half_row .. + 15 of the diagonal are in lanes 4 r + r / 2; lane l takes chunk l / 16, row l % 16.
+    // Rows half_row .. + 15 of the diagonal are in lanes 4 r + r / 2, from register 8 warp on; lane l takes
+    // chunk l / 16, row l % 16.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       auto const pick = [&](int j) {
-        j += 6 * i;
-        float const of_k = half == 0 ? x[j] : x[8 + j];
-        return !kScores || has_k ? of_k : half == 0 ? x[kRows / 4 + j] : x[kRows / 4 + 8 + j];
+        float const of_k = half == 0 ? x[j] : x[8 + j],
+                    of_q = half == 0 ? x[kRows / 4 + j] : x[kRows / 4 + 8 + j];
+        return kScores && !has_k ? of_q : of_k;
       };
-      float const y =
-          __shfl_sync(0xffffffffu, lane / 4 % 2 == 0 ? pick(0) : pick(1), lane % 8 * 4 + lane % 8 / 2);
+      float const even = pick(6 * i), odd = pick(6 * i + 1);
+      float const y = __shfl_sync(0xffffffffu, lane / 4 % 2 == 0 ? even : odd, lane % 8 * 4 + lane % 8 / 2);
       if (lane / 8 == 2 * c + i) square = y;
     }
 #pragma unroll
@@ -384,9 +439,11 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
     named_barrier(barrier + 3, kWarpgroup / 2);  // the decays of both chunks
     float const decay = s.log2_decay[token], last = s.log2_decay[chunk * kChunk + kChunk - 1];
     float const k_norm = s.k_norm[token];
+    float const middle = s.log2_decay[chunk * kChunk + kChunk / 2 - 1];
     if constexpr (kShares) wait();
     s.k_shift[token] = decay - __log2f(k_norm);
-    scalars.k_in[token] = exp2_fast(decay) * (p.qk_l2norm ? k_norm : 1.f);
+    s.cross[token] = exp2_fast(half == 0 ? middle - decay : decay - middle);
+    scalars.k_in[token] = exp2_fast(decay) * (p.qk_l2norm ? k_norm : 1.f) / (kFolds ? kGainUnit : 1.f);
     scalars.k_out[token] = exp2_fast(last - decay) * k_norm * (kFolds ? kGainUnit : 1.f);
     if (lane % 16 == 0) scalars.decay[chunk] = exp2_fast(last);
     if constexpr (kScores) {
@@ -407,7 +464,7 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
     }
   }
   named_barrier(barrier, kWarpgroup);
-  store_inverse<T, kFolds>(s, to, thread / 64, thread % 64);
+  store_inverse<T, kFolds>(s, to, warp / 2, half, lane);
   fence_async_shared();
 }
 
