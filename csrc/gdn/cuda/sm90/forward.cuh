@@ -533,9 +533,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   asm volatile("" : "+r"(window));
   auto& shared = *static_cast<typename Traits::Shared*>(__cvta_shared_to_generic(window));
   int const group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
-  if constexpr (!Traits::kAside) let_next_kernel_start();
+  // What is launched next reads before it waits what is older than this kernel.
+  constexpr bool kNextReads = Traits::kAside || Traits::kPass == Pass::kMaps;
+  if constexpr (!kNextReads) let_next_kernel_start();
   // Only the states of segments read what the kernels since the plan wrote, which began after all before it.
-  // What runs beside the kernel before reads nothing of it, and that one has then waited for all before.
+  // What runs beside the kernel before reads nothing of it.
   bool const of_segments = Traits::kPass == Pass::kOutputs && Traits::kCuts && a.segments.span != 0;
   bool const beside = Traits::kAside && a.first_slice > 0;
   if (Traits::kPass == Pass::kMaps || (!of_segments && !beside && a.p.cu_seqlens != nullptr))
@@ -569,7 +571,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   fence_async_shared();
   if (!of_segments && !beside) wait_for_previous_kernel();
-  if constexpr (Traits::kAside) let_next_kernel_start();
+  if constexpr (kNextReads) let_next_kernel_start();
   if constexpr (Traits::kShares) {
     int const rank = cluster_rank(), lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     cluster_sync();  // the barriers of all blocks

@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(kJoinThreads<kKeyDim>, 1)
   __shared__ __align__(16) float state[kJoinRows][kKeyDim];
   __shared__ __align__(16) float partial[kParts][kJoinRows][kKeyDim];
   let_next_kernel_start();
-  wait_for_previous_kernel();
   int const groups = p.value_dim / kJoinRows;
   int const group = blockIdx.x % groups, unit = blockIdx.x / groups;
   int const head = unit % p.value_heads, n = unit / p.value_heads;
@@ -204,6 +203,10 @@ __global__ void __launch_bounds__(kJoinThreads<kKeyDim>, 1)
                                             column);
   };
   int i = next_mapped(1), joined = 0;  // the segment whose end is in `state`
+  // Blocks without work make room for others at once. The plan is older than the maps; one block always waits
+  // for these, so that what waits for the join waits for both.
+  if (i == count && blockIdx.x > 0) return;
+  wait_for_previous_kernel();
   if (i == count) return;
   float2 map[kTerms];
 #pragma unroll
