@@ -537,7 +537,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   constexpr bool kNextReads = Traits::kAside || Traits::kPass == Pass::kMaps;
   if constexpr (!kNextReads) let_next_kernel_start();
   // Only the states of segments read what the kernels since the plan wrote, which began after all before it.
-  // What runs beside the kernel before reads nothing of it.
+  // What runs beside the kernel before reads nothing of it. What the block works on is read from memory in
+  // maps and where sequences have lengths of their own.
   bool const of_segments = Traits::kPass == Pass::kOutputs && Traits::kCuts && a.segments.span != 0;
   bool const beside = Traits::kAside && a.first_slice > 0;
   if (Traits::kPass == Pass::kMaps || (!of_segments && !beside && a.p.cu_seqlens != nullptr))

@@ -351,6 +351,22 @@ __device__ inline void store_scores(float const (&qk)[kChunk / 2], TileScratch c
   }
 }
 
+// The products of rows row .. row + 7, and of the 8 after them, with themselves: elements (l / 4, 2 (l % 4))
+// and the next. `rows` are the first tile's.
+template <class T, int kKeyDim>
+__device__ void square_rows(float2 (&squares)[2], uint32_t rows, int row, int lane) {
+  float x[2][4] = {};
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 16; ++k) {
+    uint32_t a[4];
+    load_matrices(a, rows + k / 4 * kTileBytes + tile_offset(row + lane % 16, k % 4 * 2 + lane / 16));
+    mma<T>(x[0], a, a[0], a[2]);
+    mma<T>(x[1], a, a[1], a[3]);
+  }
+  squares[0] = {x[0][0], x[0][1]};
+  squares[1] = {x[1][2], x[1][3]};
+}
+
 // Of prepare_tile: of the warpgroup; of its first two warps, which have k, one chunk each to invert; one at
 // which the others, which have q and the decays, wait for the norms of k; and of these.
 inline constexpr int kTileBarriers = 4;
@@ -366,7 +382,7 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
                              char* gains, int barrier, int thread, int head, F const& request, G const& wait,
                              H const& read) {
   static_assert(!kShares || kScores);
-  constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide, kRows = kScores ? 2 * kChunk : kChunk;
+  constexpr int kTiles = (kKeyDim + kTileSide - 1) / kTileSide;
   TileScalars& scalars = to.scalars;
   int const warp = thread / 32, lane = thread % 32, half = warp % 2, half_row = half * 16;
   bool const has_k = warp < kTileChunks;
@@ -375,39 +391,41 @@ __device__ void prepare_tile(Inputs const& p, int count, char* qk, TileScratch& 
     fence_async_shared();
   }
   named_barrier(barrier, kWarpgroup);  // also the end of the tile before
-  // Of each chunk [K; Q] [K; Q]^T: columns 0..31 are K K^T and Q K^T, the diagonal the squares of the norms.
+  // Of each chunk [K; Q] K^T. Its diagonal is the squares of the norms of k.
   float products[kTileChunks][kChunk / 2], square = 0.f;
 #pragma unroll
+  for (auto& x : products) pin(x);
+  wgmma_begin();
+#pragma unroll
   for (int c = 0; c < kTileChunks; ++c) {
-    float x[kRows / 2];
-    if constexpr (kShares) {
-      // Or ptxas keeps what is in them from tile to tile, and waits after each product.
-#pragma unroll
-      for (float& y : x) y = 0.f;
-    }
     uint64_t const rows = k_major(qk + c * kTiles * kTileBytes);
-    pin(x);
-    wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < kKeyDim / 16; ++k) wgmma<T, kRows>(x, rows + k_step(k), rows + k_step(k), k > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(x);
-    // Rows half_row .. + 15 of the diagonal are in lanes 4 r + r / 2, from register 8 warp on; lane l takes
-    // chunk l / 16, row l % 16.
+    for (int k = 0; k < kKeyDim / 16; ++k)
+      wgmma<T, kChunk>(products[c], rows + k_step(k), rows + k_step(k), k > 0);
+  }
+  wgmma_commit();
+  // Diagonals of blocks of 8 x 8, of rows half_row .. + 7 and the next 8 of each chunk: row r is in lane
+  // 4 r + r / 2, columns 2 (l % 4) and the next.
+  float2 diagonals[kTileChunks][2] = {};
+  if (kScores && !has_k && p.qk_l2norm) {
+    uint32_t const address = shared_address(qk) + kHalfTileBytes;
+#pragma unroll
+    for (int c = 0; c < kTileChunks; ++c)
+      square_rows<T, kKeyDim>(diagonals[c], address + c * kTiles * kTileBytes, half_row, lane);
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int c = 0; c < kTileChunks; ++c) {
+    pin(products[c]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      auto const pick = [&](int j) {
-        float const of_k = half == 0 ? x[j] : x[8 + j],
-                    of_q = half == 0 ? x[kRows / 4 + j] : x[kRows / 4 + 8 + j];
-        return kScores && !has_k ? of_q : of_k;
-      };
-      float const even = pick(6 * i), odd = pick(6 * i + 1);
-      float const y = __shfl_sync(0xffffffffu, lane / 4 % 2 == 0 ? even : odd, lane % 8 * 4 + lane % 8 / 2);
-      if (lane / 8 == 2 * c + i) square = y;
+      auto const& x = products[c];
+      if (has_k)
+        diagonals[c][i] = half == 0 ? float2{x[6 * i], x[6 * i + 1]} : float2{x[8 + 6 * i], x[9 + 6 * i]};
+      float2 const y = diagonals[c][i];
+      float const z = __shfl_sync(0xffffffffu, lane / 4 % 2 == 0 ? y.x : y.y, lane % 8 * 4 + lane % 8 / 2);
+      if (lane / 8 == 2 * c + i) square = z;  // lane l takes chunk l / 16, row l % 16
     }
-#pragma unroll
-    for (int j = 0; j < kChunk / 2; ++j) products[c][j] = x[j];
   }
   int const chunk = lane / 16, token = chunk * kChunk + half_row + lane % 16;
   float const norm = p.qk_l2norm       ? rsqrtf(square + kNormEpsilon)
