@@ -45,6 +45,7 @@ CUDA_ATTENTION = [
     (32768, 16, 4, 128, 512, "clustered", True),
     (32768, 16, 4, 128, 512, "local", False),
     (32768, 16, 16, 128, 512, "clustered", False),
+    (131072, 16, 4, 128, 512, "clustered", False),
 ]
 # B, S, HQ, H, topk, whether quick: one query
 CUDA_READS = [(8, 32768, 16, 4, 2048, True), (8, 32768, 16, 16, 2048, False), (8, 131072, 16, 4, 2048, True)]
