@@ -32,16 +32,18 @@ struct Barrier {
                  "r"(bytes)
                  : "memory");
   }
-  // The same of this barrier in block `rank` of the cluster.
-  __device__ void arrive_at(int rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_of_rank(this, rank))
+  // `arrivals` at this barrier in block `rank` of the cluster, and bytes of copies that belong to the phase.
+  __device__ void arrive_at(int rank, int arrivals) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(address_of_rank(this, rank)),
+                 "r"(arrivals)
                  : "memory");
   }
-  __device__ void arrive_expecting_at(int rank, uint32_t bytes) {
+  __device__ void arrive_expecting_at(int rank, int arrivals, uint32_t bytes) {
     asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(address_of_rank(this, rank)),
+        "mbarrier.expect_tx.relaxed.cluster.shared::cluster.b64 [%0], %1;" ::"r"(address_of_rank(this, rank)),
         "r"(bytes)
         : "memory");
+    arrive_at(rank, arrivals);
   }
   // Whether that phase is complete, without waiting for it.
   __device__ bool test(uint32_t parity) {

@@ -37,7 +37,7 @@ struct alignas(16) ChunkRecord {
   float k_in[kScanChunk];   // e^G kn: what k sees of the state before the chunk; without the delta rule b
   float k_out[kScanChunk];  // e^(G_last - G) kn: what is left of a write at the end of the chunk
   float q_in[kScanChunk];   // scale e^G qn
-  float decay, unused[3];   // e^G_last
+  float decay[4];           // e^G_last, as often as a copy takes
 };
 
 template <class T, int kColumns>
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
       s.strength[lane] = lane < chunk.tokens ? write_strength(p, chunk.row, chunk.begin + lane, head) : 0.f;
       record.k_in[lane] = p.delta ? exp2_fast(sum) * norm : s.strength[lane];
       record.k_out[lane] = exp2_fast(last - sum) * norm;
-      if (lane == 0) record.decay = exp2_fast(last);
+      if (lane < 4) record.decay[lane] = exp2_fast(last);
     } else {
       record.q_in[lane] = p.scale * exp2_fast(sum) * norm;
     }
@@ -336,7 +336,7 @@ struct ScanState {
     scale_tokens(o, record.q_in, t);
     multiply_triangle(o, SplitRows(u), record.scores, lane);
     scale_tokens(u, record.k_out, t);
-    float const decay = record.decay;
+    float const decay = record.decay[0];
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -344,6 +344,7 @@ struct ScanState {
     }
     gain(stage, u);
 
+    __syncwarp();  // all lanes have read v
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) {
 #pragma unroll

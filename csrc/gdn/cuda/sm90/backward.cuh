@@ -63,11 +63,11 @@ template <int kKeyTiles>
 struct ReverseRecord {
   char dstate[kKeyTiles * kTileBytes];  // dS^T after the chunk
 };
-struct alignas(16) ForwardUnits {
-  float state, r;
+struct alignas(16) ForwardUnits {  // copied by 16 bytes
+  float state, r, zeros[2];
 };
 struct alignas(16) ReverseUnits {
-  float dstate, rho, dout;
+  float dstate, rho, dout, zero;
 };
 
 // All of it in units of chunk numbers x value heads: chunk number c and head h have index c HV + h.

@@ -382,7 +382,7 @@ __device__ void compute_work(typename Traits::Shared& shared, BackwardLaunch con
       float through = 0.f;
       Units d_units, more_units;
       for (int slice = 0; slice < slices; ++slice) {
-        int const thread = forget(own_thread, shared.zero), lane = thread % 32;
+        int const thread = forget(own_thread, shared.zero);
         typename Traits::Slice& x = shared.slices[ring.slot()];
         shared.slice_loaded[ring.slot()].wait(ring.parity());
         float const state_unit = x.forward_units.state, dstate_unit = x.reverse_units.dstate;
@@ -441,7 +441,7 @@ __device__ void compute_work(typename Traits::Shared& shared, BackwardLaunch con
         wgmma_wait<0>();
         pin(d);
         pin(more);
-        if (lane == 0) shared.slice_released[ring.slot()].arrive();
+        shared.slice_released[ring.slot()].arrive();
         ring.advance();
       }
 
@@ -632,8 +632,7 @@ __device__ void compute_work(typename Traits::Shared& shared, BackwardLaunch con
               *reinterpret_cast<uint4 const*>(own + tile_offset(row, chunk));
         }
         fence_async_shared();
-        __syncwarp();
-        if (lane == 0) shared.keys_released[keys.slot()].arrive();
+        shared.keys_released[keys.slot()].arrive();
       }
       scalar_slot = scalar_slot + 1 == Traits::kScalarStages ? 0 : scalar_slot + 1;
     }
@@ -647,11 +646,11 @@ __device__ void compute_gradients(char* dynamic_shared, BackwardLaunch const& a,
     shared.zero = 0;
     for (int i = 0; i < Traits::kKeyStages; ++i) {
       shared.keys_loaded[i].init(1);
-      shared.keys_released[i].init(Traits::kGroups * 4);
+      shared.keys_released[i].init(Traits::kWorkers);
     }
     for (int i = 0; i < Traits::kSliceStages; ++i) {
       shared.slice_loaded[i].init(1);
-      shared.slice_released[i].init(Traits::kGroups * 4);
+      shared.slice_released[i].init(Traits::kWorkers);
     }
     fence_barrier_init();
   }

@@ -246,15 +246,15 @@ __device__ __forceinline__ void subtract_n(float (&y)[kChunk / 2], ChunkScalars 
 
 // Chunks that are in global memory, from the thread that had them copied to the one that tells other blocks.
 __device__ __forceinline__ void publish_done(int& done, int chunks) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(&done)), "r"(chunks)
+  asm volatile("red.release.cta.shared::cta.max.s32 [%0], %1;" ::"r"(shared_address(&done)), "r"(chunks)
                : "memory");
 }
 // One thread, until all `chunks` are done: a fence of the whole GPU takes longer than a state warpgroup can
 // wait.
-__device__ inline void announce_done(int const& done, int chunks, int* announced) {
+__device__ inline void announce_done(int& done, int chunks, int* announced) {
   for (int last = 0; last < chunks;) {
     int now;
-    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+    asm volatile("atom.acquire.cta.shared::cta.or.b32 %0, [%1], 0;"
                  : "=r"(now)
                  : "r"(shared_address(&done))
                  : "memory");
@@ -355,7 +355,7 @@ __device__ void scan_forward(typename Traits::template Shared<typename Traits::F
     wgmma_wait<0>();
     pin(s);
     if (thread == 0) a.w.forward_units[at] = {state_scale.unit, token_scale.unit};
-    if (lane == 0) shared.released[slot].arrive();
+    shared.released[slot].arrive();
   }
   wait_stores<0>();
   if (thread == 0) publish_done(shared.done[slice], unit.chunks);
@@ -492,7 +492,7 @@ __device__ void scan_reverse(typename Traits::template Shared<typename Traits::R
       store_tile(maps.dv, staging.tiles, column, unit.head, c.begin, c.row);
     }
     if (thread == 0) a.w.reverse_units[at] = {state_scale.unit, token_scale.unit, dout_scale.unit};
-    if (lane == 0) shared.released[slot].arrive();
+    shared.released[slot].arrive();
   }
   if (a.p.dinitial_state != nullptr) {
     store_state<kKeyDim>(ds, a.p.dinitial_state + state_offset, a.p.state_v_first, a.p.value_dim, column,
@@ -511,7 +511,7 @@ __device__ void scan(char* dynamic_shared, BackwardLaunch const& a, BackwardMaps
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       shared.loaded[i].init(1);
-      shared.released[i].init(Traits::kSlices * 4);
+      shared.released[i].init(Traits::kSlices * kWarpgroup);
     }
     for (int& done : shared.done) done = 0;
     fence_barrier_init();

@@ -295,8 +295,15 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     Barrier& released = shared.released[i % kPrepared];
     if constexpr (kShares) {
       int const next = i + kPrepared;
-      if (lane == 0 && next < unit.tiles)
-        released.arrive_at(Traits::kAside ? Traits::kStateBlocks : next % Traits::kCluster);
+      int const to = Traits::kAside ? Traits::kStateBlocks : next % Traits::kCluster;
+      if (next < unit.tiles) {
+        if (!Traits::kAside && to == cluster_rank()) {
+          released.arrive();
+        } else {
+          __syncwarp();
+          if (lane == 0) released.arrive_at(to, 32);
+        }
+      }
     } else {
       release(released);
     }
@@ -547,8 +554,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (Barrier& b : shared.loaded) b.init(1);
     for (Barrier& b : shared.read) b.init(unit.slices * 4);
-    for (Barrier& b : shared.released) b.init((Traits::kShares ? Traits::kClusterSlices : unit.slices) * 4);
-    for (Barrier& b : shared.prepared) b.init(Traits::kShares ? 1 : kWarpgroup);
+    for (Barrier& b : shared.released)
+      b.init(Traits::kShares ? Traits::kClusterSlices * kWarpgroup : unit.slices * 4);
+    for (Barrier& b : shared.prepared) b.init(kWarpgroup);
     for (auto& slice : shared.v_loaded) {
       for (Barrier& b : slice) b.init(1);
     }

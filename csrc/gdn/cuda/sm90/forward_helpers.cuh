@@ -160,14 +160,14 @@ __device__ void prepare_shared_tiles(typename Traits::Shared& shared, ForwardLau
           __syncwarp();
           if (thread % 32 == 0) shared.own_read[helper].arrive();
         });
+    Barrier& prepared = shared.prepared[place];
+    if constexpr (!Traits::kAside) prepared.arrive();
     named_barrier(barrier, kWarpgroup);
     if (thread == 0) {
-      Barrier& prepared = shared.prepared[place];
-      prepared.arrive();
 #pragma unroll
       for (int other = 1; other < kCluster; ++other) {
         int const peer = (rank + other) % kCluster;
-        prepared.arrive_expecting_at(peer, kPreparedBytes + Traits::kGainBytes);
+        prepared.arrive_expecting_at(peer, kWarpgroup, kPreparedBytes + Traits::kGainBytes);
         send_bytes(&to, kPreparedBytes, prepared, peer);
         if constexpr (Traits::kFolds) send_bytes(shared.gains[place], Traits::kGainBytes, prepared, peer);
       }

@@ -218,7 +218,11 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
     }
     if (last && a.final_state != nullptr) final = a.final_state + sequence_state;
     final_v_first = p.state_v_first;
-    if (segment.tokens < 0) final = nullptr;
+    if (segment.tokens < 0) {
+      initial = nullptr;
+      final = nullptr;
+      before = -1;
+    }
   } else {
     bool const there = unit < a.units && segment.tokens >= 0 && !last;
     int const first_tile = there ? a.segments.first_tiles[segment_head] : 0;
