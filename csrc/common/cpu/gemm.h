@@ -31,10 +31,11 @@ struct Nothing {
 
 // A register tile is kTileRows x (2 vectors): 16 accumulators where there are 32 registers, else 8. After
 // kBetween of its steps (a divisor of kPanel) something else may happen: about as often in any of them.
+// kUnroll steps, which are short where sums are few, are one turn of the loop.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 8, kBetween = 8;
+constexpr int kTileRows = 8, kBetween = 8, kUnroll = 1;
 #else
-constexpr int kTileRows = 4, kBetween = 32;
+constexpr int kTileRows = 4, kBetween = 32, kUnroll = 2;
 #endif
 constexpr int kTileCols = 2 * kLanes;
 static_assert(kPanel % kTileCols == 0);
@@ -61,6 +62,7 @@ inline __attribute__((always_inline)) void accumulate_tile(float const* a, int64
   for (int k = begin; k < end;) {
     float const* const a_k = kTransposed ? a : a + k / kPanel * (a_panel - kPanel);
     int const whole = (k / kBetween + 1) * kBetween, stop = whole < end ? whole : end;
+#pragma GCC unroll kUnroll
     for (; k < stop; ++k)
       step(kTransposed ? a_k + k * kPanel : a_k + k, kTransposed ? 1 : kPanel, b + k * kPanel);
     between();

@@ -38,50 +38,59 @@ struct Arena {
 };
 
 // Lines of rows that will be needed or written, which are too far apart for the hardware to foresee. Fetched
-// all at once they wait for each other; with `spread`, between() of products fetches two at a time. A row is
-// some pieces, one after the other in memory if there is nothing between them, so that a page is visited
-// once.
+// all at once they wait for each other; with `spread`, between() of products fetches two at a time. But the
+// first line of each row goes at once: its page is looked up, which stops the products if it happens among
+// them, and some look-ups can be under way together. A row is some pieces, one after the other in memory if
+// there is nothing between them, so that a page is visited once.
 struct Ahead {
   static constexpr int kMost = 8, kLine = 64;
   struct Rows {
-    char const* next;
+    char const* row;
     int64_t stride, piece_stride, bytes;  // bytes of a piece
     int pieces, left;
   } queue[kMost] = {};
   int first = 0, count = 0, piece = 0;
-  int64_t at = 0, end = 0;  // of the current piece, from the start of its row: all before `at` is under way
+  char const *next = nullptr, *end = nullptr;  // of the current piece: all before `next` is under way
   bool spread = false;
 
-  void add(Rows const& rows) {
+  void add(Rows rows) {
     if (rows.left <= 0 || rows.bytes == 0) return;
+    if (rows.piece_stride == rows.bytes) {
+      rows.bytes *= rows.pieces;
+      rows.pieces = 1;
+    }
+    for (int i = 0; spread && i < rows.left; ++i) __builtin_prefetch(rows.row + i * rows.stride, 0, 2);
     queue[(first + count) % kMost] = rows;
-    if (count++ == 0) start_row();
-    while (count > (spread ? kMost - 1 : 0)) fetch();
+    if (count++ == 0) start_piece();
+    while (count > (spread ? kMost - 1 : 0)) (*this)();
   }
-  void start_row() {
-    piece = 0;
-    at = 0;
-    end = queue[first].bytes;
+  void start_piece() {
+    Rows const& rows = queue[first];
+    next = rows.row + piece * rows.piece_stride;
+    end = next + rows.bytes;
   }
-  void fetch() {
+  // Rare among products, and out of line: it needs none of the registers that hold their sums.
+  __attribute__((noinline, cold)) void advance() {
     Rows& rows = queue[first];
-    __builtin_prefetch(rows.next + at, 0, 2);
-    __builtin_prefetch(rows.next + at + kLine, 0, 2);
-    if ((at += 2 * kLine) < end) return;
-    if (++piece < rows.pieces) {
-      at = piece * rows.piece_stride;
-      end = at + rows.bytes;
-      return;
+    if (++piece == rows.pieces) {
+      piece = 0;
+      rows.row += rows.stride;
+      if (--rows.left == 0) {
+        first = (first + 1) % kMost;
+        if (--count == 0) {
+          next = end = nullptr;
+          return;
+        }
+      }
     }
-    rows.next += rows.stride;
-    if (--rows.left == 0) {
-      first = (first + 1) % kMost;
-      --count;
-    }
-    start_row();
+    start_piece();
   }
   void operator()() {
-    if (count > 0) fetch();
+    if (next == end) return;
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + kLine, 0, 2);
+    next += 2 * kLine;
+    if (__builtin_expect(next >= end, 0)) advance();
   }
 };
 
