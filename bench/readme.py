@@ -27,7 +27,17 @@ ROWS = [
     ("the same, forward and backward", XEON, "gdn fwd+bwd", "B=1 T=2048 H=8 K=V=128 bf16"),
 ]  # fmt: skip
 
-SHAPES = "| B x T | forward, ours | FlashQLA | fla | forward + backward, ours | FlashQLA | fla |"
+SHAPES = "| B x T | forward, ours | FlashInfer | FlashQLA | fla | forward + backward, ours | FlashQLA | fla |"
+# operator, in which file, whose
+CELLS = [
+    ("gdn fwd", "h200-gdn", "lt2_ext"),
+    ("gdn fwd", "h200-flashinfer", "flashinfer"),
+    ("gdn fwd", "h200", "flash_qla"),
+    ("gdn fwd", "h200", "fla"),
+    ("gdn fwd+bwd", "h200-gdn", "lt2_ext"),
+    ("gdn fwd+bwd", "h200", "flash_qla"),
+    ("gdn fwd+bwd", "h200", "fla"),
+]
 LENGTHS = [(1, 8192), (1, 32768), (8, 4096), (4, 8192)]
 
 
@@ -54,13 +64,12 @@ def overview() -> str:
 
 
 def shapes() -> str:
-    lines = [SHAPES, "|---|---|---|---|---|---|---|"]
+    lines = [SHAPES, "|---|---|---|---|---|---|---|---|"]
     for B, T in LENGTHS:
         cells = []
-        for op in ("gdn fwd", "gdn fwd+bwd"):
-            run, results = case(RULE, op, f"B={B} T={T} {FIRST}")
-            times = {r.name: run.seconds(r) for r in results}
-            cells += [number(times.get(name), 1e3) for name in (results[0].name, "flash_qla", "fla")]
+        for op, file, name in CELLS:
+            run, results = case(file, op, f"B={B} T={T} {FIRST}")
+            cells.append(number(run.seconds(next(r for r in results if r.name == name)), 1e3))
         lines.append(f"| {B} x {T} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

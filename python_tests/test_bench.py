@@ -51,6 +51,7 @@ def measure(case: Case, chosen: tuple[str, ...] = ("fla",)) -> list[report.Resul
         dsa.attention_case(70, 4, 2, 16, 8, F32, True, False, CPU),
         dsa.attention_case(70, 4, 2, 16, 8, BF16, False, True, CPU),
         dsa.attention_step_case(2, 90, 4, 2, 8, F32, CPU, D=16),
+        dsa.decode_case(2, 90, 4, 2, 8, 2, 16, F32, CPU, D=16),
         dsa.loss_case(70, 4, 2, 16, 3, 16, 8, F32, CPU),
         dsa.loss_case(70, 4, 2, 16, 3, 16, 8, BF16, CPU),
         window.case(70, 4, 2, 16, 8, True, CPU),

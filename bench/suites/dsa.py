@@ -49,6 +49,7 @@ CUDA_ATTENTION = [
 ]
 # B, S, HQ, H, topk, whether quick: one query
 CUDA_READS = [(8, 32768, 16, 4, 2048, True), (8, 32768, 16, 16, 2048, False), (8, 131072, 16, 4, 2048, True)]
+CUDA_DECODES = [(8, 32768, 16, 4, 512, True), (8, 32768, 16, 4, 2048, False), (8, 131072, 16, 4, 2048, True)]
 # T, HQ, H, D, HI, DI, topk, whether quick
 CUDA_LOSSES = [
     (4096, 16, 4, 128, 4, 64, 256, True),
@@ -61,6 +62,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
         decode = [step_case(B, S, 8, 64, topk, BF16, device) for B, S, topk, fast in CUDA_STEPS if fast or not quick]
         steps = [attention_step_case(*shape, BF16, device) for *shape, fast in CUDA_READS if fast or not quick]
+        steps += [decode_case(*shape, 8, 64, BF16, device) for *shape, fast in CUDA_DECODES if fast or not quick]
         attention = [
             attention_case(T, HQ, H, D, topk, BF16, backward, True, device, kind)
             for T, HQ, H, D, topk, kind, fast in CUDA_ATTENTION
@@ -257,6 +259,41 @@ def attention_step_case(
         ours=timed(attention_ours),
         torch=timed(step_torch),
         oracle=lambda x: oracle(attention_exact)({n: t.cpu() for n, t in x.items()}),
+        checked=lambda: inputs(min(S, topk)),
+        graph=True,
+    )
+
+
+def decode_case(
+    B: int, S: int, HQ: int, H: int, topk: int, HI: int, DI: int, dtype: torch.dtype, device: torch.device, D: int = 128
+) -> Case:
+    """A step of decoding that selects and attends, beside attention to all keys. The check is on as many keys as are
+    selected."""
+
+    def inputs(S: int = S) -> Tensors:
+        randn = generator(device)
+        shapes = {"q": (1, HQ, D), "k": (S, H, D), "v": (S, H, D), "q_idx": (1, HI, DI), "k_idx": (S, DI)}
+        return {n: randn(B, *shape).to(dtype) for n, shape in shapes.items()} | {"w_idx": randn(B, 1, HI)}
+
+    def step(indexer: Callable[..., Tensor], attention: Callable[..., Tensor]) -> Forward:
+        def forward(x: Tensors) -> Tensors:
+            indices = indexer(x["q_idx"], x["k_idx"], x["w_idx"], topk=topk)
+            return {"o": attention(x["q"], x["k"], x["v"], indices)}
+
+        return forward
+
+    return Case(
+        op="dsa decode step (torch: dense)",
+        shape=f"B={B} S={S} HQ={HQ} H={H} D={D} HI={HI} DI={DI} topk={topk} {NAMES[dtype]}",
+        dtype=dtype,
+        flops=4 * B * HQ * topk * D + 2 * B * S * HI * DI,
+        moved=B * (topk * (2 * H * D * dtype.itemsize + 4) + S * DI * dtype.itemsize),
+        inputs=inputs,
+        ours=timed(step(ops.lightning_indexer, ops.dsa_attention)),
+        torch=timed(step_torch),
+        oracle=lambda x: oracle(step(reference.lightning_indexer, reference.dsa_attention))(
+            {n: t.cpu() for n, t in x.items()}
+        ),
         checked=lambda: inputs(min(S, topk)),
         graph=True,
     )
