@@ -268,7 +268,7 @@ def decode_case(
     B: int, S: int, HQ: int, H: int, topk: int, HI: int, DI: int, dtype: torch.dtype, device: torch.device, D: int = 128
 ) -> Case:
     """A step of decoding that selects and attends, beside attention to all keys. The check is on as many keys as are
-    selected."""
+    selected: whether they are the right ones is checked where the indexer's step is timed."""
 
     def inputs(S: int = S) -> Tensors:
         randn = generator(device)

@@ -295,6 +295,7 @@ __device__ void scan_tiles(typename Traits::Shared& shared, ForwardLaunch const&
     Barrier& released = shared.released[i % kPrepared];
     if constexpr (kShares) {
       int const next = i + kPrepared;
+      // Who prepares there next waits. The warp's threads arrive each, in another block by one for all.
       int const to = Traits::kAside ? Traits::kStateBlocks : next % Traits::kCluster;
       if (next < unit.tiles) {
         if (!Traits::kAside && to == cluster_rank()) {
