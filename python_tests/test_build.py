@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lt2_ext
+from lt2_ext import _C
 
 ROOT = Path(__file__).parents[1]
 ISAS = lt2_ext.build_info()["cpu_isas"].split(";")
@@ -97,6 +98,17 @@ def load_script(path):
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.skipif(not shutil.which("nm") or not shutil.which("readelf"), reason="no binutils")
+def test_the_module_brings_no_cpp_runtime_of_its_own():
+    """With a second one, as of a compiler that finds only the archive, errors of operators end the process."""
+
+    def lines(*command):
+        return subprocess.run([*command, _C.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert any("(NEEDED)" in line and "[libstdc++.so.6]" in line for line in lines("readelf", "-d"))
+    assert not [line for line in lines("nm", "-D", "--defined-only") if "__cxa_throw" in line]
 
 
 def test_every_mutant_has_its_place():
