@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but python3 (venv, headers), a C++ compiler and make: see .ci/setup.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all mutants bench lint clean help
+.PHONY: demo test test-all mutants sanitize bench lint clean help
 # A worker per core, up to eight: they share one GPU, and short tests gain nothing from more.
 parallel = -n auto --maxprocesses 8 --dist worksteal
 cpp_sources = $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -24,6 +24,11 @@ mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 1
 	@.ci/setup test recipes hf
 	@echo "[3/3] mutants"
 	@.venv/bin/python .ci/mutants.py $(ARGS)
+
+sanitize: ## CUDA kernels of the linear mixers under compute-sanitizer (about 2 minutes on 16 cores)
+	@.ci/setup
+	@echo "[3/3] sanitize"
+	@.venv/bin/python .ci/sanitize.py $(ARGS)
 
 bench: ## The operators against PyTorch and peers, quick form, about 2 minutes (longer on a CPU without bfloat16)
 	@.ci/setup recipes hf
