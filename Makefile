@@ -26,7 +26,7 @@ mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 1
 	@.venv/bin/python .ci/mutants.py $(ARGS)
 
 sanitize: ## CUDA kernels of the linear mixers under compute-sanitizer (about 2 minutes on 16 cores)
-	@.ci/setup
+	@.ci/setup test
 	@echo "[3/3] sanitize"
 	@.venv/bin/python .ci/sanitize.py $(ARGS)
 

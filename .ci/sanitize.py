@@ -38,11 +38,14 @@ def scan(
     op: Callable[..., Any] = ops.chunk_gated_delta_rule,
     backward: bool = False,
     packed: bool = False,
+    portable: bool = False,
     width: int = 128,
     V: int | None = None,
     **sizes: Any,
 ) -> None:
     """The forward pass of an operator over sequences from an initial state, or also its backward pass."""
+    if portable:
+        os.environ["LT2_CUDA_KERNELS"] = "portable"  # read once, by the first operator
     if packed:
         sizes |= {"T": PACKED[-1], "sequences": len(PACKED) - 1}
     x = gdn_inputs(**{"B": 1, "dtype": BF16, "device": "cuda", "K": width, "V": V or width} | sizes)
@@ -94,6 +97,9 @@ CASES: dict[str, Callable[[], None]] = {
     "forward 192 many heads": partial(scan, width=192, V=384, T=130, H=32),
     "forward 192 packed": partial(scan, width=192, V=384, packed=True, H=1),
     "forward 192 fp16": partial(scan, width=192, V=384, T=200, H=1, dtype=FP16),
+    "forward 64 portable": partial(scan, portable=True, width=64, packed=True),
+    "forward 96 portable": partial(scan, portable=True, width=96, V=192, T=70, H=1),
+    "forward 128 portable, many heads": partial(scan, portable=True, T=70, H=80),
     "forward 256": partial(scan, width=256, T=130, H=1),
     "forward 80": partial(scan, width=80, T=130, H=1),
     "forward float32": partial(scan, T=70, H=1, dtype=torch.float32),

@@ -17,10 +17,13 @@ __device__ inline uint32_t shared_address(void const* p) {
 }
 
 // 16 bytes, or as many zeros, on their way to shared memory.
-__device__ __forceinline__ void copy_16(void* to, void const* from, bool present) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(present ? 16 : 0)
+__device__ __forceinline__ void copy_16(uint32_t to, void const* from, bool present) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(present ? 16 : 0)
                : "memory");
+}
+__device__ __forceinline__ void copy_16(void* to, void const* from, bool present) {
+  copy_16(shared_address(to), from, present);
 }
 // All that this thread copies; other threads see it after a barrier.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

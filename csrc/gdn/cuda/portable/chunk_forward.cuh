@@ -43,49 +43,64 @@ struct alignas(16) ChunkRecord {
 template <class T, int kColumns>
 using ChunkRows = T[kScanChunk][kColumns + kPad];
 
-// Starts to copy `count` rows of `width` elements; zeros fill up the rest of `to`. kThreads / 32 adjacent
-// threads share a row. `whole`: rows are made of aligned pieces of 16 bytes.
-template <int kThreads, class T, int kRow>
-__device__ __forceinline__ void copy_rows(T (&to)[kScanChunk][kRow], T const* from, int64_t stride, int count,
-                                          int width, bool whole) {
-  constexpr int kShare = kThreads / kScanChunk;
-  int const i = threadIdx.x / kShare, part = threadIdx.x % kShare;
-  T const* const row = from + i * stride;
-  if (whole) {
+// Where such rows are, for instructions that take the address in shared memory: made once of a pointer,
+// because that takes as long as a product.
+template <class T, int kColumns>
+struct SharedRows {
+  uint32_t address;
+
+  __device__ __forceinline__ uint32_t at(int row, int column) const {
+    return address + (row * (kColumns + kPad) + column) * static_cast<int>(sizeof(T));
+  }
+};
+
+// A thread's share in copies of chunks of rows of `width` elements: kThreads / 32 adjacent threads have a
+// row.
+template <class T, int kColumns, int kThreads>
+struct RowCopies {
+  static constexpr int kShare = kThreads / kScanChunk;
+  T const* from;  // its first piece of the chunk
+
+  __device__ __forceinline__ RowCopies(T const* rows, int64_t stride)
+      : from(rows + row() * stride + 8 * part()) {}
+  __device__ __forceinline__ static int row() { return threadIdx.x / kShare; }
+  __device__ __forceinline__ static int part() { return threadIdx.x % kShare; }
+
+  // Starts to copy `count` rows; zeros fill up the rest of `to`. `whole`: rows are made of aligned pieces of
+  // 16 bytes.
+  __device__ __forceinline__ void start(SharedRows<T, kColumns> to, int count, int width, bool whole) const {
+    bool const present = row() < count;
+    if (whole) {
 #pragma unroll
-    for (int piece = 0; piece < kRow - kPad; piece += 8 * kShare) {
-      int const c = piece + 8 * part;
-      bool const present = i < count && c < width;
-      copy_16(&to[i][c], present ? row + c : from, present);
-    }
-  } else {
+      for (int piece = 0; piece < kColumns; piece += 8 * kShare)
+        copy_16(to.at(row(), piece + 8 * part()), from + piece, present && piece + 8 * part() < width);
+    } else {
 #pragma unroll 1
-    for (int c = part; c < kRow - kPad; c += kShare) {
-      to[i][c] = i < count && c < width ? row[c] : from_float<T>(0.f);
+      for (int c = part(); c < kColumns; c += kShare)
+        *static_cast<T*>(__cvta_shared_to_generic(to.at(row(), c))) =
+            present && c < width ? from[c - 8 * part()] : from_float<T>(0.f);
     }
   }
-}
+};
 
 // Fragments of a first operand, rows 16 m .. of `rows`, columns 16 k ..
-template <class T, int kRow>
-__device__ __forceinline__ void load_first(uint32_t (&a)[4], T const (&rows)[kScanChunk][kRow], int m,
-                                           int k) {
+template <class T, int kColumns>
+__device__ __forceinline__ void load_first(uint32_t (&a)[4], SharedRows<T, kColumns> rows, int m, int k) {
   int const lane = threadIdx.x % kWarp;
-  load_matrices(a, shared_address(&rows[16 * m + lane % 16][16 * k + lane / 16 * 8]));
+  load_matrices(a, rows.at(16 * m + lane % 16, 16 * k + lane / 16 * 8));
 }
 // Of two second operands: columns 8 n .. and 8 (n + 1) .. of rows^T, 16 elements k of the summed axis.
-template <class T, int kRow>
-__device__ __forceinline__ void load_second(uint32_t (&b)[4], T const (&rows)[kScanChunk][kRow], int n,
-                                            int k) {
+template <class T, int kColumns>
+__device__ __forceinline__ void load_second(uint32_t (&b)[4], SharedRows<T, kColumns> rows, int n, int k) {
   int const lane = threadIdx.x % kWarp;
-  load_matrices(b, shared_address(&rows[8 * n + lane / 16 * 8 + lane % 8][16 * k + lane / 8 % 2 * 8]));
+  load_matrices(b, rows.at(8 * n + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
 }
 // The same of `rows` itself: the summed axis are rows 16 k ..
-template <class T, int kRow>
-__device__ __forceinline__ void load_second_of_rows(uint32_t (&b)[4], T const (&rows)[kScanChunk][kRow],
-                                                    int n, int k) {
+template <class T, int kColumns>
+__device__ __forceinline__ void load_second_of_rows(uint32_t (&b)[4], SharedRows<T, kColumns> rows, int n,
+                                                    int k) {
   int const lane = threadIdx.x % kWarp;
-  load_matrices_transposed(b, shared_address(&rows[16 * k + lane % 16][8 * n + lane / 16 * 8]));
+  load_matrices_transposed(b, rows.at(16 * k + lane % 16, 8 * n + lane / 16 * 8));
 }
 
 // 1 / |row| as the l2norm has it.
@@ -138,10 +153,12 @@ __global__ void __launch_bounds__(kPrepareThreads)
   int64_t const number = blockIdx.x / p.heads;
   Chunk const chunk = find_chunk<kScanChunk>(p, number);
   if (chunk.tokens == 0) return;
-  copy_rows<kPrepareThreads>(s.rows[0], token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token,
-                             chunk.tokens, p.key_dim, whole);
-  copy_rows<kPrepareThreads>(s.rows[1], token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token,
-                             chunk.tokens, p.key_dim, whole);
+  using Copies = RowCopies<T, kKeys, kPrepareThreads>;
+  Copies const k(token_row<T const>(p.k, chunk.row, chunk.begin, key_head), p.k.token);
+  Copies const q(token_row<T const>(p.q, chunk.row, chunk.begin, key_head), p.q.token);
+  SharedRows<T, kKeys> const k_rows{shared_address(s.rows[0])}, q_rows{shared_address(s.rows[1])};
+  k.start(k_rows, chunk.tokens, p.key_dim, whole);
+  q.start(q_rows, chunk.tokens, p.key_dim, whole);
   wait_copies();
   __syncthreads();
   s.norm[warp][lane] = p.qk_l2norm ? row_norm(s.rows[warp][lane]) : 1.f;
@@ -151,10 +168,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
   for (int k = 0; k < kKeys / 16; ++k) {
     uint32_t a[4], b[kScanChunk / 16][4];
 #pragma unroll
-    for (int n = 0; n < kScanChunk / 16; ++n) load_second(b[n], s.rows[0], 2 * n, k);
+    for (int n = 0; n < kScanChunk / 16; ++n) load_second(b[n], k_rows, 2 * n, k);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      load_first(a, s.rows[warp], m, k);
+      load_first(a, warp == 0 ? k_rows : q_rows, m, k);
 #pragma unroll
       for (int n = 0; n < 2 * (m + 1); ++n)
         mma<T>(products[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
@@ -271,6 +288,20 @@ struct alignas(16) ScanStage {
   ChunkRows<T, kScanValues> v;  // and o, in the place of what has been read
   ChunkRecord record;
 };
+// Where its parts are.
+template <class T, int kKeys>
+struct StageRows {
+  using Stage = ScanStage<T, kKeys>;
+  SharedRows<T, kKeys> k, q;
+  SharedRows<T, kScanValues> v;
+  uint32_t record;
+
+  __device__ __forceinline__ explicit StageRows(uint32_t stage)
+      : k{stage},
+        q{stage + static_cast<uint32_t>(offsetof(Stage, q))},
+        v{stage + static_cast<uint32_t>(offsetof(Stage, v))},
+        record(stage + static_cast<uint32_t>(offsetof(Stage, record))) {}
+};
 
 // A warp's 16 columns of a state, transposed.
 template <class T, int kKeys>
@@ -296,20 +327,24 @@ struct ScanState {
   }
 
   // One chunk; its output replaces the warp's columns, from `column` on, of stage.v.
-  __device__ __forceinline__ void advance(ScanStage<T, kKeys>& stage, int column, int lane, bool delta) {
+  __device__ __forceinline__ void advance(ScanStage<T, kKeys>& stage, StageRows<T, kKeys> rows, int column,
+                                          int lane, bool delta) {
     constexpr int kSteps = kScanChunk / 8;
     ChunkRecord const& record = stage.record;
     int const t = 2 * (lane % 4);
     float ks[kSteps][4] = {}, o[kSteps][4] = {};
-    if (delta) multiply(ks, stage.k);
-    if constexpr (!kManyKeys) multiply(o, stage.q);
+    if (kManyKeys || !delta) {
+      if (delta) multiply(ks, rows.k);
+      if (!kManyKeys) multiply(o, rows.q);
+    } else {
+      multiply(ks, rows.k, o, rows.q);
+    }
 
     // W takes the place of K S; without the delta rule U does.
 #pragma unroll
     for (int n = 0; n < kSteps; n += 2) {
       uint32_t v[4];
-      load_matrices_transposed(
-          v, shared_address(&stage.v[8 * n + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]));
+      load_matrices_transposed(v, rows.v.at(8 * n + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float2 const factor = *reinterpret_cast<float2 const*>(record.k_in + 8 * (n + j) + t);
@@ -332,7 +367,7 @@ struct ScanState {
         for (int i = 0; i < 4; ++i) u[n][i] = ks[n][i];
       }
     }
-    if constexpr (kManyKeys) multiply(o, stage.q);
+    if constexpr (kManyKeys) multiply(o, rows.q);
     scale_tokens(o, record.q_in, t);
     multiply_triangle(o, SplitRows(u), record.scores, lane);
     scale_tokens(u, record.k_out, t);
@@ -342,7 +377,7 @@ struct ScanState {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= decay;
     }
-    gain(stage, u);
+    gain(rows.k, u);
 
     __syncwarp();  // all lanes have read v
 #pragma unroll
@@ -360,23 +395,44 @@ struct ScanState {
   // Many keys leave no registers for two products of the state at a time.
   static constexpr bool kManyKeys = kKeys > 192;
 
+  // The state of keys 16 k .. as a first operand.
+  __device__ __forceinline__ void pack_state(uint32_t (&a)[4], int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = pack<T>(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
+  }
+
+  // x += a rows^T for keys 16 k ..
+  __device__ __forceinline__ static void multiply_keys(float (&x)[kScanChunk / 8][4], uint32_t const (&a)[4],
+                                                       SharedRows<T, kKeys> rows, int k) {
+#pragma unroll
+    for (int n = 0; n < kScanChunk / 8; n += 2) {
+      uint32_t b[4];
+      load_second(b, rows, n, k);
+      mma<T>(x[n], a, b[0], b[1]);
+      mma<T>(x[n + 1], a, b[2], b[3]);
+    }
+  }
+
   // x += s rows^T
-  __device__ __forceinline__ void multiply(float (&x)[kScanChunk / 8][4],
-                                           ChunkRows<T, kKeys> const& rows) const {
+  __device__ __forceinline__ void multiply(float (&x)[kScanChunk / 8][4], SharedRows<T, kKeys> rows) const {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       uint32_t a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[i] = pack<T>(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-      for (int n = 0; n < kScanChunk / 8; n += 2) {
-        uint32_t b[4];
-        load_second(b, rows, n, k);
-        mma<T>(x[n], a, b[0], b[1]);
-        mma<T>(x[n + 1], a, b[2], b[3]);
-      }
+      pack_state(a, k);
+      multiply_keys(x, a, rows, k);
       if (kManyKeys && k % 2 == 1) __syncwarp();
+    }
+  }
+
+  // x += s x_rows^T, y += s y_rows^T
+  __device__ __forceinline__ void multiply(float (&x)[kScanChunk / 8][4], SharedRows<T, kKeys> x_rows,
+                                           float (&y)[kScanChunk / 8][4], SharedRows<T, kKeys> y_rows) const {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t a[4];
+      pack_state(a, k);
+      multiply_keys(x, a, x_rows, k);
+      multiply_keys(y, a, y_rows, k);
     }
   }
 
@@ -392,8 +448,7 @@ struct ScanState {
   }
 
   // s += x K
-  __device__ __forceinline__ void gain(ScanStage<T, kKeys> const& stage,
-                                       float const (&x)[kScanChunk / 8][4]) {
+  __device__ __forceinline__ void gain(SharedRows<T, kKeys> rows, float const (&x)[kScanChunk / 8][4]) {
     constexpr bool kSplit = std::is_same_v<T, __nv_bfloat16>;
     uint32_t a[kScanChunk / 16][4], low[kScanChunk / 16][4];
 #pragma unroll
@@ -410,7 +465,7 @@ struct ScanState {
 #pragma unroll
       for (int k = 0; k < kScanChunk / 16; ++k) {
         uint32_t b[4];
-        load_second_of_rows(b, stage.k, n, k);
+        load_second_of_rows(b, rows, n, k);
         if constexpr (kSplit) {
           mma<T>(s[n], low[k], b[0], b[1]);
           mma<T>(s[n + 1], low[k], b[2], b[3]);
@@ -429,8 +484,8 @@ struct ScanUnit {
   T const *q, *k, *v;
   T* o;
   ChunkRecord const* records;  // value_heads apart
-  int64_t state, length;
-  int chunks, first;  // column
+  int64_t state;
+  int chunks, tail, first;  // tail: tokens of the last chunk; first: column
 
   __device__ void set(ForwardParams const& p, ChunkRecord const* all_records) {
     int const slices = static_cast<int>(ceil_div(p.value_dim, kScanValues));
@@ -445,42 +500,74 @@ struct ScanUnit {
     o = token_row<T>(p.o, sequence.row, sequence.begin, head) + first;
     records = all_records + first_chunk<kScanChunk>(p, n) * p.value_heads + head;
     state = n * p.value_heads + head;
-    length = sequence.length;
     chunks = static_cast<int>(ceil_div(sequence.length, kScanChunk));
+    tail = static_cast<int>(sequence.length - int64_t{chunks - 1} * kScanChunk);
   }
 };
 
-// Block (slice of values, value head, sequence).
+// A thread's part of the reads and writes of a chunk.
+template <class T, int kKeys>
+struct ThreadPieces {
+  RowCopies<T, kKeys, kChunkThreads> k, q;
+  RowCopies<T, kScanValues, kChunkThreads> v;
+  char const* record;
+  T* o;  // 8 columns of every 16th token
+
+  __device__ __forceinline__ ThreadPieces(ForwardParams const& p, ScanUnit<T> const& unit, int chunk)
+      : k(unit.k + chunk * kScanChunk * p.k.token, p.k.token),
+        q(unit.q + chunk * kScanChunk * p.q.token, p.q.token),
+        v(unit.v + chunk * kScanChunk * p.v.token, p.v.token),
+        record(reinterpret_cast<char const*>(unit.records + int64_t{chunk} * p.value_heads) +
+               threadIdx.x * 16),
+        o(unit.o + (chunk * kScanChunk + row()) * p.o.token + column()) {}
+  __device__ __forceinline__ static int row() { return threadIdx.x % kWarp / 2; }
+  __device__ __forceinline__ static int column() {
+    return threadIdx.x / kWarp * kWarpValues + threadIdx.x % 2 * 8;
+  }
+  __device__ __forceinline__ void next_reads(ForwardParams const& p) {
+    k.from += kScanChunk * p.k.token;
+    q.from += kScanChunk * p.q.token;
+    v.from += kScanChunk * p.v.token;
+    record += p.value_heads * static_cast<int64_t>(sizeof(ChunkRecord));
+  }
+};
+
+// Block (slice of values, value head, sequence). Addresses stay in registers from chunk to chunk, but not
+// with many keys, which leave none.
 template <class T, int kKeys>
 __global__ void __launch_bounds__(kChunkThreads, kKeys <= 64 ? 3 : 2)
     scan_chunks(__grid_constant__ ForwardParams const p, ChunkRecord const* records, bool whole) {
+  constexpr bool kKept = kKeys <= 192;
+  using Pieces = ThreadPieces<T, kKeys>;
   extern __shared__ __align__(16) char shared_bytes[];
   auto* const stages = reinterpret_cast<ScanStage<T, kKeys>*>(shared_bytes);  // 2
-  __shared__ ScanUnit<T> unit;  // and not in registers, of which there are none to spare
-  int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __shared__ ScanUnit<T> unit;
+  int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, column = warp * kWarpValues;
   if (threadIdx.x == 0) unit.set(p, records);
   __syncthreads();
-  int const column = warp * kWarpValues, values = p.value_dim - unit.first;
-  auto const count = [&](int c) {
-    return static_cast<int>(min(unit.length - int64_t{c} * kScanChunk, int64_t{kScanChunk}));
+  int const values = p.value_dim - unit.first, chunks = unit.chunks;
+  uint32_t first_stage = shared_address(stages);
+  if (kKept) asm volatile("" : "+r"(first_stage));  // it is not made again
+  auto const rows_of = [&](int c) {
+    return StageRows<T, kKeys>(first_stage + c % 2 * static_cast<int>(sizeof(ScanStage<T, kKeys>)));
   };
+  auto const count_of = [&](int c) { return c == chunks - 1 ? unit.tail : kScanChunk; };
+  Pieces pieces(p, unit, 0);
   auto const load = [&](int c) {
-    ScanStage<T, kKeys>& stage = stages[c % 2];
-    int64_t const token = int64_t{c} * kScanChunk;
-    copy_rows<kChunkThreads>(stage.k, unit.k + token * p.k.token, p.k.token, count(c), p.key_dim, whole);
-    copy_rows<kChunkThreads>(stage.q, unit.q + token * p.q.token, p.q.token, count(c), p.key_dim, whole);
-    copy_rows<kChunkThreads>(stage.v, unit.v + token * p.v.token, p.v.token, count(c), values, whole);
-    auto const* const from = reinterpret_cast<char const*>(unit.records + int64_t{c} * p.value_heads);
+    if (!kKept) pieces = Pieces(p, unit, c);
+    StageRows<T, kKeys> const to = rows_of(c);
+    pieces.k.start(to.k, count_of(c), p.key_dim, whole);
+    pieces.q.start(to.q, count_of(c), p.key_dim, whole);
+    pieces.v.start(to.v, count_of(c), values, whole);
 #pragma unroll
-    for (int piece = 0; piece < static_cast<int>(sizeof(ChunkRecord)); piece += kChunkThreads * 16) {
-      int const e = piece + threadIdx.x * 16;
-      if (e < static_cast<int>(sizeof(ChunkRecord))) {
-        copy_16(reinterpret_cast<char*>(&stage.record) + e, from + e, true);
-      }
+    for (int at = 0; at < static_cast<int>(sizeof(ChunkRecord)); at += kChunkThreads * 16) {
+      int const e = at + threadIdx.x * 16;
+      if (e < static_cast<int>(sizeof(ChunkRecord))) copy_16(to.record + e, pieces.record + at, true);
     }
+    pieces.next_reads(p);
   };
 
-  if (unit.chunks > 0) load(0);
+  if (chunks > 0) load(0);
   ScanState<T, kKeys> scan;
   auto const of_state = [&](float* data) {
     return dense_state(data, unit.state, p.key_dim, p.value_dim, p.state_v_first);
@@ -489,30 +576,28 @@ __global__ void __launch_bounds__(kChunkThreads, kKeys <= 64 ? 3 : 2)
     scan.each(p, of_state(const_cast<float*>(p.initial_state)), unit.first + column, lane,
               [](float& s, float const* at) { s = *at; });
   }
-  for (int c = 0; c < unit.chunks; ++c) {
-    asm volatile("" : "+r"(c));  // what follows from the number is cheaper to compute again than to keep
+  for (int c = 0; c < chunks; ++c) {
+    if (!kKept) asm volatile("" : "+r"(c));  // what follows from it is made again
     wait_copies();
     __syncthreads();  // chunk c is here, and nobody reads the other stage any more
-    if (c + 1 < unit.chunks) load(c + 1);
+    if (c + 1 < chunks) load(c + 1);
     if (column >= values) continue;
     ScanStage<T, kKeys>& stage = stages[c % 2];
-    scan.advance(stage, column, lane, p.delta);
-    T* const rows = unit.o + int64_t{c} * kScanChunk * p.o.token + column;
-    if (whole) {
+    scan.advance(stage, rows_of(c), column, lane, p.delta);
+    T* const o = kKept ? pieces.o : Pieces(p, unit, c).o;
+    int const count = count_of(c), present = values - Pieces::column();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const i = 16 * half + lane / 2, value = lane % 2 * 8;
-        if (i < count(c) && column + value < values) {
-          *reinterpret_cast<uint4*>(rows + i * p.o.token + value) =
-              *reinterpret_cast<uint4 const*>(&stage.v[i][column + value]);
-        }
-      }
-    } else {
-      for (int e = lane; e < count(c) * kWarpValues; e += kWarp) {
-        int const i = e / kWarpValues, value = e % kWarpValues;
-        if (column + value < values) rows[i * p.o.token + value] = stage.v[i][column + value];
+    for (int i = 0; i < kScanChunk; i += kScanChunk / 2) {
+      T const* const from = &stage.v[i + Pieces::row()][Pieces::column()];
+      if (i + Pieces::row() >= count || present <= 0) continue;
+      if (whole) {
+        *reinterpret_cast<uint4*>(o + i * p.o.token) = *reinterpret_cast<uint4 const*>(from);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < min(8, present); ++j) o[i * p.o.token + j] = from[j];
       }
     }
+    pieces.o += kScanChunk * p.o.token;
   }
   if (p.final_state == nullptr) return;
   scan.each(p, of_state(p.final_state), unit.first + column, lane, [](float s, float* at) { *at = s; });
