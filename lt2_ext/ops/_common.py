@@ -80,11 +80,34 @@ def check_float(op: str, **tensors: Tensor) -> None:
         check(t.is_floating_point(), op, name, "have a float dtype", t.dtype)
 
 
+_functions: dict[Callable[..., Any], type[torch.autograd.Function]] = {}
+
+
+def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give ``lt2::<name>`` a derivative, in the form of :func:`torch.library.register_autograd`."""
+    op = getattr(torch.ops.lt2, name).default
+    torch.library.register_autograd(f"lt2::{name}", backward, setup_context=setup_context)
+    members = {"forward": below_autograd(op), "setup_context": setup_context, "backward": backward}
+    function = {member: staticmethod(f) for member, f in members.items()}
+    _functions[op] = type(name, (torch.autograd.Function,), function)
+
+
+def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
 def run(op: Callable[..., Any], *arguments: Any) -> Any:
-    """``op(*arguments)``; where nothing is recorded past the Python functions of autograd, which take longer than the
-    kernel does for one token."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """``op(*arguments)`` without what torch.library has around operators with a derivative, which takes longer than a
+    kernel does for one token. A compiler gets the operator itself."""
+    if torch.compiler.is_compiling():
         return op(*arguments)
+    if torch.is_grad_enabled():
+        function = _functions.get(op)
+        return op(*arguments) if function is None else function.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 

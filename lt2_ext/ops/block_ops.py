@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check_float, fake, inference_only, run, wanted
+from ._common import autocast, check_float, differentiable, fake, inference_only, run, wanted
 
 _swiglu = torch.ops.lt2.swiglu_fwd.default
 _swiglu_bwd = torch.ops.lt2.swiglu_bwd.default
@@ -262,7 +262,7 @@ def _swiglu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
 
 
 def _swiglu_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return wanted(ctx, *_swiglu_bwd(dout, *ctx.saved_tensors))
+    return wanted(ctx, *run(_swiglu_bwd, dout, *ctx.saved_tensors))
 
 
 def _gated_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -271,8 +271,8 @@ def _gated_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _gated_rmsnorm_backward(ctx: Any, dout: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
-    return wanted(ctx, *_gated_rmsnorm_bwd(dout, *ctx.saved_tensors))
+    return wanted(ctx, *run(_gated_rmsnorm_bwd, dout, *ctx.saved_tensors))
 
 
-torch.library.register_autograd("lt2::swiglu_fwd", _swiglu_backward, setup_context=_swiglu_setup)
-torch.library.register_autograd("lt2::gated_rmsnorm_fwd", _gated_rmsnorm_backward, setup_context=_gated_rmsnorm_setup)
+differentiable("swiglu_fwd", _swiglu_setup, _swiglu_backward)
+differentiable("gated_rmsnorm_fwd", _gated_rmsnorm_setup, _gated_rmsnorm_backward)

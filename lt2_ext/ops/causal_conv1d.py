@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import as_float, autocast, check, check_dtypes, check_slots, fake, inference_only, wanted
+from ._common import (
+    as_float,
+    autocast,
+    check,
+    check_dtypes,
+    check_slots,
+    differentiable,
+    fake,
+    inference_only,
+    run,
+    wanted,
+)
 
 _fwd = torch.ops.lt2.causal_conv1d_fwd.default
 _bwd = torch.ops.lt2.causal_conv1d_bwd.default
@@ -59,7 +70,7 @@ def causal_conv1d(
         check(list(initial_state.shape) == shape, op, "initial_state", f"have shape [N, D, W] = {shape}",
               list(initial_state.shape))  # fmt: skip
         initial_state = initial_state.to(x.dtype)
-    y, final_state = _fwd(x, weight.float(), as_float(bias), initial_state, cu_seqlens, silu, output_final_state)
+    y, final_state = run(_fwd, x, weight.float(), as_float(bias), initial_state, cu_seqlens, silu, output_final_state)
     return y, final_state if output_final_state else None
 
 
@@ -147,7 +158,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
     silu, output_final_state = ctx.options
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    return wanted(ctx, *_bwd(dy, dfinal_state if output_final_state else None, *tensors, silu))
+    return wanted(ctx, *run(_bwd, dy, dfinal_state if output_final_state else None, *tensors, silu))
 
 
-torch.library.register_autograd("lt2::causal_conv1d_fwd", _backward, setup_context=_setup_context)
+differentiable("causal_conv1d_fwd", _setup_context, _backward)

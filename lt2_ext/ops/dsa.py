@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocast, check, check_dtypes, checks_enabled, fake, wanted
+from ._common import autocast, check, check_dtypes, checks_enabled, differentiable, fake, run, wanted
 
 _indexer = torch.ops.lt2.lightning_indexer.default
 _fwd = torch.ops.lt2.dsa_attention_fwd.default
@@ -133,7 +133,7 @@ def dsa_attention(
     offset = _positions(op, q, cu_seqlens, q_offset)
     _check_unique(op, indices, k, cu_seqlens, cu_seqlens_k, offset)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
-    o, lse = _fwd(q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale, 0)
+    o, lse = run(_fwd, q, k, v, indices.contiguous(), cu_seqlens, cu_seqlens_k, offset, scale, 0)
     return (o, lse) if return_lse else o
 
 
@@ -166,7 +166,7 @@ def window_attention(
     offset = _positions(op, q, cu_seqlens, q_offset)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     width = max(k.shape[1], 1) if window is None else window
-    o, lse = _fwd(q, k, v, None, cu_seqlens, cu_seqlens_k, offset, scale, width)
+    o, lse = run(_fwd, q, k, v, None, cu_seqlens, cu_seqlens_k, offset, scale, width)
     return (o, lse) if return_lse else o
 
 
@@ -219,8 +219,8 @@ def indexer_loss(
         indices = indices.contiguous()
     index_scale = (q_idx.shape[-1] or 1) ** -0.5 if index_scale is None else index_scale
     attn_scale = (q.shape[-1] or 1) ** -0.5 if attn_scale is None else attn_scale
-    return _loss(q_idx, k_idx, w_idx, q.detach(), k.detach(), lse.detach().contiguous(), indices, cu_seqlens,
-                 index_scale, attn_scale)[0]  # fmt: skip
+    constants = q.detach(), k.detach(), lse.detach().contiguous(), indices, cu_seqlens, index_scale, attn_scale
+    return run(_loss, q_idx, k_idx, w_idx, *constants)[0]
 
 
 def _check_unique(
@@ -303,10 +303,10 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
     q, _, v = saved[:3]
     dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
-    return wanted(ctx, *_bwd(dout, dlse, *saved, ctx.scale, ctx.window))
+    return wanted(ctx, *run(_bwd, dout, dlse, *saved, ctx.scale, ctx.window))
 
 
-torch.library.register_autograd("lt2::dsa_attention_fwd", _backward, setup_context=_setup_context)
+differentiable("dsa_attention_fwd", _setup_context, _backward)
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -318,8 +318,8 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _loss_backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    dq, dk, dw = _loss_bwd(dloss, *saved, *ctx.scales)
+    dq, dk, dw = run(_loss_bwd, dloss, *saved, *ctx.scales)
     return wanted(ctx, dq, dk, None if saved[2] is None else dw)
 
 
-torch.library.register_autograd("lt2::indexer_loss_fwd", _loss_backward, setup_context=_loss_setup)
+differentiable("indexer_loss_fwd", _loss_setup, _loss_backward)

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import as_float, autocast, check, check_dtypes, check_slots, checks_enabled, fake, inference_only, wanted
+from ._common import (
+    as_float,
+    autocast,
+    check,
+    check_dtypes,
+    check_slots,
+    checks_enabled,
+    differentiable,
+    fake,
+    inference_only,
+    run,
+    wanted,
+)
 
 _fwd = torch.ops.lt2.gdn_fwd.default
 _bwd = torch.ops.lt2.gdn_bwd.default
@@ -236,9 +248,9 @@ def delta_rule(
         op, q, k, v, g, beta, scale, use_gate, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval, cu_seqlens,
         cu_seqlens_cpu,
     )  # fmt: skip
-    o, final_state = forward(
-        *tensors, as_float(initial_state), cu_seqlens, scale, use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval,
-        state_v_first, delta, output_final_state, recurrent,
+    o, final_state = run(
+        forward, *tensors, as_float(initial_state), cu_seqlens, scale, use_qk_l2norm, use_beta_sigmoid,
+        allow_neg_eigval, state_v_first, delta, output_final_state, recurrent,
     )  # fmt: skip
     return o, final_state if output_final_state else None
 
@@ -336,14 +348,15 @@ def _backward(
         dout = torch.zeros_like(tensors[2])
     if not ctx.output_final_state:  # the placeholder's gradient
         dfinal_state = None
-    *grads, dA_log, ddt_bias, dinitial_state = backward(dout, dfinal_state, *tensors, *ctx.options)
-    # dA_log and ddt_bias come as one partial sum per sequence.
-    return wanted(ctx, *grads, dA_log.sum(0), ddt_bias.sum(0), dinitial_state)
+    *grads, dA_log, ddt_bias, dinitial_state = run(backward, dout, dfinal_state, *tensors, *ctx.options)
+    if tensors[5] is not None:  # A_log; its gradient and that of dt_bias come as a partial sum for each sequence
+        dA_log, ddt_bias = dA_log.sum(0), ddt_bias.sum(0)
+    return wanted(ctx, *grads, dA_log, ddt_bias, dinitial_state)
 
 
 def differentiate(op: str, backward: Callable[..., tuple[Tensor, ...]]) -> None:
     """Autograd of ``lt2::<op>``: nine tensors, options, ``output_final_state``, ``recurrent``."""
-    torch.library.register_autograd(f"lt2::{op}", functools.partial(_backward, backward), setup_context=_setup_context)
+    differentiable(op, _setup_context, functools.partial(_backward, backward))
 
 
 differentiate("gdn_fwd", _bwd)

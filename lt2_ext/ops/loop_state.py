@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import autocasts, check_float, fake, inference_only, run, wanted
+from ._common import autocasts, check_float, differentiable, fake, inference_only, run, wanted
 
 _residual = torch.ops.lt2.loop_residual_fwd.default
 _residual_bwd = torch.ops.lt2.loop_residual_bwd.default
@@ -192,7 +192,7 @@ def _residual_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 
 def _residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return wanted(ctx, dout, *_residual_bwd(dout, *ctx.saved_tensors))
+    return wanted(ctx, dout, *run(_residual_bwd, dout, *ctx.saved_tensors))
 
 
 def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -203,11 +203,9 @@ def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
     h_out, rstd, h_in, rho, weight = ctx.saved_tensors  # once: a checkpointed block gives them only once
-    dh, dh_in, drho, dweight = _residual_rmsnorm_bwd(dh_out, dnormed, h_out, rstd, h_in, rho, weight)
+    dh, dh_in, drho, dweight = run(_residual_rmsnorm_bwd, dh_out, dnormed, h_out, rstd, h_in, rho, weight)
     return wanted(ctx, dh, dh, None, dweight) if rho is None else wanted(ctx, dh, dh_in, drho, dweight)
 
 
-torch.library.register_autograd("lt2::loop_residual_fwd", _residual_backward, setup_context=_residual_setup)
-torch.library.register_autograd(
-    "lt2::loop_residual_rmsnorm_fwd", _residual_rmsnorm_backward, setup_context=_residual_rmsnorm_setup
-)
+differentiable("loop_residual_fwd", _residual_setup, _residual_backward)
+differentiable("loop_residual_rmsnorm_fwd", _residual_rmsnorm_setup, _residual_rmsnorm_backward)
