@@ -5,6 +5,7 @@ takes the operator in one graph, static and dynamic; wrong arguments are named.
 """
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lt2_ext import ops
+from lt2_ext.ops import _common
 from lt2_ext.testing import gdn_inputs
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -489,6 +491,19 @@ def gradients(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     outputs = [o for o in outputs if o.numel() and o.requires_grad]
     return torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs], allow_unused=True)
+
+
+def test_what_public_functions_run_has_the_derivative_of_the_operator(case):
+    """Nothing compiles here, so they run an autograd.Function."""
+    op, args, contract = case
+    if not contract.differentiable or op._schema.name.endswith("_bwd"):
+        pytest.skip("no derivative")
+    assert op in _common._functions
+
+    def through(f):
+        return gradients(lambda *args: (tensors(f(*args)), []), args)
+
+    assert_same(through(functools.partial(_common.run, op)), through(op))
 
 
 def assert_same(a: Any, b: Any) -> None:
