@@ -506,6 +506,22 @@ def test_what_public_functions_run_has_the_derivative_of_the_operator(case):
     assert_same(through(functools.partial(_common.run, op)), through(op))
 
 
+def test_transforms_of_functions(device):
+    """torch.func.grad is the gradient, vmap a loop; forward mode, which would drop tangents, is an error."""
+    x = gdn_inputs(T=9, K=16, V=16, device=device)
+
+    def loss(q):
+        return ops.chunk_gated_delta_rule(**x | {"q": q})[0].square().sum()
+
+    q = x["q"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(q), q)
+    assert_same(torch.func.grad(loss)(x["q"]), expected)
+    many = torch.stack([x["q"], 2 * x["q"]])
+    assert_same(torch.vmap(loss)(many), torch.stack([loss(q) for q in many]))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(loss, (x["q"],), (x["q"],))
+
+
 def assert_same(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 

@@ -88,8 +88,8 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     op = getattr(torch.ops.lt2, name).default
     torch.library.register_autograd(f"lt2::{name}", backward, setup_context=setup_context)
     members = {"forward": below_autograd(op), "setup_context": setup_context, "backward": backward}
-    function = {member: staticmethod(f) for member, f in members.items()}
-    _functions[op] = type(name, (torch.autograd.Function,), function)
+    methods = {member: staticmethod(f) for member, f in members.items()}
+    _functions[op] = type(name, (torch.autograd.Function,), {**methods, "generate_vmap_rule": True})
 
 
 def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +116,7 @@ def fake(op: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function of the arguments of ``lt2::<op>`` that gives empty outputs. A derivative of ``.._bwd`` is an
     error."""
     if op.endswith("_bwd"):
-        torch.library.register_autograd(f"lt2::{op}", functools.partial(_no_double_backward, op))
+        differentiable(op, lambda ctx, inputs, output: None, functools.partial(_no_double_backward, op))
     return torch.library.register_fake(f"lt2::{op}")
 
 
