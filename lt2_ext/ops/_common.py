@@ -87,17 +87,15 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     """Give ``lt2::<name>`` a derivative, in the form of :func:`torch.library.register_autograd`."""
     op = getattr(torch.ops.lt2, name).default
     torch.library.register_autograd(f"lt2::{name}", backward, setup_context=setup_context)
-    members = {"forward": below_autograd(op), "setup_context": setup_context, "backward": backward}
-    methods = {member: staticmethod(f) for member, f in members.items()}
-    _functions[op] = type(name, (torch.autograd.Function,), {**methods, "generate_vmap_rule": True})
+    function = _functions[op] = type(name, (torch.autograd.Function,), {"generate_vmap_rule": True})
+    forward = functools.partial(_below_autograd, op)
+    for step, f in (("forward", forward), ("setup_context", setup_context), ("backward", backward)):
+        setattr(function, step, staticmethod(f))
 
 
-def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    return call
+def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def run(op: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,11 +103,9 @@ def run(op: Callable[..., Any], *arguments: Any) -> Any:
     kernel does for one token. A compiler gets the operator itself."""
     if torch.compiler.is_compiling():
         return op(*arguments)
-    if torch.is_grad_enabled():
-        function = _functions.get(op)
-        return op(*arguments) if function is None else function.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    if not torch.is_grad_enabled():
+        return _below_autograd(op, *arguments)
+    return _functions[op].apply(*arguments) if op in _functions else op(*arguments)
 
 
 def fake(op: str) -> Callable[[Callable[..., Any]], Any]:

@@ -257,22 +257,17 @@ def _(dout: Tensor, o: Tensor, z: Tensor, rstd: Tensor, weight: Tensor) -> tuple
     return o.new_empty(o.shape), o.new_empty(o.shape), weight.new_empty(weight.shape)
 
 
-def _swiglu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _swiglu_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return wanted(ctx, *run(_swiglu_bwd, dout, *ctx.saved_tensors))
 
 
 def _gated_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    o, z, weight, _ = inputs
-    ctx.save_for_backward(o, z, output[1], weight)
+    ctx.save_for_backward(*inputs[:2], output[1], inputs[2])
 
 
 def _gated_rmsnorm_backward(ctx: Any, dout: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
     return wanted(ctx, *run(_gated_rmsnorm_bwd, dout, *ctx.saved_tensors))
 
 
-differentiable("swiglu_fwd", _swiglu_setup, _swiglu_backward)
+differentiable("swiglu_fwd", lambda ctx, inputs, output: ctx.save_for_backward(*inputs), _swiglu_backward)
 differentiable("gated_rmsnorm_fwd", _gated_rmsnorm_setup, _gated_rmsnorm_backward)

@@ -7,18 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    as_float,
-    autocast,
-    check,
-    check_dtypes,
-    check_slots,
-    differentiable,
-    fake,
-    inference_only,
-    run,
-    wanted,
-)
+from . import _common
+from ._common import as_float, autocast, check, check_dtypes, check_slots, fake, inference_only, run, wanted
 
 _fwd = torch.ops.lt2.causal_conv1d_fwd.default
 _bwd = torch.ops.lt2.causal_conv1d_bwd.default
@@ -148,9 +138,8 @@ fake("causal_conv1d_step_")(lambda state, x, *_: x.new_empty(x.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, silu, output_final_state = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = (silu, output_final_state)
+    ctx.save_for_backward(*inputs[:-2])
+    ctx.options = inputs[-2:]
     ctx.set_materialize_grads(False)
 
 
@@ -161,4 +150,4 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
     return wanted(ctx, *run(_bwd, dy, dfinal_state if output_final_state else None, *tensors, silu))
 
 
-differentiable("causal_conv1d_fwd", _setup_context, _backward)
+_common.differentiable("causal_conv1d_fwd", _setup_context, _backward)

@@ -293,9 +293,8 @@ def _(dloss: Tensor, q_idx: Tensor, k_idx: Tensor, w_idx: Tensor | None, *others
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, indices, *positions, scale, window = inputs
+    q, k, v, indices, *positions, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(q, k, v, indices, *output, *positions)
-    ctx.scale, ctx.window = scale, window
     ctx.set_materialize_grads(False)
 
 

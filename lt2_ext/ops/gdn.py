@@ -9,19 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    as_float,
-    autocast,
-    check,
-    check_dtypes,
-    check_slots,
-    checks_enabled,
-    differentiable,
-    fake,
-    inference_only,
-    run,
-    wanted,
-)
+from . import _common
+from ._common import as_float, autocast, check, check_dtypes, check_slots, checks_enabled, inference_only, run, wanted
 
 _fwd = torch.ops.lt2.gdn_fwd.default
 _bwd = torch.ops.lt2.gdn_bwd.default
@@ -327,10 +316,10 @@ def fake_backward(
     )  # fmt: skip
 
 
-fake("gdn_fwd")(fake_forward)
-fake("gdn_bwd")(fake_backward)
-fake("gdn_step_")(lambda state, q, k, v, *_: v.new_empty(v.shape))
-fake("gdn_decode_fused_")(lambda state, conv_state, qkv, z, *_: z.new_empty(z.shape))
+_common.fake("gdn_fwd")(fake_forward)
+_common.fake("gdn_bwd")(fake_backward)
+_common.fake("gdn_step_")(lambda state, q, k, v, *_: v.new_empty(v.shape))
+_common.fake("gdn_decode_fused_")(lambda state, conv_state, qkv, z, *_: z.new_empty(z.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -344,10 +333,8 @@ def _backward(
     backward: Callable[..., tuple[Tensor, ...]], ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(tensors[2])
-    if not ctx.output_final_state:  # the placeholder's gradient
-        dfinal_state = None
+    dout = torch.zeros_like(tensors[2]) if dout is None else dout
+    dfinal_state = dfinal_state if ctx.output_final_state else None  # else it is the placeholder's
     *grads, dA_log, ddt_bias, dinitial_state = run(backward, dout, dfinal_state, *tensors, *ctx.options)
     if tensors[5] is not None:  # A_log; its gradient and that of dt_bias come as a partial sum for each sequence
         dA_log, ddt_bias = dA_log.sum(0), ddt_bias.sum(0)
@@ -356,7 +343,7 @@ def _backward(
 
 def differentiate(op: str, backward: Callable[..., tuple[Tensor, ...]]) -> None:
     """Autograd of ``lt2::<op>``: nine tensors, options, ``output_final_state``, ``recurrent``."""
-    differentiable(op, _setup_context, functools.partial(_backward, backward))
+    _common.differentiable(op, _setup_context, functools.partial(_backward, backward))
 
 
 differentiate("gdn_fwd", _bwd)

@@ -161,6 +161,4 @@ def _decode(
         check(g.dtype == beta.dtype, op, "beta", f"have the dtype of g ({g.dtype})", beta.dtype)
     check_slots(op, slots, state)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
-    return _step(
-        state, q, k, v, g, beta, None, None, slots, scale, use_qk_l2norm, False, False, state_v_first, delta
-    )
+    return _step(state, q, k, v, g, beta, None, None, slots, scale, use_qk_l2norm, False, False, state_v_first, delta)

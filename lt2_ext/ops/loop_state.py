@@ -187,18 +187,13 @@ fake("loop_state_zero_")(lambda state, slots: None)
 fake("loop_state_copy_")(lambda state, src, dst: None)
 
 
-def _residual_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
 def _residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return wanted(ctx, dout, *run(_residual_bwd, dout, *ctx.saved_tensors))
 
 
 def _residual_rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, h_in, rho, weight, _ = inputs
-    h_out, _, rstd = output
-    ctx.save_for_backward(h_out, rstd, None if rho is None else h_in, rho, weight)
+    ctx.save_for_backward(output[0], output[2], None if rho is None else h_in, rho, weight)
 
 
 def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,5 +202,5 @@ def _residual_rmsnorm_backward(ctx: Any, dh_out: Tensor, dnormed: Tensor, drstd:
     return wanted(ctx, dh, dh, None, dweight) if rho is None else wanted(ctx, dh, dh_in, drho, dweight)
 
 
-differentiable("loop_residual_fwd", _residual_setup, _residual_backward)
+differentiable("loop_residual_fwd", lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]), _residual_backward)
 differentiable("loop_residual_rmsnorm_fwd", _residual_rmsnorm_setup, _residual_rmsnorm_backward)
