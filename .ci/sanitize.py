@@ -1,4 +1,4 @@
-"""Run the CUDA kernels of the linear mixers under compute-sanitizer, on the smallest shapes that reach every path.
+"""Run the CUDA kernels of the linear mixers under compute-sanitizer, on small shapes.
 
     make sanitize
     make sanitize ARGS="--tool racecheck --only 'forward.*96' --jobs 4"
@@ -78,23 +78,26 @@ def fused_step(t: int, B: int = 2, H: int = 2, HV: int = 4, K: int = 128) -> Non
     ops.gdn_decode_fused_(state, conv_state, *half, random(D, 4), random(HV), random(HV), random(K))
 
 
-# Whole sequences; segments, from 16 tiles of a head on; clusters at K = 96 and 192, and at 192 also with helpers in a
-# block of their own (where there are few heads).
+# Which kernels run follows from choose_cut() in csrc/gdn/cuda/sm90/forward_launch.cuh; by its model of an H100's or
+# H200's 132 multiprocessors the cases take what their names say.
 CASES: dict[str, Callable[[], None]] = {
     "forward 64": partial(scan, width=64, T=200),
-    "forward 64 segments": partial(scan, width=64, T=1100, H=1),
+    "forward 64 segments": partial(scan, width=64, T=2500, H=1),
     "forward 96": partial(scan, width=96, V=192, T=200),
-    "forward 96 segments": partial(scan, width=96, V=192, T=1100, H=1),
-    "forward 96 many heads": partial(scan, width=96, V=192, T=130, H=80),
+    "forward 96 segments in clusters": partial(scan, width=96, V=192, T=4200, H=1),
+    "forward 96 clusters": partial(scan, width=96, V=192, T=130, H=48),
     "forward 96 fp16": partial(scan, width=96, V=192, T=200, dtype=FP16),
     "forward 128": partial(scan, T=200),
-    "forward 128 segments": partial(scan, T=1100, H=1),
-    "forward 128 many heads": partial(scan, T=130, H=80),
+    "forward 128 segments": partial(scan, T=4200, H=1),
+    "forward 128 two slices": partial(scan, T=130, H=80),
     "forward 128 fp16": partial(scan, T=200, dtype=FP16),
     "forward 128 grouped": partial(scan, T=200, H=1, HV=4),
     "forward 128 packed": partial(scan, packed=True),
     "forward 192 helpers aside": partial(scan, width=192, V=384, T=200, H=1),
-    "forward 192 many heads": partial(scan, width=192, V=384, T=130, H=32),
+    "forward 192 helpers aside, all multiprocessors": partial(scan, width=192, V=384, T=130, H=16),
+    "forward 192 clusters": partial(scan, width=192, V=384, T=130, H=18),
+    "forward 192 two slices": partial(scan, width=192, V=384, T=130, H=32),
+    "forward 192 segments": partial(scan, width=192, V=384, T=4200, H=1),
     "forward 192 packed": partial(scan, width=192, V=384, packed=True, H=1),
     "forward 192 fp16": partial(scan, width=192, V=384, T=200, H=1, dtype=FP16),
     "forward 64 portable": partial(scan, portable=True, width=64, packed=True),

@@ -101,8 +101,8 @@ def test_padded_rows_equal_rows_alone(kind, loops, side):
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for (name, p), grad in zip(model.named_parameters(), got, strict=True):
-        # A product of the indexer within rounding of zero passes its relu in one of the two and not in the other.
-        assert error(grad, p.grad) < (5e-3 if ".index_" in name else 1e-3), name
+        # Of all pairs one product within rounding of zero passes the indexer's relu here and not there, or the reverse.
+        assert error(grad, p.grad) < (5e-3 if kind == "dsa_warmup" and ".index_" in name else 1e-3), name
 
 
 @kinds

@@ -25,7 +25,7 @@ inline VecI order(Vec score) {
 }
 
 // Appends the lanes of a and b whose `accepted` is -1, in order; returns how many. May write kLanes numbers.
-// (Where AMD's Zen 4 stores as it compresses, it takes over a hundred cycles.)
+// (Stores that compress are slow on AMD's Zen 4.)
 inline int compress(VecI accepted, VecI a, VecI b, int32_t* to_a, int32_t* to_b) {
 #if defined(__AVX512F__)
   __mmask16 const mask = _mm512_movepi32_mask(reinterpret_cast<__m512i>(accepted));
