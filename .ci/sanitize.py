@@ -79,7 +79,8 @@ def fused_step(t: int, B: int = 2, H: int = 2, HV: int = 4, K: int = 128) -> Non
 
 
 # Which kernels run follows from choose_cut() in csrc/gdn/cuda/sm90/forward_launch.cuh; by its model of an H100's or
-# H200's 132 multiprocessors the cases take what their names say.
+# H200's 132 multiprocessors the cases take what their names say. Backward, gradients follow the scans in one launch
+# unless heads are many.
 CASES: dict[str, Callable[[], None]] = {
     "forward 64": partial(scan, width=64, T=200),
     "forward 64 segments": partial(scan, width=64, T=2500, H=1),
@@ -113,6 +114,9 @@ CASES: dict[str, Callable[[], None]] = {
     "backward 128 grouped": partial(scan, backward=True, T=130, H=1, HV=2),
     "backward 128 packed": partial(scan, backward=True, packed=True, H=1),
     "backward 192": partial(scan, backward=True, width=192, V=384, T=130, H=1),
+    "backward 96 many heads": partial(scan, backward=True, width=96, V=192, T=70, H=24),
+    "backward 128 many heads": partial(scan, backward=True, T=70, H=40),
+    "backward 192 many heads": partial(scan, backward=True, width=192, V=384, T=70, H=12),
     "simple_gla": partial(scan, ops.chunk_simple_gla, backward=True, T=130, H=1),
     "kda": partial(scan, ops.chunk_kda, backward=True, T=130, H=1),
     "gla": partial(scan, ops.chunk_gla, backward=True, T=130, H=1),

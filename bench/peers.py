@@ -258,19 +258,41 @@ def causal_conv1d_forward(x: Tensors) -> Tensors:
     return {"o": causal_conv1d_fn(x["x"].transpose(1, 2), x["weight"], activation="silu").transpose(1, 2)}
 
 
+def selection_mask(indices: Tensor, S: int) -> Any:
+    """FlexAttention's mask of the keys that each query names. With a byte for each pair instead of a bit, offsets at
+    131072 tokens are beyond the 32 bits that it reads with."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    T, block, named = len(indices), 128, indices >= 0
+    keys = indices.long().clamp_min(0)
+    words = torch.zeros(T, S // 32 + 1, dtype=torch.int64, device=indices.device)
+    words = words.scatter_add_(1, keys >> 5, named.long() << (keys & 31)).int()
+    blocks = -(-T // block), -(-S // block)
+    counts = torch.zeros(blocks, dtype=torch.int64, device=indices.device)
+    rows = (torch.arange(T, device=indices.device) // block)[:, None].expand_as(keys)
+    counts.index_put_((rows, keys // block), named.long(), accumulate=True)
+
+    def selected(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (words[q, k >> 5] >> (k & 31)) & 1 > 0
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    full = counts == block * block
+    partial = (counts > 0) & ~full
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), block, selected, (T, S))
+
+
 def flex_attention(x: Tensors, mask: Callable[..., Tensor] | None = None) -> Callable[[Tensors], Tensors]:
     """Attention of q over the keys of k and v that the mask lets through, or that `indices` names."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T, S, device = x["q"].shape[1], x["k"].shape[1], x["q"].device
     if mask is None:
-        selected = torch.zeros(T, S + 1, dtype=torch.bool, device=device)
-        selected.scatter_(1, x["indices"][0].long().masked_fill(x["indices"][0] < 0, S), True)
-
-        def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return selected[q, k]
-
-    blocks = torch.compile(create_block_mask)(mask, None, None, T, S, device=device)
+        blocks = selection_mask(x["indices"][0], S)
+    else:
+        blocks = torch.compile(create_block_mask)(mask, None, None, T, S, device=device)
     attend = torch.compile(flex_attention)
 
     def forward(x: Tensors) -> Tensors:

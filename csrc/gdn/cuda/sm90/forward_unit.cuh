@@ -228,6 +228,7 @@ __device__ ForwardUnit forward_unit(ForwardLaunch const& a, MapCounts& counts) {
     int const first_tile = there ? a.segments.first_tiles[segment_head] : 0;
     if (!there || (first_tile == kWhole) != of_whole || (of_keys && segment.index == 0)) {
       tokens = 0;
+      initial = nullptr;  // columns of M are beyond those of a state
     } else if (of_keys) {
       initial = nullptr;
       final = a.segments.maps + segment_head * Traits::kKeyTiles * kTileSide * kKeyDim;
