@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import flex
 import peers
 import readme
 import report
@@ -278,6 +279,21 @@ def test_the_floor_of_bfloat16_is_not_above_that_of_float32():
     slow = timing.Ceilings({1 << 20: 1e10}, {"torch.float32": 1e11, "torch.bfloat16": 1e9})
     assert slow.floor(1e9, 1.0, torch.bfloat16) == slow.floor(1e9, 1.0, torch.float32) == 1e-2
     assert CEILINGS.floor(1e9, 1.0, torch.bfloat16) == 5e-3
+
+
+@pytest.mark.parametrize("pairs", [flex.bytes_of, flex.bits_of])
+def test_flex_attention_sees_what_is_selected(pairs, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of 128 x 128: all of one, some of one, and none."""
+    T, S = 300, 260
+    expected = torch.rand(T, S) < 0.3
+    expected[:128, :128], expected[128:256, 128:256] = True, False
+    indices = torch.where(expected, torch.arange(S), -1).int()
+    monkeypatch.setattr(flex, "bytes_of", pairs)
+    mask = flex.selection_mask(indices[:, torch.randperm(S)], S)
+    seen = mask.mask_mod(0, 0, torch.arange(T)[:, None], torch.arange(S))
+    assert torch.equal(seen, expected)
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [1, 0, 0]
+    assert mask.to_dense()[0, 0].tolist() == [[1, 1, 1], [1, 0, 1], [1, 1, 1]]
 
 
 @pytest.mark.cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import flex
 import peers
 import torch
 from torch import Tensor
@@ -216,7 +217,7 @@ def attention_case(
         ours=timed(attention_ours, trained),
         torch=timed(dense_torch if dense else gather_torch, trained),
         oracle=lambda x: oracle(attention_exact, trained)({n: t.cpu() for n, t in x.items()}),
-        peers={"flex_attention": lambda x: timed(peers.flex_attention(x), trained)(x)},
+        peers={"flex_attention": lambda x: timed(flex.attention(x), trained)(x)},
         checked=lambda: inputs(min(T, topk if dense else 512)),
     )
 

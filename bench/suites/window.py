@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import peers
+import flex
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,6 +62,6 @@ def case(T: int, HQ: int, H: int, D: int, window: int, backward: bool, device: t
         ours=timed(lambda x: {"o": ops.window_attention(x["q"], x["k"], x["v"], window=window)}, trained),
         torch=timed(masked, trained),
         oracle=lambda x: oracle(exact, trained)({n: t.cpu() for n, t in x.items()}),
-        peers={"flex_attention": lambda x: timed(peers.flex_attention(x, seen), trained)(x)},
+        peers={"flex_attention": lambda x: timed(flex.attention(x, seen), trained)(x)},
         checked=lambda: inputs(min(T, window + 200)),
     )
