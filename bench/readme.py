@@ -30,11 +30,11 @@ ROWS = [
 SHAPES = "| B x T | forward, ours | FlashInfer | FlashQLA | fla | forward + backward, ours | FlashQLA | fla |"
 # operator, in which file, whose
 CELLS = [
-    ("gdn fwd", "h200-gdn", "lt2_ext"),
+    ("gdn fwd", "h200", "lt2_ext"),
     ("gdn fwd", "h200-flashinfer", "flashinfer"),
     ("gdn fwd", "h200", "flash_qla"),
     ("gdn fwd", "h200", "fla"),
-    ("gdn fwd+bwd", "h200-gdn", "lt2_ext"),
+    ("gdn fwd+bwd", "h200", "lt2_ext"),
     ("gdn fwd+bwd", "h200", "flash_qla"),
     ("gdn fwd+bwd", "h200", "fla"),
 ]
