@@ -85,6 +85,14 @@ def test_delta_rule(device, op, dtype):
     check(op, reference.gated_delta_rule, x, hard=True, cu_seqlens=cu_seqlens, **options)
 
 
+@pytest.mark.parametrize("op, delta", [(SIMPLE["chunk"], False), (ops.chunk_gated_delta_rule, True)])
+def test_states_of_bf16_inputs_are_those_of_fp32(op, delta):
+    """On a CPU: whatever is rounded for the outputs, what the states gain is not."""
+    x = gdn_inputs(T=300, HV=4, K=96, V=80, dtype=BF16, device="cpu")
+    exact = reference.gated_delta_rule(**double(x), delta=delta, output_final_state=True)[1]
+    assert rel_err(op(**x, output_final_state=True)[1], exact) < 2e-5
+
+
 def test_simple_gla_is_attention_without_a_softmax(device):
     """o = (scale Q K^T * E diag(beta)) V with E the decays between tokens: a third formulation."""
     x = gdn_inputs(B=2, T=70, H=2, HV=4, K=16, V=24, device=device)

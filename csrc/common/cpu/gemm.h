@@ -44,9 +44,16 @@ template <int kVecs>
 using TileOf = Vec[kTileRows][kVecs];
 using Tile = TileOf<2>;
 
+// What the 32 bits of an operand are, and how many rows of a product's depth.
+struct Floats {
+  static constexpr int kDepth = 1;
+  static __attribute__((always_inline)) Vec spread(float const* x) { return splat(*x); }
+  static __attribute__((always_inline)) void add(Vec& sum, Vec a, Vec b) { sum += a * b; }
+};
+
 // acc[r] += sum over k in [begin, end) of A(r, k) b[k][:], b rows kPanel apart. A(r, k) is a[r * kPanel + k],
 // continued one panel (a_panel floats) further on every 32 k; transposed, it is a[k * kPanel + r].
-template <bool kTransposed, int kVecs, class F = Nothing>
+template <bool kTransposed, class Element = Floats, int kVecs, class F = Nothing>
 inline __attribute__((always_inline)) void accumulate_tile(float const* a, int64_t a_panel, float const* b,
                                                            TileOf<kVecs>& acc, int begin, int end,
                                                            F&& between = F{}) {
@@ -55,8 +62,8 @@ inline __attribute__((always_inline)) void accumulate_tile(float const* a, int64
     for (int v = 0; v < kVecs; ++v) row[v] = load(b_k + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      Vec const x = splat(a_k[r * a_stride]);
-      for (int v = 0; v < kVecs; ++v) acc[r][v] += x * row[v];
+      Vec const x = Element::spread(a_k + r * a_stride);
+      for (int v = 0; v < kVecs; ++v) Element::add(acc[r][v], x, row[v]);
     }
   };
   for (int k = begin; k < end;) {
@@ -70,12 +77,12 @@ inline __attribute__((always_inline)) void accumulate_tile(float const* a, int64
 }
 
 // c <- beta c + the same sum, c rows kPanel apart.
-template <bool kTransposed, int kVecs, class F>
+template <bool kTransposed, class Element, int kVecs, class F>
 inline __attribute__((always_inline)) void multiply_tile(float const* a, int64_t a_panel, float const* b,
                                                          float* c, int begin, int end, float beta,
                                                          F&& between) {
   TileOf<kVecs> acc{};
-  accumulate_tile<kTransposed>(a, a_panel, b, acc, begin, end, between);
+  accumulate_tile<kTransposed, Element>(a, a_panel, b, acc, begin, end, between);
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kVecs; ++v) {
       float* const out = c + r * kPanel + v * kLanes;
@@ -96,7 +103,7 @@ enum class Triangle {
 // C[0:m, :] = beta C + op(A) B over the first `depth` rows of B. op(A)(i, k) is A(i, k), or A(k, i) when
 // kTransposed. With beta = 0, C is not read. between() is called after every kBetween steps of a register
 // tile.
-template <bool kTransposed, Triangle kTriangle = Triangle::kNone, class F = Nothing>
+template <bool kTransposed, Triangle kTriangle = Triangle::kNone, class Element = Floats, class F = Nothing>
 void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int depth, float beta,
               F&& between = F{}) {
   for (int panel = 0; panel < c.panels(); ++panel) {
@@ -108,9 +115,11 @@ void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int dept
         if (kTriangle == Triangle::kLowerOut && panel * kPanel + j > i + kTileRows - 1) break;
         float *const b_rows = b.row(0, panel) + j, *const out = c.row(i, panel) + j;
         if (kTriangle == Triangle::kLowerOut && panel * kPanel + j + kLanes > i + kTileRows - 1) {
-          multiply_tile<kTransposed, 1>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);
+          multiply_tile<kTransposed, Element, 1>(a_rows, a.panel_size(), b_rows, out, begin, end, beta,
+                                                 between);
         } else {
-          multiply_tile<kTransposed, 2>(a_rows, a.panel_size(), b_rows, out, begin, end, beta, between);
+          multiply_tile<kTransposed, Element, 2>(a_rows, a.panel_size(), b_rows, out, begin, end, beta,
+                                                 between);
         }
       }
     }

@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "gdn/cpu/bf16.h"
 #include "gdn/cpu/chunk.h"
 
 namespace lt2::gdn::LT2_ISA {
@@ -117,25 +118,10 @@ inline void store_tiles(float* c) {
       : "memory");
 }
 
-inline __m512i round_row(Vec first, Vec second) {
-  return reinterpret_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
-}
-
-// Two rows of 16 as bf16, interleaved; low gets what rounding lost.
-inline __m512i interleave(Vec even, Vec odd) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), round_row(even, odd));
-}
 inline void put_pairs(Vec even, Vec odd, int64_t at, Split const& out) {
-  __m512i const rounded = interleave(even, odd);
-  _mm512_storeu_si512(out.high.data + at, rounded);
-  VecU const bits = reinterpret_cast<VecU>(rounded);
-  Vec const even_rest = even - reinterpret_cast<Vec>(bits << 16);
-  Vec const odd_rest = odd - reinterpret_cast<Vec>(bits & 0xffff0000u);
-  _mm512_storeu_si512(out.low.data + at, interleave(even_rest, odd_rest));
+  SplitRows const rows = split_interleaved(even, odd);
+  _mm512_storeu_si512(out.high.data + at, rows.high);
+  _mm512_storeu_si512(out.low.data + at, rows.low);
 }
 // 32 numbers in a row.
 inline void put_row(Vec first, Vec second, int64_t at, Split const& out) {

@@ -5,6 +5,8 @@
 #include "gdn/cpu/step.h"
 #if defined(__AMX_BF16__)
 #include "gdn/cpu/amx.h"
+#elif defined(__AVX512BF16__)
+#include "gdn/cpu/pairs.h"
 #endif
 
 namespace lt2::gdn::LT2_ISA {
@@ -87,6 +89,9 @@ void forward_item(ForwardParams const& p, int64_t sequence, Heads heads, ValueSl
     return store_final_state(p, sequence, head, slice, b.s);
   }
 #endif
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  if (takes_pairs(p)) return forward_pairs(p, sequence, heads, slice, arena);
+#endif
   ForwardBuffers b(arena, geometry(p, slice), heads.end - heads.begin);
   for (int h = heads.begin; h < heads.end; ++h)
     load_initial_state(p, sequence, h, slice, b.states[h - heads.begin]);
@@ -110,7 +115,11 @@ int forward_heads(ForwardParams const& p) {
 #if defined(__AMX_BF16__)
   if (p.dtype == Dtype::kBFloat16) return 1;  // with its parts a state is twice as large, and all are slower
 #endif
-  return p.recurrent ? 1 : heads_in_cache(p);
+  int const heads = p.recurrent ? 1 : heads_in_cache(p);
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  if (takes_pairs(p)) return heads * 2 / 3;  // with what is rounded of it a state is half as large again
+#endif
+  return heads;
 }
 
 int64_t forward_workspace(ForwardParams const& p, int heads, int slices) {
@@ -122,6 +131,10 @@ int64_t forward_workspace(ForwardParams const& p, int heads, int slices) {
   Arena amx{nullptr};
   AmxBuffers const buffers(amx, geometry(p, {0, width}));
   if (amx.used > arena.used) return amx.used;
+#elif defined(__AVX512BF16__)
+  Arena pairs{nullptr};
+  PairBuffers const buffers(pairs, geometry(p, {0, width}), heads);
+  if (pairs.used > arena.used) return pairs.used;
 #endif
   return arena.used;
 }

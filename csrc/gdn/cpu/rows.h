@@ -196,7 +196,7 @@ void store_rows(Panels const& x, Strided const& out, int64_t row, int head, Toke
 
 // Rows of the chunk in memory, columns [column, column + n) of one head: diag(factor) Q S + P U, with P lower
 // triangular.
-template <class T>
+template <class T, class Element = Floats>
 void store_outputs(Panels const& q, Panels const& s, float const* factor, Panels const& attention,
                    Panels const& u, Strided const& o, int64_t row, int head, TokenRows const& c, int column,
                    int n) {
@@ -204,14 +204,15 @@ void store_outputs(Panels const& q, Panels const& s, float const* factor, Panels
     for (int i = 0; i < c.rows; i += kTileRows) {
       for (int j = 0; j < kPanel; j += kTileCols) {
         Tile acc{};
-        accumulate_tile<false>(q.row(i, 0), q.panel_size(), s.row(0, panel) + j, acc, 0, s.rows, c.ahead);
+        accumulate_tile<false, Element>(q.row(i, 0), q.panel_size(), s.row(0, panel) + j, acc, 0, s.rows,
+                                        c.ahead);
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r) {
           acc[r][0] *= factor[i + r];
           acc[r][1] *= factor[i + r];
         }
-        accumulate_tile<false>(attention.row(i, 0), attention.panel_size(), u.row(0, panel) + j, acc, 0,
-                               i + kTileRows, c.ahead);
+        accumulate_tile<false, Element>(attention.row(i, 0), attention.panel_size(), u.row(0, panel) + j, acc,
+                                        0, (i + kTileRows) / Element::kDepth, c.ahead);
         int const first = panel * kPanel + j, left = n - first;
         int const halves[] = {left < kLanes ? left : kLanes, left < kTileCols ? left - kLanes : kLanes};
 #pragma GCC unroll 8
