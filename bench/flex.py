@@ -37,7 +37,7 @@ def bytes_of(keys: Tensor, named: Tensor, S: int) -> Callable[..., Tensor]:
 
 
 def bits_of(keys: Tensor, named: Tensor, S: int) -> Callable[..., Tensor]:
-    """Where offsets of bytes are beyond the 32 bits that the kernel reads with."""
+    """With bytes, more than 2^31 of them, it reads where nothing is: 32-bit offsets, presumably (torch 2.11)."""
     words = torch.zeros(len(keys), S // 32 + 1, dtype=torch.int64, device=keys.device)
     words = words.scatter_add_(1, keys >> 5, named.long() << (keys & 31)).int()
     return lambda b, h, q, k: (words[q, k >> 5] >> (k & 31)) & 1 > 0
