@@ -25,7 +25,7 @@ mutants: ## Plants known bugs one at a time: do the quick tests notice? (about 1
 	@echo "[3/3] mutants"
 	@.venv/bin/python .ci/mutants.py $(ARGS)
 
-sanitize: ## CUDA kernels of the linear mixers under compute-sanitizer (about 2 minutes on 16 cores)
+sanitize: ## CUDA kernels of the linear mixers under compute-sanitizer (about 3 minutes on 16 cores)
 	@.ci/setup test
 	@echo "[3/3] sanitize"
 	@.venv/bin/python .ci/sanitize.py $(ARGS)

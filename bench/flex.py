@@ -37,7 +37,7 @@ def bytes_of(keys: Tensor, named: Tensor, S: int) -> Callable[..., Tensor]:
 
 
 def bits_of(keys: Tensor, named: Tensor, S: int) -> Callable[..., Tensor]:
-    """With bytes, more than 2^31 of them, it reads where nothing is: 32-bit offsets, presumably (torch 2.11)."""
+    """For more than 2^31 pairs: with a byte for each FlexAttention reads where nothing is (torch 2.11)."""
     words = torch.zeros(len(keys), S // 32 + 1, dtype=torch.int64, device=keys.device)
     words = words.scatter_add_(1, keys >> 5, named.long() << (keys & 31)).int()
     return lambda b, h, q, k: (words[q, k >> 5] >> (k & 31)) & 1 > 0

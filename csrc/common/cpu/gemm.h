@@ -106,6 +106,7 @@ enum class Triangle {
 template <bool kTransposed, Triangle kTriangle = Triangle::kNone, class Element = Floats, class F = Nothing>
 void multiply(Panels const& a, Panels const& b, Panels const& c, int m, int depth, float beta,
               F&& between = F{}) {
+  static_assert(Element::kDepth == 1 || kTriangle == Triangle::kNone || kTriangle == Triangle::kLowerOut);
   for (int panel = 0; panel < c.panels(); ++panel) {
     for (int i = 0; i < m; i += kTileRows) {
       int const begin = kTriangle == Triangle::kUpperA ? i : 0;

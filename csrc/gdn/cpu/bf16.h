@@ -1,4 +1,4 @@
-// Vectors of fp32 as vectors of twice as many bf16.
+// Vectors of fp32 as vectors of twice as many bf16, on processors that have AVX512-BF16.
 #pragma once
 
 #include <immintrin.h>
